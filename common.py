@@ -1,0 +1,344 @@
+"""Run plumbing shared by every script: config reading, processes and devices, schedule, atomic files, metrics.
+
+Functions only: nothing here knows the network or a method, and no training loop hides here.
+"""
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import runpy
+import signal
+import sys
+import time
+import types
+import typing
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """What the person at the terminal can mend. The message is one line: the thing, what was expected, the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config: defaults < files, left to right < flags
+
+def load_config(cls, argv=None):
+    """Read `[file.py ...] [--key=value ...]` into the dataclass `cls`.
+
+    A file is plain Python assignments. An unknown key is an error with a suggestion, a wrong type an error that names
+    key, expected type and value. Flags may be `--key=value`, `--key value` and, for booleans, `--key` alone; `--help`
+    shows every field with its comment. A file after a flag is an error, because the flag would not win over it.
+    """
+    sys.excepthook = _one_line_errors
+    argv = list(sys.argv[1:] if argv is None else argv)
+    n_files = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    values, origin = {}, {}
+    for path in argv[:n_files]:
+        for key, value in read_config_file(path, cls).items():
+            values[key], origin[key] = value, path
+    cfg = read_flags(cls, argv[n_files:], default=cls(**values))
+    changed = [f.name for f in dataclasses.fields(cls) if getattr(cfg, f.name) != getattr(cls(), f.name)]
+    print0("config: " + (" ".join(f"{k}={_show(getattr(cfg, k))}" + (f" ({origin[k]})" if k in origin and
+           getattr(cfg, k) == values[k] else "") for k in changed) or "defaults"))
+    return cfg
+
+
+def read_flags(cls, args=None, default=None):
+    """`--key=value` flags (and positional fields, where `cls` has them) into the dataclass `cls`, through tyro."""
+    import tyro
+    sys.excepthook = _one_line_errors
+    return tyro.cli(cls, default=default, args=_bool_flags(sys.argv[1:] if args is None else args, cls),
+                    description=sys.modules[cls.__module__].__doc__, use_underscores=True,
+                    config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
+
+
+def read_config_file(path, cls):
+    """{key: value} of a config file, every key and type checked against the dataclass `cls`."""
+    import typeguard
+    if not Path(path).is_file():
+        raise UserError(f"config file {path} does not exist")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in runpy.run_path(str(path)).items():
+        if key.startswith("_") or isinstance(value, types.ModuleType):
+            continue
+        if key not in hints:
+            if callable(value):  # helpers that a config's own functions call
+                continue
+            near = difflib.get_close_matches(key, hints, n=1)
+            raise UserError(f"{path}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+                            + f" ({Path(sys.modules[cls.__module__].__file__ or cls.__name__).name} --help lists all)")
+        try:
+            typeguard.check_type(value, hints[key])
+        except typeguard.TypeCheckError:
+            expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
+            raise UserError(f"{path}: {key} expects {expected}, got {value!r} ({type(value).__name__})") from None
+        values[key] = value
+    return values
+
+
+def _bool_flags(args, cls):
+    """`--resume` -> `--resume True`; `--resume=false` -> `--resume False`, which is what tyro reads."""
+    bools = {k for k, t in typing.get_type_hints(cls).items() if t is bool}
+    words = {"true": "True", "false": "False", "1": "True", "0": "False"}
+    out, i = [], 0
+    while i < len(args):
+        key, eq, value = args[i].partition("=")
+        if key.startswith("--") and key[2:].replace("-", "_") in bools:
+            if not eq and i + 1 < len(args) and args[i + 1].lower() in words:
+                value, i = args[i + 1], i + 1
+            out += [key, words.get(value.lower(), value) if value else "True"]
+        else:
+            out.append(args[i])
+        i += 1
+    return out
+
+
+def _show(value):
+    return getattr(value, "__name__", None) or str(value)
+
+
+def _one_line_errors(kind, error, traceback):
+    if issubclass(kind, UserError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes, devices
+
+@dataclasses.dataclass
+class Run:
+    """Where this process runs. `owns_group`: this run made the process group and takes it down at its end."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+    owns_group: bool
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+
+def start(cfg):
+    """Process group (reused when one is live), device, dtype and seed from `cfg`; -> Run. End with `finish(run)`."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={cfg.device}: PyTorch {torch.__version__} sees no CUDA device here; use --device=cpu, "
+                        "or install a CUDA build of PyTorch and a driver")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: there is none here; use --device=cpu")
+    if name == "cuda" and world > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={cfg.device} is not a device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    owns_group = world > 1 and not dist.is_initialized()
+    if owns_group:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    dtype = cfg.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    torch.manual_seed(cfg.seed)
+    if rank == 0:
+        print(f"device: {device} x {world}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+              + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""), flush=True)
+    return Run(rank, world, device, getattr(torch, dtype), owns_group)
+
+
+def finish(run):
+    if run.owns_group and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def print0(*args):
+    """print on rank 0, at once (a log that lags is no log)."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, flush=True)
+
+
+def all_sum(*values):
+    """Sum python numbers or scalar tensors over all processes; -> list of float, in float64."""
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])
+    if dist.is_initialized():
+        on = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        total = total.to(on)
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Turn SIGTERM and Ctrl-C into a list that the loop reads between steps, so that it can save first.
+    A second Ctrl-C interrupts at once. Outside the main thread (notebook executors) signals are left alone."""
+    got, before = [], {}
+
+    def handler(number, frame):
+        if got and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        got.append(number)
+        print0(f"\n{signal.Signals(number).name}: finishing this step, then saving")
+    with contextlib.suppress(ValueError):
+        before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield got
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedule
+
+def lr_at(step, lr, lr_final, warmup_steps, max_steps):
+    """Upstream's schedule: cosine from lr to lr_final after the warm-up, which multiplies by 0.01 .. 1.
+    A function of the step alone, so that a resumed run never warms up twice."""
+    progress = min(max((step - warmup_steps) / max(max_steps - warmup_steps, 1), 0.0), 1.0)
+    value = lr_final + (lr - lr_final) * (0.5 + 0.5 * math.cos(math.pi * progress))
+    return value * (0.01 + 0.99 * step / warmup_steps if step < warmup_steps else 1.0)
+
+
+def duration(seconds):
+    """3725 -> '1h02m', 65 -> '1m05s'."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """`with atomic_write(path) as tmp:` write to `tmp`; then it is fsynced and renamed. A reader, or a run killed at
+    any moment, sees the old file or the new one, never half of one. A full disk leaves the old file as it was."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as e:
+        # torch.save reports a failed write as a RuntimeError of its zip writer
+        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e) and "unexpected pos" not in str(e):
+            raise
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else "the write failed: is the disk full?"
+        raise UserError(f"cannot write {path}: {reason}; what was there before is untouched. "
+                        "Free some space or choose another folder, then run again") from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def save_torch(obj, path):
+    """torch.save, atomically. `obj`: tensors and primitives only, so that weights_only=True reads it back."""
+    with atomic_write(path) as tmp:
+        torch.save(obj, tmp)
+
+
+def load_torch(path, device="cpu"):
+    """torch.load of tensors and primitives; a missing, truncated or foreign file is an error that names it."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:
+        raise UserError(f"{path} cannot be read as a PyTorch file of tensors ({str(e).splitlines()[0][:120]}): "
+                        "truncated, or not a checkpoint") from e
+
+
+def prune(folder, pattern, keep):
+    """Delete all but the `keep` newest files `pattern` ('rwkv-*.pth', numbered by step); keep = 0 keeps all."""
+    numbered = [p for p in Path(folder).glob(pattern) if p.stem.rsplit("-", 1)[-1].isdigit()]
+    numbered.sort(key=lambda p: int(p.stem.rsplit("-", 1)[-1]))
+    for path in numbered[:-keep] if keep else []:
+        path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics
+
+class Metrics:
+    """metrics.jsonl (always), metrics.png, and wandb, tensorboard or swanlab when asked for. Rank 0 writes.
+
+    from_step: the step a resumed run goes on from; lines beyond it belong to work that was lost and are dropped.
+    """
+
+    def __init__(self, cfg, run, from_step=0):
+        self.path, self.backend, self.rows, self.t0 = Path(cfg.out_dir) / "metrics.jsonl", None, [], time.time()
+        self.active = run.main
+        if not self.active:
+            return
+        config = {f.name: v if isinstance(v := getattr(cfg, f.name), (int, float, str, bool, tuple, type(None)))
+                  else _show(v) for f in dataclasses.fields(cfg)}
+        if from_step and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a kill can tear the last line
+                    row = json.loads(line)
+                    if row["step"] <= from_step:
+                        self.rows.append(row)
+        with atomic_write(self.path) as tmp:
+            tmp.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        name = Path(cfg.out_dir).name
+        try:
+            if cfg.log == "wandb":
+                import wandb
+                self.backend = wandb.init(project="gosling", name=name, config=config, resume="allow").log
+            elif cfg.log == "swanlab":
+                import swanlab
+                self.backend = swanlab.init(project="gosling", experiment_name=name, config=config).log
+            elif cfg.log == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(cfg.out_dir)
+                self.backend = lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]
+        except ImportError as e:
+            raise UserError(f"log={cfg.log} needs a package that is not installed ({e.name}): "
+                            f"pip install {e.name}, or --log=none") from None
+
+    def log(self, step, **values):
+        """One JSON line {"step": …, name: number, …}."""
+        if not self.active:
+            return
+        self.rows.append({"step": step, "time": round(time.time() - self.t0, 3), **values})
+        with open(self.path, "a") as f:
+            f.write(json.dumps(self.rows[-1]) + "\n")
+        if self.backend:
+            self.backend(values, step=step)
+
+    def plot(self, *names):
+        """metrics.png: the named series over steps."""
+        if not self.active:
+            return
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        fig, ax = plt.subplots(figsize=(7, 4))
+        for name in names:
+            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            if points:
+                ax.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.3)
+        ax.legend()
+        with atomic_write(self.path.with_name("metrics.png")) as tmp:
+            fig.savefig(tmp, format="png", dpi=120, bbox_inches="tight")
+        plt.close(fig)

@@ -1,0 +1,534 @@
+"""RWKV-6 (x060, "Finch") and RWKV-7 (x070, "Goose"), with official names and shapes for every weight.
+
+  RWKV-7: https://arxiv.org/abs/2503.14456      RWKV-6: https://arxiv.org/abs/2404.05892
+
+Glossary of shapes
+  B rows of a batch      T tokens of a row        V vocabulary          C width, n_embd       L layers
+  N head size, 64        H heads, C / N           D documents packed end to end in one row (B = 1, cu_seqlens [D + 1])
+  idx, targets [B, T]    logits [B, T, V]         r k v w a g [B, T, C] or, by head, [B, T, H, N]
+  state: {"wkv": [L, B, H, N, N] float32, rows = value, columns = key;  "att_shift", "ffn_shift": [L, B, C]}, with D in
+  place of B when packed. It is a value: index it along B, repeat it, save it, differentiate through it. Feeding a
+  sequence whole, in pieces or token by token gives the same numbers.
+
+Parameters may be float32 while the network computes in bfloat16: `model.compute_dtype` is what activations are in, and
+every weight is cast where it is used. The decay and the state stay float32.
+"""
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import common
+from common import UserError
+from wkv_cuda import wkv6, wkv7
+
+
+@dataclass
+class RWKVConfig:
+    version: str = "x070"     # x060 = RWKV-6, x070 = RWKV-7
+    n_layer: int = 12
+    n_embd: int = 768
+    vocab_size: int = 65536
+    head_size: int = 64
+    dim_ffn: int = 0          # width of the channel mix; this and all below: 0 = upstream's rule
+    decay_rank: int = 0       # rank of the decay's low-rank pair: w1/w2, time_decay_w1/w2
+    iclr_rank: int = 0        # x070: a1/a2, the in-context learning rate
+    value_rank: int = 0       # x070: v1/v2, the value residual
+    gate_rank: int = 0        # x070: g1/g2
+    mix_rank: int = 0         # x060: time_maa_w1/w2, each of its five parts
+
+    def __post_init__(self):
+        if self.version not in ("x060", "x070"):
+            raise UserError(f"version={self.version!r}: expected x060 (RWKV-6) or x070 (RWKV-7)")
+        if self.n_embd % self.head_size or self.n_embd < 1:
+            raise UserError(f"n_embd={self.n_embd} is not a multiple of head_size={self.head_size}; "
+                            f"try n_embd={-(-self.n_embd // self.head_size) * self.head_size}")
+        C, v7 = self.n_embd, self.version == "x070"
+
+        def rank(factor):  # upstream's rule for new models; files carry their own ranks
+            return max(32, 32 * round(factor * math.sqrt(C) / 32))
+        self.dim_ffn = self.dim_ffn or (4 * C if v7 else int(3.5 * C) // 32 * 32)
+        self.decay_rank = self.decay_rank or (rank(2.5) if v7 else 64)
+        self.iclr_rank = self.iclr_rank or (rank(2.5) if v7 else 0)
+        self.value_rank = self.value_rank or (rank(1.7) if v7 else 0)
+        self.gate_rank = self.gate_rank or (rank(5.0) if v7 else 0)
+        self.mix_rank = self.mix_rank or (0 if v7 else 32)
+
+
+class TokenScores(NamedTuple):
+    logps: torch.Tensor    # [B, T] log-probability of each target
+    entropy: torch.Tensor  # [B, T] of the distribution at each position, nats
+    hits: torch.Tensor     # [B, T] bool: the target is the likeliest token
+
+
+class Packing(NamedTuple):
+    """Borders of D documents laid end to end, worked out once per forward."""
+    cu_seqlens: torch.Tensor   # [D + 1] on the CPU
+    filled: torch.Tensor       # indices of documents with at least one token
+    first: torch.Tensor        # their first tokens
+    last: torch.Tensor         # their last tokens
+
+    @staticmethod
+    def of(cu_seqlens, device):
+        if cu_seqlens is None:
+            return None
+        cu = torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
+        filled = cu.diff().nonzero()[:, 0]
+        return Packing(cu, filled.to(device), cu[:-1][filled].to(device), (cu[1:][filled] - 1).to(device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layers
+
+class Linear(nn.Linear):
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self):  # init_parameter does it, by name
+        pass
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def vector(C):
+    return nn.Parameter(torch.empty(1, 1, C))
+
+
+def matrix(*shape):
+    return nn.Parameter(torch.empty(*shape))
+
+
+def fp32(x):
+    """x in float32; float64 stays, so that tests can run the whole network in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def low_rank(x, down, up, activation=None):
+    """activation(x @ down) @ up; these pairs are stored [in, rank], [rank, out]."""
+    h = x @ down.to(x.dtype)
+    return (activation(h) if activation else h) @ up.to(x.dtype)
+
+
+def token_shift(x, last, packing):
+    """x [B, T, C], last [B or D, C], the input before the first token -> (x of the token before [B, T, C], new last)."""
+    if packing is None:
+        return torch.cat([last[:, None], x[:, :-1]], 1), x[:, -1]
+    before = torch.cat([x[:, :1], x[:, :-1]], 1).index_copy(1, packing.first, last[None, packing.filled])
+    return before, last.index_copy(0, packing.filled, x[0, packing.last])
+
+
+def head_norm(y, norm):
+    """Layer norm of each head by itself, then weight and bias over C. y [B, T, H, N] -> [B, T, C]"""
+    y = F.layer_norm(y, y.shape[-1:], eps=64e-5).flatten(2)
+    return torch.addcmul(norm.bias.to(y.dtype), y, norm.weight.to(y.dtype))
+
+
+class TimeMix7(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        C, self.H, self.N = c.n_embd, c.n_embd // c.head_size, c.head_size
+        self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (vector(C) for _ in range(6))
+        self.w0, self.w1, self.w2 = vector(C), matrix(C, c.decay_rank), matrix(c.decay_rank, C)
+        self.a0, self.a1, self.a2 = vector(C), matrix(C, c.iclr_rank), matrix(c.iclr_rank, C)
+        self.v0, self.v1, self.v2 = vector(C), matrix(C, c.value_rank), matrix(c.value_rank, C)
+        self.g1, self.g2 = matrix(C, c.gate_rank), matrix(c.gate_rank, C)
+        self.k_k, self.k_a, self.r_k = vector(C), vector(C), matrix(self.H, self.N)
+        self.receptance, self.key, self.value, self.output = (Linear(C, C) for _ in range(4))
+        self.ln_x = LayerNorm(C)
+
+    def forward(self, x, v_first, shift, wkv, packing):
+        """x [B, T, C] -> (out [B, T, C], v_first, shift, wkv). v_first: the first layer's values, None in that layer."""
+        heads = (*x.shape[:2], self.H, self.N)
+        before, shift = token_shift(x, shift, packing)
+        delta = before - x
+        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, delta, m.to(x.dtype)) for m in
+                                        (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        # decay in (0.545, 1): log w = -exp(-1/2) sigmoid(.)
+        logw = -math.exp(-0.5) * torch.sigmoid(fp32(self.w0) + low_rank(x_w, self.w1, self.w2, torch.tanh))
+        if v_first is None:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0.to(x.dtype) + low_rank(x_v, self.v1, self.v2)))
+        a = torch.sigmoid(self.a0.to(x.dtype) + low_rank(x_a, self.a1, self.a2))    # in-context learning rate
+        g = low_rank(x_g, self.g1, self.g2, torch.sigmoid)
+        kappa = F.normalize((k * self.k_k.to(x.dtype)).view(heads), dim=-1)           # removal key, unit length
+        k = k * torch.addcmul(1 - self.k_a.to(x.dtype), a, self.k_a.to(x.dtype))      # k (1 + (a - 1) k_a)
+        r, k, v = r.view(heads), k.view(heads), v.view(heads)
+        y, wkv = wkv7(r, logw.view(heads), k, v, -kappa, kappa * a.view(heads), wkv,
+                      cu_seqlens=packing and packing.cu_seqlens)
+        bonus = (r * k * self.r_k.to(x.dtype)).sum(-1, keepdim=True) * v              # the current token, by itself
+        y = head_norm(y, self.ln_x) + bonus.flatten(2)
+        return self.output(y * g), v_first, shift, wkv
+
+
+class ChannelMix7(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.x_k = vector(c.n_embd)
+        self.key, self.value = Linear(c.n_embd, c.dim_ffn), Linear(c.dim_ffn, c.n_embd)
+
+    def forward(self, x, shift, packing):
+        before, shift = token_shift(x, shift, packing)
+        k = self.key(torch.addcmul(x, before - x, self.x_k.to(x.dtype)))
+        return self.value(torch.relu(k).square()), shift
+
+
+class TimeMix6(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        C, self.H, self.N = c.n_embd, c.n_embd // c.head_size, c.head_size
+        self.time_maa_x, self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g = (
+            vector(C) for _ in range(6))
+        self.time_maa_w1, self.time_maa_w2 = matrix(C, 5 * c.mix_rank), matrix(5, c.mix_rank, C)
+        self.time_decay = vector(C)
+        self.time_decay_w1, self.time_decay_w2 = matrix(C, c.decay_rank), matrix(c.decay_rank, C)
+        self.time_faaaa = matrix(self.H, self.N)
+        self.receptance, self.key, self.value, self.gate, self.output = (Linear(C, C) for _ in range(5))
+        self.ln_x = LayerNorm(C)
+
+    def forward(self, x, v_first, shift, wkv, packing):
+        """As TimeMix7.forward; RWKV-6 has no value residual and hands v_first through."""
+        heads = (*x.shape[:2], self.H, self.N)
+        before, shift = token_shift(x, shift, packing)
+        delta = before - x
+        h = torch.tanh(torch.addcmul(x, delta, self.time_maa_x.to(x.dtype)) @ self.time_maa_w1.to(x.dtype))
+        h = torch.einsum("btmr,mrc->mbtc", h.unflatten(-1, (5, -1)), self.time_maa_w2.to(x.dtype))
+        maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        x_w, x_k, x_v, x_r, x_g = (torch.addcmul(x, delta, m.to(x.dtype) + h[i]) for i, m in enumerate(maa))
+        r, k, v, g = self.receptance(x_r), self.key(x_k), self.value(x_v), F.silu(self.gate(x_g))
+        logw = -torch.exp(fp32(self.time_decay) + low_rank(x_w, self.time_decay_w1, self.time_decay_w2, torch.tanh))
+        y, wkv = wkv6(r.view(heads), logw.view(heads), k.view(heads), v.view(heads), self.time_faaaa.to(x.dtype), wkv,
+                      cu_seqlens=packing and packing.cu_seqlens)
+        return self.output(head_norm(y, self.ln_x) * g), v_first, shift, wkv
+
+
+class ChannelMix6(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.time_maa_k, self.time_maa_r = vector(c.n_embd), vector(c.n_embd)
+        self.key, self.value = Linear(c.n_embd, c.dim_ffn), Linear(c.dim_ffn, c.n_embd)
+        self.receptance = Linear(c.n_embd, c.n_embd)
+
+    def forward(self, x, shift, packing):
+        before, shift = token_shift(x, shift, packing)
+        delta = before - x
+        k = self.key(torch.addcmul(x, delta, self.time_maa_k.to(x.dtype)))
+        r = self.receptance(torch.addcmul(x, delta, self.time_maa_r.to(x.dtype)))
+        return torch.sigmoid(r) * self.value(torch.relu(k).square()), shift
+
+
+class Block(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = LayerNorm(c.n_embd)
+        self.ln1, self.ln2 = LayerNorm(c.n_embd), LayerNorm(c.n_embd)
+        self.att = TimeMix7(c) if c.version == "x070" else TimeMix6(c)
+        self.ffn = ChannelMix7(c) if c.version == "x070" else ChannelMix6(c)
+
+    def forward(self, x, v_first, att_shift, ffn_shift, wkv, packing):
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        h, v_first, att_shift, wkv = self.att(self.ln1(x), v_first, att_shift, wkv, packing)
+        x = x + h
+        h, ffn_shift = self.ffn(self.ln2(x), ffn_shift, packing)
+        return x + h, v_first, att_shift, ffn_shift, wkv
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the head, scored without ever holding [B, T, V]
+
+class ScoreTokens(torch.autograd.Function):
+    """h [M, C], head weight [V, C], targets [M] -> logps, entropy, hits, each [M], float32.
+
+    A few rows of logits at a time, recomputed in backward, with z = logits / temperature and p = softmax(z):
+      d logp_y / dz = onehot(y) - p          d entropy / dz = -p (log p + entropy)
+    l2wrap (upstream's L2Wrap, 1e-4): pulls the largest logit down by l2wrap * its value for each unit of d loss / d logp,
+    which keeps logits from drifting in bf16; it changes the gradient and never the loss.
+    """
+
+    @staticmethod
+    def rows(h, weight):  # rows at a time: 16 MB of float32 logits on a CPU, 256 MB on a GPU
+        return max(16, (2 ** 26 if h.is_cuda else 2 ** 22) // len(weight))
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, temperature, l2wrap):
+        w = weight.to(h.dtype)
+        out = []
+        for x, y in zip(h.split(ScoreTokens.rows(h, w)), targets.split(ScoreTokens.rows(h, w))):
+            z = fp32(F.linear(x, w)) / temperature
+            lse = z.logsumexp(-1)
+            target = z.gather(-1, y[:, None])[:, 0]
+            hits = z.argmax(-1) == y
+            entropy = lse - ((z - lse[:, None]).exp_().mul_(z)).sum(-1)
+            out.append((target - lse, entropy, hits, lse))
+        logps, entropy, hits, lse = (torch.cat(t) for t in zip(*out))
+        ctx.save_for_backward(h, weight, targets, lse, entropy)
+        ctx.temperature, ctx.l2wrap = temperature, l2wrap
+        ctx.mark_non_differentiable(hits)
+        ctx.set_materialize_grads(False)
+        return logps, entropy, hits
+
+    @staticmethod
+    def backward(ctx, dlogps, dentropy, _):
+        h, weight, targets, lse, entropy = ctx.saved_tensors
+        w, n = weight.to(h.dtype), ScoreTokens.rows(h, weight)
+        dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(h), n):
+            q = slice(i, i + n)
+            logits = fp32(F.linear(h[q], w))
+            logp = logits / ctx.temperature - lse[q, None]
+            p = logp.exp()
+            dz = torch.zeros_like(p)
+            if dlogps is not None:
+                dz.addcmul_(p, dlogps[q, None], value=-1)
+                dz.scatter_add_(-1, targets[q, None], dlogps[q, None])
+            if dentropy is not None:
+                dz.addcmul_(p, (logp + entropy[q, None]) * dentropy[q, None], value=-1)
+            dz /= ctx.temperature
+            if ctx.l2wrap and dlogps is not None:
+                top, at = logits.max(-1, keepdim=True)
+                dz.scatter_add_(-1, at, -ctx.l2wrap * top * dlogps[q, None])
+            dz = dz.to(h.dtype)
+            if dh is not None:
+                dh[q] = dz @ w
+            if dw is not None:
+                dw += dz.mT @ h[q]
+        return dh, dw, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the network
+
+class RWKV(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.emb = nn.Embedding(c.vocab_size, c.n_embd, _weight=torch.empty(c.vocab_size, c.n_embd))
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+        self.ln_out = LayerNorm(c.n_embd)
+        self.head = Linear(c.n_embd, c.vocab_size)
+        self.compute_dtype = None  # None: the embedding's own
+        self.grad_cp = False       # recompute each block in backward: less memory, about a third more time
+        for name, p in self.named_parameters():
+            if not p.is_meta:
+                init_parameter(name, p.data, c)
+            # the first layer has no layer below to take values from, so these never get a gradient
+            p.requires_grad = name not in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+
+    def zero_state(self, sequences):
+        """The state before the first token, for this many sequences."""
+        c, weight = self.config, self.emb.weight
+        shift = torch.zeros(c.n_layer, sequences, c.n_embd, dtype=self.compute_dtype or weight.dtype, device=weight.device)
+        H = c.n_embd // c.head_size
+        wkv = torch.zeros(c.n_layer, sequences, H, c.head_size, c.head_size, device=weight.device,
+                          dtype=torch.promote_types(weight.dtype, torch.float32))
+        return {"wkv": wkv, "att_shift": shift, "ffn_shift": shift}
+
+    def forward(self, idx, state=None, *, cu_seqlens=None, targets=None, temperature=1.0, l2wrap=0.0, last_only=False):
+        """idx [B, T] integers, T >= 1, state as in the glossary or None for zeros -> (logits [B, T, V], state).
+
+        cu_seqlens [D + 1]: B = 1 and D documents end to end, each with its own state.
+        targets [B, T]: -> (TokenScores, state) of the distribution at this temperature, without [B, T, V] in memory.
+        last_only: logits [B or D, 1, V] of each sequence's last token.
+        """
+        packing = Packing.of(cu_seqlens, idx.device)
+        sequences = len(idx) if packing is None else len(packing.cu_seqlens) - 1
+        state = state or self.zero_state(sequences)
+        x = self.emb(idx).to(self.compute_dtype or self.emb.weight.dtype)
+        v_first, new = None, {"att_shift": [], "ffn_shift": [], "wkv": []}
+        for layer, block in enumerate(self.blocks):
+            args = (x, v_first, state["att_shift"][layer], state["ffn_shift"][layer], state["wkv"][layer], packing)
+            if self.grad_cp and torch.is_grad_enabled():
+                out = checkpoint(block, *args, use_reentrant=False)
+            else:
+                out = block(*args)
+            x, v_first = out[:2]
+            for key, value in zip(new, out[2:]):
+                new[key].append(value)
+        state = {key: torch.stack(values) for key, values in new.items()}
+        if last_only:
+            x = x[:, -1:] if packing is None else x[0, packing.last][:, None]
+        x = self.ln_out(x)
+        if targets is None:
+            return self.head(x), state
+        scores = ScoreTokens.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), temperature, l2wrap)
+        return TokenScores(*(s.view(targets.shape) for s in scores)), state
+
+    def token_logprobs(self, idx, targets, state=None, *, cu_seqlens=None, temperature=1.0):
+        """[B, T] log-probability of each target; for use outside DDP, whose wrapper only sees `forward`."""
+        return self(idx, state, cu_seqlens=cu_seqlens, targets=targets, temperature=temperature)[0].logps
+
+    def param_groups(self, lr, weight_decay):
+        """Upstream's optimiser groups, for torch.optim.AdamW; every trainable parameter is in exactly one.
+
+        x070: w0 learns at twice the rate; x060: time_decay does. Decay only on the large `.weight` matrices: on anything
+        else it is clearly worse (BlinkDL).
+        """
+        groups = {"2x": [], "decay": [], "1x": []}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                twice = "att.w0" in name if self.config.version == "x070" else name.endswith("att.time_decay")
+                matrix = p.squeeze().dim() >= 2 and ".weight" in name
+                groups["2x" if twice else "decay" if matrix and weight_decay > 0 else "1x"].append(p)
+        return [dict(name=name, lr=lr * (2 if name == "2x" else 1), weight_decay=weight_decay if name == "decay" else 0.0,
+                     params=params) for name, params in groups.items() if params]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # weights in and out
+
+    @staticmethod
+    def from_pretrained(path, device="cpu", dtype=torch.float32):
+        """An official x060 or x070 file, `.pth` or `.safetensors`. Version and every dimension come from the tensors.
+
+        Vectors may be 1 x 1 x C or C, layer 0's v0/v1/v2 there or not. What is missing, extra or misshapen is named.
+        Tensors are taken over one by one, so that the peak is about the model's own size.
+        """
+        weights = read_weights(path)
+        config = config_of(weights, path)
+        with torch.device("meta"):
+            model = RWKV(config)
+        missing, misshapen = [], []
+        for name, p in list(model.named_parameters()):
+            module, _, leaf = name.rpartition(".")
+            if name not in weights:
+                if re.fullmatch(r"blocks\.0\.att\.v[012]", name):
+                    weights[name] = init_parameter(name, torch.empty(p.shape), config)
+                else:
+                    missing.append(name)
+                    continue
+            w = weights.pop(name)
+            # only 1-sized axes may differ: [C] and [1, 1, C] are one vector, [C, R] and [R, C] are not one matrix
+            if [n for n in w.shape if n > 1] != [n for n in p.shape if n > 1]:
+                misshapen.append(f"{name} is {list(w.shape)}, expected {list(p.shape)}")
+                continue
+            w = w.to(device=device, dtype=dtype).reshape(p.shape)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(w, requires_grad=p.requires_grad))
+        for what, names in (("missing", missing), ("misshapen", misshapen), ("extra", list(weights))):
+            if names:
+                raise UserError(f"{path}: read as {config.version} with {config.n_layer} layers of width {config.n_embd}, "
+                                f"but {len(names)} tensors are {what}: {'; '.join(names[:5])}"
+                                + (" …" if len(names) > 5 else "") + "; is this a whole, unmodified model file?")
+        return model
+
+    def save_pretrained(self, path, dtype=None):
+        """Official names and shapes, `.pth` or `.safetensors` by the path's ending, atomically. dtype None: as they are."""
+        weights = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in self.named_parameters()}
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import save_file
+            with common.atomic_write(path) as tmp:
+                save_file(weights, tmp)
+        else:
+            common.save_torch(weights, path)
+
+
+def read_weights(path):
+    """{name: tensor} of a `.pth` or `.safetensors` file."""
+    if Path(path).suffix != ".safetensors":
+        weights = common.load_torch(path)
+        if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+            raise UserError(f"{path} is not a file of weights (a flat dict of tensors); "
+                            "last.pt is for resuming, rwkv-*.pth holds weights")
+        return weights
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} cannot be read as safetensors ({e})") from e
+
+
+def config_of(weights, path="the file"):
+    """RWKVConfig from the tensors' names and shapes, never from a table of sizes."""
+    def shape(name, dims):
+        size = weights[name].shape if name in weights else ()
+        if len(size) != dims:
+            raise UserError(f"{path}: {name} is {list(size) if size else 'missing'}, expected {dims} dimensions; "
+                            "is this a whole RWKV-6 or RWKV-7 file?")
+        return size
+    if "blocks.0.att.r_k" in weights:
+        version, heads = "x070", "blocks.0.att.r_k"
+    elif "blocks.0.att.time_maa_w2" in weights:
+        version, heads = "x060", "blocks.0.att.time_faaaa"
+    else:
+        names = ", ".join(list(weights)[:3])
+        raise UserError(f"{path} is neither RWKV-7 (blocks.0.att.r_k) nor RWKV-6 (blocks.0.att.time_maa_w2); it has {names} …")
+    n_layer = 1 + max(int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name))
+    vocab_size, n_embd = shape("emb.weight", 2)
+    n_head, head_size = shape(heads, 2)
+    sizes = dict(dim_ffn=shape("blocks.0.ffn.key.weight", 2)[0])
+    if version == "x070":
+        for field, leaf in (("decay_rank", "w1"), ("iclr_rank", "a1"), ("gate_rank", "g1")):
+            sizes[field] = shape(f"blocks.0.att.{leaf}", 2)[1]
+        v1 = next((f"blocks.{i}.att.v1" for i in range(n_layer) if f"blocks.{i}.att.v1" in weights), None)
+        if v1 or n_layer > 1:  # one layer without it: any rank will do, it is never used
+            sizes["value_rank"] = shape(v1 or "blocks.1.att.v1", 2)[1]
+    else:
+        sizes["mix_rank"] = shape("blocks.0.att.time_maa_w2", 3)[1]
+        sizes["decay_rank"] = shape("blocks.0.att.time_decay_w1", 2)[1]
+    if n_head * head_size != n_embd:
+        raise UserError(f"{path}: {heads} is {n_head} heads of {head_size}, but the width is {n_embd}")
+    return RWKVConfig(version, n_layer, n_embd, vocab_size, head_size, **sizes)
+
+
+@torch.no_grad()
+def init_parameter(name, p, c):
+    """Upstream's initial value for the parameter of this official name, in place; -> p.
+
+    Source: RWKV-LM's RWKV-v7/train_temp (x070) and RWKV-v5 (x060). With l the layer and i the channel:
+    d = i / C, x = i / (C - 1), s = l / (L - 1), q = 1 - l / L.
+    """
+    match_ = re.match(r"blocks\.(\d+)\.(.*)", name)
+    layer, leaf = (int(match_[1]), match_[2]) if match_ else (0, name)
+    C, L, N = c.n_embd, c.n_layer, c.head_size
+    i = torch.arange(C, dtype=torch.float32)
+    d, x, s, q = i / C, i / max(C - 1, 1), layer / max(L - 1, 1), 1 - layer / L
+    z = (i % N - (N - 1) / 2) / max((N - 1) / 2, 1e-9)
+    zigzag = z * z.abs()
+    values = {
+        "att.x_r": lambda: 1 - d ** (0.2 * q), "att.x_w": lambda: 1 - d ** (0.9 * q), "att.x_k": lambda: 1 - d ** (0.7 * q),
+        "att.x_v": lambda: 1 - d ** (0.7 * q), "att.x_a": lambda: 1 - d ** (0.9 * q), "att.x_g": lambda: 1 - d ** (0.2 * q),
+        "att.w0": lambda: -6 + 6 * x ** (1 + s ** 0.3) + 0.5 + 2.5 * zigzag,
+        "att.a0": lambda: -0.19 + 0.3 * zigzag + 0.4 * (x - 0.5),
+        "att.v0": lambda: 0.73 - 0.4 * (x - 0.5),
+        "att.k_k": lambda: 0.71 - 0.1 * (x - 0.5), "att.k_a": lambda: 1.02, "att.r_k": lambda: -0.04,
+        "ffn.x_k": lambda: 1 - d ** (q ** 4),
+        "att.time_maa_x": lambda: 1 - d ** q, "att.time_maa_w": lambda: 1 - d ** q, "att.time_maa_k": lambda: 1 - d ** q,
+        "att.time_maa_v": lambda: 1 - (d ** q + 0.3 * s),
+        "att.time_maa_r": lambda: 1 - d ** (0.5 * q), "att.time_maa_g": lambda: 1 - d ** (0.5 * q),
+        "att.time_decay": lambda: -6 + 5 * x ** (0.7 + 1.3 * s),
+        "att.time_faaaa": lambda: s * (1 - x) + 0.1 * ((i + 1) % 3 - 1),
+        "ffn.time_maa_k": lambda: 1 - d ** (q ** 3), "ffn.time_maa_r": lambda: 1 - d ** (q ** 3),
+        "att.ln_x.weight": lambda: ((1 + layer) / L) ** 0.7,
+    }
+    orthogonal = {"att.receptance.weight": 1, "att.key.weight": 0.1, "att.value.weight": 1, "ffn.key.weight": 1,
+                  "att.gate.weight": 0.1, "head.weight": 0.5 * max(1, c.vocab_size / C) ** 0.5}
+    if leaf in values:
+        value = torch.as_tensor(values[leaf](), dtype=torch.float32)
+        return p.copy_((value if value.dim() else value.expand(p.numel())).reshape(p.shape))
+    if leaf in orthogonal:
+        return nn.init.orthogonal_(p, gain=orthogonal[leaf])
+    if re.fullmatch(r"att\.[wavg]2", leaf):
+        return nn.init.orthogonal_(p, gain=0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+    if leaf in ("att.time_maa_w2", "att.time_decay_w2"):
+        return p.uniform_(-0.01, 0.01)
+    if leaf == "emb.weight":
+        return p.uniform_(-1e-4, 1e-4)
+    if re.fullmatch(r"(.*\.)?ln\w*\.weight", leaf):
+        return p.fill_(1)
+    # norms' biases, first halves of low-rank pairs, and what writes into the residual stream
+    return p.zero_()

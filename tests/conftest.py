@@ -1,0 +1,28 @@
+"""Paths, one thread per process (two-thread runs beside other work are several times slower), and the slow marker."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a proof that takes minutes; runs/test.sh slow")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow proofs, and only them")
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = config.getoption("--slow")
+    for item in items:
+        if ("slow" in item.keywords) != slow:
+            item.add_marker(pytest.mark.skip(reason="runs/test.sh slow" if not slow else "not a slow proof"))

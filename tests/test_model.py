@@ -1,0 +1,281 @@
+"""The network against the official `rwkv` package, and against itself in pieces."""
+import copy
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import UserError
+from conftest import ROOT
+from model import RWKV, RWKVConfig, config_of
+
+SMALL = dict(n_layer=3, n_embd=128, vocab_size=320)
+RANKS = {"x070": dict(decay_rank=24, iclr_rank=40, value_rank=8, gate_rank=56), "x060": dict(mix_rank=16, decay_rank=48)}
+
+
+def random_model(version, seed=0, scale=0.1, **sizes):
+    """A model whose every tensor matters: upstream's start plus noise (at the start most paths are zero)."""
+    torch.manual_seed(seed)
+    model = RWKV(RWKVConfig(version, **{**SMALL, **sizes}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += torch.randn_like(p) * (0.02 if p.dim() == 2 and ".weight" in name else scale)
+    return model
+
+
+@pytest.fixture(scope="module")
+def official():
+    """rwkv.model.RWKV, importable once the environment says which code paths to take."""
+    os.environ.update(RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
+
+    def load(path, v7):
+        os.environ["RWKV_V7_ON"] = "1" if v7 else "0"
+        for name in [m for m in sys.modules if m.startswith("rwkv")]:
+            del sys.modules[name]
+        from rwkv.model import RWKV as Official
+        return Official(model=str(path).removesuffix(".pth"), strategy="cpu fp32")
+    return load
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+@pytest.mark.parametrize("layer0", ["with", "without"])
+def test_logits_equal_the_official_package(version, layer0, official, tmp_path):
+    """Whole, in pieces and token by token; ranks that no table holds; layer 0 with and without v0, v1, v2."""
+    if version == "x060" and layer0 == "without":
+        pytest.skip("RWKV-6 has no value residual")
+    model = random_model(version, **RANKS[version])
+    path = tmp_path / "m.pth"
+    weights = model.state_dict()
+    if layer0 == "without":
+        weights = {k: w for k, w in weights.items() if not re.match(r"blocks\.0\.att\.v[012]", k)}
+    torch.save(weights, path)
+    theirs = official(path, version == "x070")
+    ours = RWKV.from_pretrained(path)
+    idx = torch.randint(0, 320, (70,), generator=torch.Generator().manual_seed(1))
+    want = theirs.forward(idx.tolist(), None, full_output=True)[0]
+    state, steps = None, []
+    for token in idx.tolist():
+        logits, state = theirs.forward([token], state)
+        steps.append(logits)
+    for reference in (want, torch.stack(steps)):
+        bound = 2e-4 * reference.std()
+        whole, end = ours(idx[None])
+        pieces, s = [], None
+        for i, j in ((0, 1), (1, 34), (34, 70)):
+            logits, s = ours(idx[None, i:j], s)
+            pieces.append(logits)
+        single, s1 = [], None
+        for t in range(70):
+            logits, s1 = ours(idx[None, t:t + 1], s1)
+            single.append(logits)
+        for got in (whole, torch.cat(pieces, 1), torch.cat(single, 1)):
+            assert (got[0] - reference).abs().max() < bound
+        for key in end:
+            for other in (s, s1):
+                torch.testing.assert_close(end[key], other[key], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_packed_documents_equal_each_alone(version):
+    model = random_model(version).double()
+    idx = torch.randint(0, 320, (1, 60))
+    borders = [0, 7, 7, 40, 41, 60]
+    start = {k: torch.randn_like(v) for k, v in model.zero_state(5).items()}
+    packed, end = model(idx, start, cu_seqlens=borders)
+    for d, (i, j) in enumerate(zip(borders, borders[1:])):
+        one = {k: v[:, d:d + 1] for k, v in start.items()}
+        if i < j:
+            alone, one = model(idx[:, i:j], one)
+            torch.testing.assert_close(packed[:, i:j], alone, atol=1e-11, rtol=1e-9)
+        for key in end:  # an empty document hands its state through
+            torch.testing.assert_close(end[key][:, d:d + 1], one[key], atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_batch_mates_and_later_tokens_change_nothing(version):
+    model = random_model(version).double()
+    idx = torch.randint(0, 320, (3, 40))
+    logits = model(idx)[0]
+    other = idx.clone()
+    other[1:], other[0, 25:] = 5, 7
+    torch.testing.assert_close(model(other)[0][0, :25], logits[0, :25], atol=1e-12, rtol=1e-10)
+    last = model(idx, last_only=True)[0]
+    torch.testing.assert_close(last, logits[:, -1:], atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_scores_equal_log_softmax_and_its_gradients(temperature, monkeypatch):
+    import model as m
+    monkeypatch.setattr(m.ScoreTokens, "rows", staticmethod(lambda h, w: 7))  # several pieces, the last one short
+    model = random_model("x070").double()
+    idx = torch.randint(0, 320, (2, 31))
+    weight = torch.randn(2, 2, 30, dtype=torch.float64)
+
+    def grads(scores):
+        loss = (scores[0] * weight[0]).sum() + (scores[1] * weight[1]).sum()
+        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    logp = (model(idx[:, :-1])[0] / temperature).log_softmax(-1)
+    want = logp.gather(-1, idx[:, 1:, None])[..., 0], -(logp.exp() * logp).sum(-1)
+    got, _ = model(idx[:, :-1], targets=idx[:, 1:], temperature=temperature)
+    torch.testing.assert_close(got.logps, want[0], atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(got.entropy, want[1], atol=1e-10, rtol=1e-10)
+    assert torch.equal(got.hits, logp.argmax(-1) == idx[:, 1:])
+    for a, b in zip(grads(got), grads(want)):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
+    assert torch.equal(model.token_logprobs(idx[:, :-1], idx[:, 1:], temperature=temperature), got.logps)
+
+
+def test_l2wrap_adds_upstreams_gradient_and_leaves_the_loss():
+    """Upstream: d loss / d logits at the arg-max += max logit * 1e-4 / (B T), for the mean loss, scaled with it."""
+    model = random_model("x070").double()
+    idx = torch.randint(0, 320, (2, 21))
+    plain = -model.token_logprobs(idx[:, :-1], idx[:, 1:]).mean()
+    wrapped = -model(idx[:, :-1], targets=idx[:, 1:], l2wrap=1e-4)[0].logps.mean()
+    assert torch.equal(plain, wrapped)
+    logits = model(idx[:, :-1])[0]
+    # 0.5e-4 max^2 / (B T) has exactly that gradient
+    explicit = plain + (0.5e-4 * logits.max(-1).values ** 2).mean()
+    params = [p for p in model.parameters() if p.requires_grad]
+    for a, b in zip(torch.autograd.grad(0.25 * wrapped, params), torch.autograd.grad(0.25 * explicit, params)):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-8)
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_gradient_checkpointing_changes_no_gradient(version):
+    model = random_model(version)
+    idx = torch.randint(0, 320, (2, 33))
+
+    def grads():
+        loss = -model(idx[:, :-1], targets=idx[:, 1:])[0].logps.mean()
+        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    plain = grads()
+    model.grad_cp = True
+    for a, b in zip(plain, grads()):
+        assert torch.equal(a, b)
+
+
+def test_gradient_through_the_state_equals_finite_differences():
+    model = random_model("x070", n_layer=2).double()
+    idx = torch.randint(0, 320, (1, 10))
+    state = {k: torch.randn_like(v).requires_grad_() for k, v in model.zero_state(1).items()}
+
+    def loss(state):
+        half, state = model(idx[:, :4], state)  # through a border between two pieces
+        return half.square().mean() + model.token_logprobs(idx[:, 4:-1], idx[:, 5:], state).sum()
+    grads = torch.autograd.grad(loss(state), list(state.values()))
+    for (key, value), grad in zip(state.items(), grads):
+        direction = torch.randn_like(value)
+        h = 1e-5
+        up, down = ({**state, key: value + sign * h * direction} for sign in (1, -1))
+        numeric = (loss(up) - loss(down)) / (2 * h)
+        torch.testing.assert_close((grad * direction).sum(), numeric, atol=1e-7, rtol=1e-6)
+
+
+def test_bf16_compute_over_fp32_weights():
+    model = random_model("x070")
+    idx = torch.randint(0, 320, (2, 20))
+    exact = model(idx)[0]
+    model.compute_dtype = torch.bfloat16
+    logits, state = model(idx)
+    assert logits.dtype == torch.bfloat16 and state["wkv"].dtype == torch.float32
+    assert (logits.float() - exact).norm() < 0.05 * exact.norm()
+    (-model.token_logprobs(idx[:, :-1], idx[:, 1:]).mean()).backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_save_and_load_is_exact_and_finds_every_dimension(version, suffix, tmp_path):
+    model = random_model(version, **RANKS[version], dim_ffn=96)
+    model.save_pretrained(tmp_path / f"m{suffix}")
+    again = RWKV.from_pretrained(tmp_path / f"m{suffix}")
+    assert again.config == model.config
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters()):
+        assert torch.equal(a, b) and a.requires_grad == b.requires_grad, name
+    model.save_pretrained(tmp_path / f"half{suffix}", dtype=torch.bfloat16)
+    half = RWKV.from_pretrained(tmp_path / f"half{suffix}")
+    assert half.emb.weight.dtype == torch.float32
+    assert torch.equal(half.emb.weight, model.emb.weight.bfloat16().float())
+
+
+def test_squeezed_vectors_load(tmp_path):
+    model = random_model("x070")
+    torch.save({k: w.squeeze() for k, w in model.state_dict().items()}, tmp_path / "m.pth")
+    assert torch.equal(RWKV.from_pretrained(tmp_path / "m.pth").blocks[1].att.x_r, model.blocks[1].att.x_r)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda w: w.pop("blocks.1.att.w1"), ["missing", "blocks.1.att.w1"]),
+    (lambda w: w.update({"blocks.1.att.extra": torch.zeros(3)}), ["extra", "blocks.1.att.extra"]),
+    (lambda w: w.update({"blocks.2.ffn.key.weight": torch.zeros(7, 128)}), ["misshapen", "blocks.2.ffn.key.weight", "[7, 128]"]),
+    (lambda w: w.update({"blocks.2.att.w1": w["blocks.2.att.w1"].T.contiguous()}), ["misshapen", "blocks.2.att.w1"]),
+    (lambda w: w.pop("emb.weight"), ["emb.weight"]),
+    (lambda w: [w.pop(k) for k in list(w) if "att.r_k" in k], ["neither RWKV-7"]),
+])
+def test_damaged_files_are_named(damage, words, tmp_path):
+    weights = random_model("x070").state_dict()
+    damage(weights)
+    torch.save(weights, tmp_path / "m.pth")
+    with pytest.raises(UserError) as e:
+        RWKV.from_pretrained(tmp_path / "m.pth")
+    for word in [*words, "m.pth"]:
+        assert word in str(e.value)
+
+
+def test_truncated_and_foreign_files_are_named(tmp_path):
+    path = tmp_path / "m.pth"
+    random_model("x070").save_pretrained(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="m.pth cannot be read"):
+        RWKV.from_pretrained(path)
+    torch.save({"step": 3}, path)
+    with pytest.raises(UserError, match="not a file of weights"):
+        RWKV.from_pretrained(path)
+    with pytest.raises(UserError, match="nowhere.pth does not exist"):
+        RWKV.from_pretrained(tmp_path / "nowhere.pth")
+
+
+def test_width_must_be_whole_heads():
+    with pytest.raises(UserError, match="n_embd=100.*head_size=64.*128"):
+        RWKVConfig(n_embd=100)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+@pytest.mark.parametrize("suffix, dtype", [(".pth", "float32"), (".pth", "bfloat16"), (".safetensors", "float32"),
+                                           (".safetensors", "bfloat16")])
+def test_loading_peaks_below_1_6_times_the_model(suffix, dtype, tmp_path):
+    """In a fresh process: growth of its peak resident memory over the model's size in float32."""
+    torch.manual_seed(0)
+    model = RWKV(RWKVConfig(n_layer=6, n_embd=512, vocab_size=16384))
+    model.save_pretrained(tmp_path / f"m{suffix}", dtype=getattr(torch, dtype))
+    size = 4 * sum(p.numel() for p in model.parameters())
+    code = f"""
+import re, torch
+from model import RWKV
+import safetensors.torch
+def peak():  # VmHWM, not ru_maxrss: the latter starts at the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+torch.zeros(10) @ torch.zeros(10)
+before = peak()
+m = RWKV.from_pretrained({str(tmp_path / f'm{suffix}')!r})
+total = sum(float(p.sum()) for p in m.parameters())  # touch everything
+print(peak() - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    print(f"{suffix} {dtype}: {grown / size:.2f} x the model")
+    assert 0.5 * size < grown < 1.6 * size
+
+
+def test_official_sizes_follow_the_rule_for_new_models():
+    assert (lambda c: (c.decay_rank, c.iclr_rank, c.value_rank, c.gate_rank, c.dim_ffn))(RWKVConfig()) == (64, 64, 32, 128, 3072)
+    c = RWKVConfig("x070", 1, 2048)
+    assert (c.decay_rank, c.iclr_rank, c.value_rank, c.gate_rank) == (128, 128, 64, 224)
+    assert RWKVConfig("x060", 1, 2560).dim_ffn == 8960
+    weights = {k: w for k, w in random_model("x070").state_dict().items()}
+    assert config_of(copy.copy(weights)).n_layer == 3

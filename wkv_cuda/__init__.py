@@ -1,0 +1,94 @@
+"""WKV-6 and WKV-7, the recurrences of RWKV-6 (x060) and RWKV-7 (x070).
+
+Shapes: B rows, T time, H heads, N head size; r k v a b [B, T, H, N]; logw = log of the decay, <= 0, same shape;
+u [H, N]; state [B, H, N, N], rows = value, columns = key. Packed: B = 1, `cu_seqlens` [D + 1] gives the borders of D
+documents laid end to end, state [D, H, N, N]; a document of length 0 passes its state through.
+
+`naive` below is the specification. The other forms agree with it to rounding:
+  "chunked"   PyTorch matrix products over chunks of tokens, any device (chunked.py)
+  "cuda_seq"  one CUDA thread block per sequence and head, built at first use (cuda_seq.py)
+"""
+import torch
+
+from . import chunked, cuda_seq
+
+BACKENDS = ("naive", "chunked", "cuda_seq")
+
+
+def wkv7(r, logw, k, v, a, b, state=None, *, cu_seqlens=None, backend=None):
+    """RWKV-7:  S <- S diag(w) + (S a) b' + v k';  y = S r, read after the update.  (arXiv 2503.14456, section 3)
+
+    Returns (y [B, T, H, N] in r's dtype, state [B or D, H, N, N] in float32, or float64 for float64 inputs); both carry
+    gradients, also to the initial state. `backend`: one of BACKENDS, or None for the fastest that fits.
+    ValueError on shapes that do not fit together.
+    """
+    state = _check(r, (logw, k, v, a, b), state, cu_seqlens)
+    return _run(7, backend, (r, logw, k, v, a, b), state, cu_seqlens)
+
+
+def wkv6(r, logw, k, v, u, state=None, *, cu_seqlens=None, backend=None):
+    """RWKV-6:  y = (S + v (u * k)') r, read before the update;  S <- S diag(w) + v k'.  (arXiv 2404.05892, section 4)
+
+    u [H, N]; the rest as in wkv7. The decay has no lower bound.
+    """
+    state = _check(r, (logw, k, v), state, cu_seqlens)
+    if u.shape != r.shape[2:]:
+        raise ValueError(f"u is {tuple(u.shape)}, expected [H, N] = {tuple(r.shape[2:])}")
+    return _run(6, backend, (r, logw, k, v, u), state, cu_seqlens)
+
+
+def _check(r, others, state, cu_seqlens):
+    """Shapes; -> the state, zeros where None was given."""
+    B, T, H, N = r.shape
+    for x in others:
+        if x.shape != r.shape:
+            raise ValueError(f"expected every input to be [B, T, H, N] = {tuple(r.shape)} like r, got {tuple(x.shape)}")
+    if cu_seqlens is not None:
+        borders = torch.as_tensor(cu_seqlens).tolist()
+        if B != 1 or borders[0] != 0 or borders[-1] != T or any(i > j for i, j in zip(borders, borders[1:])):
+            raise ValueError(f"cu_seqlens wants B = 1 and borders rising from 0 to T = {T}; got B = {B}, {borders[:8]}…")
+        B = len(borders) - 1
+    if state is None:
+        return r.new_zeros(B, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32))
+    if state.shape != (B, H, N, N):
+        raise ValueError(f"state is {tuple(state.shape)}, expected [sequences, H, N, N] = {(B, H, N, N)}")
+    return state
+
+
+def _run(version, backend, inputs, state, cu_seqlens):
+    r = inputs[0]
+    if backend is None:
+        fits = r.is_cuda and r.shape[-1] == 64 and r.dtype != torch.float64 and cuda_seq.unavailable() is None
+        backend = "cuda_seq" if fits else "naive" if r.shape[1] == 1 else "chunked"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "cuda_seq" and cuda_seq.unavailable():
+        raise RuntimeError(f"backend 'cuda_seq': {cuda_seq.unavailable()}")
+    if backend == "naive":
+        return naive(version, inputs, state, cu_seqlens)
+    module = cuda_seq if backend == "cuda_seq" else chunked
+    return (module.wkv7 if version == 7 else module.wkv6)(*inputs, state, cu_seqlens)
+
+
+def naive(version, inputs, state, cu_seqlens):
+    """The specification: one loop over T, vectorised over batch and heads. Autograd keeps every state."""
+    if cu_seqlens is not None:
+        borders = torch.as_tensor(cu_seqlens).tolist()
+        pieces = [naive(version, [x if x.dim() == 2 else x[:, i:j] for x in inputs], state[d:d + 1], None)
+                  for d, (i, j) in enumerate(zip(borders, borders[1:]))]
+        return torch.cat([y for y, _ in pieces], 1), torch.cat([S for _, S in pieces])
+    dtype, S, ys = torch.promote_types(inputs[0].dtype, torch.float32), state, []
+    if version == 7:
+        r, logw, k, v, a, b = [x.to(dtype) for x in inputs]
+        for t in range(r.shape[1]):
+            Sa = S @ a[:, t, :, :, None]                                                      # [B, H, N, 1]
+            S = S * logw[:, t].exp()[:, :, None] + Sa * b[:, t, :, None] + v[:, t, ..., None] * k[:, t, :, None]
+            ys.append((S @ r[:, t, :, :, None])[..., 0])                                      # [B, H, N]
+    else:
+        r, logw, k, v, u = [x.to(dtype) for x in inputs]
+        for t in range(r.shape[1]):
+            vk = v[:, t, ..., None] * k[:, t, :, None]                                        # [B, H, N, N]
+            ys.append(((S + u[:, None] * vk) @ r[:, t, :, :, None])[..., 0])
+            S = S * logw[:, t].exp()[:, :, None] + vk
+    y = torch.stack(ys, 1) if ys else torch.zeros_like(r)
+    return y.to(inputs[0].dtype), S

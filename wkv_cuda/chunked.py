@@ -1,0 +1,301 @@
+"""The recurrences in chunks of L tokens: a few batched matrix products instead of T dependent steps.
+
+Plain PyTorch, any device, float32 inside (float64 for float64 inputs). Forward and backward are written out, so that
+memory is the inputs plus one state per chunk, and nothing grows with T x N x N.
+
+Shapes: Q chunk-heads (chunks of all sequences times heads), L tokens, N head size. A chunk step i of every sequence
+stands together, longest sequence first, so that the state pass is a loop over contiguous slices; a padded token has
+logw = 0 and r = k = v = a = b = 0, which leaves the state as it is.
+"""
+import torch
+import torch.nn.functional as F
+
+MAX_EXPONENT = 60.0  # of the decay factors inside a chunk: exp(60)^2 < 3.4e38, the largest float32
+SEGMENT = {"cpu": 48, "other": 4096}  # chunk-heads worked on at a time
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokens <-> chunks
+
+class Chunks:
+    """Where the tokens of B rows, or of the D documents of one packed row, lie in chunks.
+
+    alive[i]: how many sequences have an i-th chunk. order: sequence of each slot, longest first.
+    index [n_chunks, L]: token of each place, T for padding (packed rows only; whole rows are a view).
+    """
+
+    def __init__(self, B, T, cu_seqlens, L, device):
+        self.B, self.T, self.L, self.device, self.packed = B, T, L, device, cu_seqlens is not None
+        if not self.packed:
+            n = -(-T // L)
+            self.alive, self.order = [B] * n, None
+            return
+        starts = torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
+        lengths = starts.diff()
+        order = torch.argsort(lengths, descending=True, stable=True)
+        n = -(-lengths[order] // L)
+        self.alive = [int((n > i).sum()) for i in range(int(n.max()) if len(n) else 0)]
+        first = torch.cat([starts[order[:m]] + i * L for i, m in enumerate(self.alive)] or [starts[:0]])
+        end = torch.cat([starts[1:][order[:m]] for m in self.alive] or [starts[:0]])
+        index = first[:, None] + torch.arange(L)
+        index = index.masked_fill(index >= end[:, None], T)
+        back = torch.empty(T + 1, dtype=torch.int64)
+        back[index.flatten()] = torch.arange(index.numel())
+        self.order, self.index, self.back = order.to(device), index.flatten().to(device), back[:T].to(device)
+
+    def split(self, x):
+        """[B, T, H, N] -> [Q, L, N]"""
+        B, T, H, N = x.shape
+        if self.packed:
+            x = torch.cat([x[0], x.new_zeros(1, H, N)])[self.index].view(-1, self.L, H, N).transpose(1, 2)
+        else:
+            x = F.pad(x, (0, 0, 0, 0, 0, -T % self.L)).view(B, -1, self.L, H, N).permute(1, 0, 3, 2, 4)
+        return x.reshape(-1, self.L, N).contiguous()
+
+    def join(self, x, H):
+        """[Q, L, N] -> [B, T, H, N]"""
+        N = x.shape[-1]
+        if self.packed:
+            return x.view(-1, H, self.L, N).transpose(1, 2).reshape(-1, H, N)[self.back][None]
+        x = x.view(-1, self.B, H, self.L, N).permute(1, 0, 3, 2, 4)
+        return x.reshape(self.B, -1, H, N)[:, :self.T]
+
+    def sort(self, state):
+        return state if self.order is None else state[self.order]
+
+    def unsort(self, state):
+        return state if self.order is None else torch.empty_like(state).index_copy(0, self.order, state)
+
+    def segments(self, H):
+        """Consecutive chunk steps, [[(first chunk-head, end), …], …], enough of them for a good matrix product and few
+        enough that a segment's temporaries stay in the cache (measured: twice as fast as all chunks at once)."""
+        ends = torch.tensor([0] + self.alive).cumsum(0) * H
+        segments, enough = [[]], SEGMENT[self.device.type] if self.device.type in SEGMENT else SEGMENT["other"]
+        for step in zip(ends[:-1].tolist(), ends[1:].tolist()):
+            if segments[-1] and step[1] - segments[-1][0][0] > enough:
+                segments.append([])
+            segments[-1].append(step)
+        return [s for s in segments if s]
+
+
+def suffix_sum(x):
+    """x_t + x_{t+1} + … along the tokens of a chunk: [Q, L, N]"""
+    return x.flip(1).cumsum(1).flip(1)
+
+
+def unit_lower_inverse(A):
+    """(I - A)^-1 of strictly lower triangular A [Q, L, L], L a power of two, by doubling blocks of true inverses:
+    [[M1, 0], [M2 A21 M1, M2]]. Bounded where the Neumann product I + A + A^2 … is not (repeated keys)."""
+    Q, L = A.shape[:2]
+    # L (L + 1) numbers a matrix, the last L unused: then the diagonal blocks of all matrices are one evenly spaced batch
+    M, A_ = A.new_zeros(Q, L * (L + 1)), A.new_empty(Q, L * (L + 1))
+    M[:, :L * L:L + 1] = 1
+    A_[:, :L * L].view(Q, L, L).copy_(A)
+    n = 1
+    while n < L:
+        size, stride, below = (Q * L // (2 * n), n, n), (2 * n * (L + 1), L, 1), n * L
+        M1, M2, M21 = (M.as_strided(size, stride, at) for at in (0, below + n, below))
+        A21 = A_.as_strided(size, stride, below)
+        M21.copy_(torch.bmm(M2, torch.bmm(A21, M1)) if n > 1 else A21)
+        n *= 2
+    return M[:, :L * L].view(Q, L, L)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WKV-7
+
+def _intra7(r, logw, k, a, b):
+    """What a chunk can know without its incoming state, decays referred to the chunk's middle.
+
+    With c the cumulative log decay and m its value in the middle: AR = [a exp(c_prev - m); r exp(c - m)] and
+    BK = [b; k] exp(m - c), both [Q, 2L, N]; G = their scores, causal, [Q, 2L, 2L]; M = (I - A_ab)^-1.
+    """
+    L = r.shape[1]
+    c = logw.cumsum(1)
+    mid = c[:, (L - 1) // 2, None]
+    Ec, En = (c - mid).exp(), (mid - c).exp()
+    Ep = (c - logw - mid).exp()
+    AR, BK = torch.cat([a * Ep, r * Ec], 1), torch.cat([b * En, k * En], 1)
+    G = AR @ BK.mT
+    causal = torch.ones(L, L, dtype=G.dtype, device=G.device).tril()
+    mask = torch.cat([(causal - torch.eye(L, dtype=G.dtype, device=G.device)).repeat(1, 2), causal.repeat(1, 2)])
+    G *= mask
+    M = unit_lower_inverse(G[:, :L, :L])
+    return Ec, En, Ep, mid.exp(), (c[:, -1:] - mid).exp(), AR, BK, G, mask, M
+
+
+class Chunked7(torch.autograd.Function):
+    """r logw k v a b [Q, L, N], state [D, H, N, N] sorted, segments -> y [Q, L, N], state. Formulas: in a chunk, with
+    Sc = S exp(m):  U = M (A Sc' + A_ak V),  Y = R Sc' + A_rb U + A_rk V,  S <- (Sc + U'B + V'K) exp(c_L - m)."""
+
+    @staticmethod
+    def forward(ctx, r, logw, k, v, a, b, state, segments):
+        L, N = r.shape[1:]
+        y, U, Sc = torch.empty_like(r), torch.empty_like(r), r.new_empty(len(r), N, N)
+        S = state.flatten(0, 1).clone()
+        for steps in segments:
+            q = slice(steps[0][0], steps[-1][1])
+            Ec, En, Ep, e_mid, e_end, AR, BK, G, mask, M = _intra7(r[q], logw[q], k[q], a[q], b[q])
+            WA = M @ AR[:, :L]
+            UV = torch.cat([M @ (G[:, :L, L:] @ v[q]), v[q]], 1)
+            for i, j in steps:
+                n, p = j - i, slice(i - q.start, j - q.start)
+                torch.mul(S[:n], e_mid[p], out=Sc[i:j])
+                UV[p, :L].baddbmm_(WA[p], Sc[i:j].mT)
+                torch.baddbmm(Sc[i:j], UV[p].mT, BK[p], out=S[:n]).mul_(e_end[p])
+            U[q] = UV[:, :L]
+            torch.baddbmm(G[:, L:] @ UV, AR[:, L:], Sc[q].mT, out=y[q])
+        ctx.save_for_backward(r, logw, k, v, a, b, U, Sc)
+        ctx.segments = segments
+        return y, S.view_as(state)
+
+    @staticmethod
+    def backward(ctx, dy, dstate):
+        r, logw, k, v, a, b, U, Sc = ctx.saved_tensors
+        L = r.shape[1]
+        dr, dlogw, dk, dv, da, db = [torch.empty_like(r) for _ in range(6)]
+        dS = dstate.flatten(0, 1).clone()
+        for steps in reversed(ctx.segments):
+            q = slice(steps[0][0], steps[-1][1])
+            Ec, En, Ep, e_mid, e_end, AR, BK, G, mask, M = _intra7(r[q], logw[q], k[q], a[q], b[q])
+            WAR = torch.cat([M @ AR[:, :L], AR[:, L:]], 1)
+            UV, D = torch.cat([U[q], v[q]], 1), torch.empty_like(Sc[q])
+            dZY = torch.cat([G[:, L:, :L].mT @ dy[q], dy[q]], 1)  # rows: dU (dZ = M'dU after the loop), dY
+            for i, j in reversed(steps):
+                n, p = j - i, slice(i - q.start, j - q.start)
+                torch.mul(dS[:n], e_end[p], out=D[p])
+                dZY[p, :L].baddbmm_(BK[p, :L], D[p].mT)
+                torch.baddbmm(D[p], dZY[p].mT, WAR[p], out=dS[:n]).mul_(e_mid[p])
+            dZY[:, :L] = M.mT @ dZY[:, :L]
+            torch.baddbmm(G[:, :, L:].mT @ dZY, BK[:, L:], D.mT, out=dv[q])
+            dG = (dZY @ UV.mT).mul_(mask)
+            dAR = torch.baddbmm(dZY @ Sc[q], dG, BK)
+            UVD = UV @ D
+            dBK = torch.baddbmm(UVD, dG.mT, AR)
+            for grad, d, e in ((da, dAR[:, :L], Ep), (dr, dAR[:, L:], Ec), (db, dBK[:, :L], En), (dk, dBK[:, L:], En)):
+                torch.mul(d, e, out=grad[q])
+            # every factor depends on c through its exponent; the chunk's end carries what all later tokens need
+            dAR *= AR
+            dc = dAR[:, L:] - (BK * dBK).view(-1, 2, L, BK.shape[-1]).sum(1)
+            dc[:, :-1] += dAR[:, 1:L]
+            dc[:, -1] += (Sc[q] * D).sum(1) + (BK * UVD).sum(1)
+            dlogw[q] = suffix_sum(dc)
+        return dr, dlogw, dk, dv, da, db, dS.view_as(dstate), None
+
+
+def wkv7(r, logw, k, v, a, b, state, cu_seqlens, L=32):
+    """The arguments of wkv_cuda.wkv7, state given; -> (y in r's dtype, state)."""
+    B, T, H, N = r.shape
+    dtype = torch.promote_types(r.dtype, torch.float32)
+    logw = logw.to(dtype).clamp(min=-MAX_EXPONENT)
+    # centred factors reach exp(L/2 * fastest decay); RWKV-7's own bound, 0.6065, allows chunks of 128
+    fastest = -logw.detach().amin().item() if T else 0.0
+    while L > 1 and (fastest * L / 2 > MAX_EXPONENT or L // 2 >= T):
+        L //= 2
+    chunks = Chunks(B, T, cu_seqlens, L, r.device)
+    split = [chunks.split(x.to(dtype)) for x in (r, logw, k, v, a, b)]
+    y, S = Chunked7.apply(*split, chunks.sort(state.to(dtype)), chunks.segments(H))
+    return chunks.join(y, H).to(r.dtype), chunks.unsort(S).to(state.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WKV-6: no inverse, but a decay without a lower bound, so no single reference point keeps the factors in range
+
+def _levels6(r, logw, k):
+    """Scores r_i k_j exp(decay from j to i) of all pairs i > j in a chunk, by hierarchical midpoints: for n = L/2 … 1
+    the lower left n x n quadrant of every 2n block refers its decays to the block's middle. Both factors are then <= 1
+    however fast the decay, and each exponent is a sum over its own tokens, never a difference of two large sums.
+
+    Yields (n, R', K', exponential of R', of K'), each [Q L / 2n, n, N]."""
+    Q, L, N = r.shape
+    n = L // 2
+    while n:
+        R, W, K = (x.view(-1, 2 * n, N) for x in (r, logw, k))
+        before = F.pad(W[:, n:-1], (0, 0, 1, 0)).cumsum(1).exp()              # tokens n .. i-1
+        after = suffix_sum(F.pad(W[:, 1:n], (0, 0, 0, 1))).exp()              # tokens j+1 .. n-1
+        yield n, R[:, n:] * before, K[:, :n] * after, before, after
+        n //= 2
+
+
+def _quadrants(A, n):
+    """[Q, L, L] -> view [Q, L / 2n, n, n] of the lower left quadrants of its diagonal 2n blocks."""
+    Q, L = A.shape[:2]
+    return A.view(Q, L // (2 * n), 2 * n, L // (2 * n), 2 * n).diagonal(0, 1, 3).movedim(-1, 1)[..., n:, :n]
+
+
+class Chunked6(torch.autograd.Function):
+    """r logw k v [Q, L, N], u [Q, 1, N], state [D, H, N, N] sorted, segments -> y, state. With c the cumulative log
+    decay, A the scores and d = r . (u k):  Y = (R exp(c_prev)) S' + (A + diag d) V;  S <- S exp(c_L) + V' K exp(c_L - c)."""
+
+    @staticmethod
+    def forward(ctx, r, logw, k, v, u, state, segments):
+        L, N = r.shape[1:]
+        y, S0 = torch.empty_like(r), r.new_empty(len(r), N, N)
+        S = state.flatten(0, 1).clone()
+        for steps in segments:
+            q = slice(steps[0][0], steps[-1][1])
+            from_start, to_end = _decays6(logw[q])
+            A = torch.diag_embed((r[q] * u[q] * k[q]).sum(-1))
+            for n, R, K, _, _ in _levels6(r[q], logw[q], k[q]):
+                _quadrants(A, n).copy_((R @ K.mT).view(len(A), -1, n, n))
+            P, new = logw[q].sum(1, keepdim=True).exp(), v[q].mT @ (k[q] * to_end)
+            for i, j in steps:
+                m, p = j - i, slice(i - q.start, j - q.start)
+                S0[i:j] = S[:m]
+                torch.addcmul(new[p], S0[i:j], P[p], out=S[:m])
+            torch.baddbmm(A @ v[q], r[q] * from_start, S0[q].mT, out=y[q])
+        ctx.save_for_backward(r, logw, k, v, u, S0)
+        ctx.segments = segments
+        return y, S.view_as(state)
+
+    @staticmethod
+    def backward(ctx, dy, dstate):
+        r, logw, k, v, u, S0 = ctx.saved_tensors
+        L = r.shape[1]
+        dr, dlogw, dk, dv, du = (torch.empty_like(x) for x in (r, r, r, r, u))
+        dS = dstate.flatten(0, 1).clone()
+        for steps in reversed(ctx.segments):
+            q = slice(steps[0][0], steps[-1][1])
+            from_start, to_end = _decays6(logw[q])
+            P, D = logw[q].sum(1, keepdim=True).exp(), torch.empty_like(S0[q])
+            new = dy[q].mT @ (r[q] * from_start)
+            for i, j in reversed(steps):
+                m, p = j - i, slice(i - q.start, j - q.start)
+                D[p] = dS[:m]
+                torch.addcmul(new[p], D[p], P[p], out=dS[:m])
+            vD = v[q] @ D
+            rho, kappa = (dy[q] @ S0[q]).mul_(from_start), vD * to_end     # gradients of r and k without the bonus
+            A, dA = torch.diag_embed((r[q] * u[q] * k[q]).sum(-1)), dy[q] @ v[q].mT
+            for n, R, K, before, after in _levels6(r[q], logw[q], k[q]):
+                _quadrants(A, n).copy_((R @ K.mT).view(len(A), -1, n, n))
+                dA21 = _quadrants(dA, n).reshape(-1, n, n)
+                rho.view(-1, 2 * n, rho.shape[-1])[:, n:] += (dA21 @ K).mul_(before)
+                kappa.view(-1, 2 * n, rho.shape[-1])[:, :n] += (dA21.mT @ R).mul_(after)
+            torch.baddbmm(A.mT @ dy[q], k[q] * to_end, D.mT, out=dv[q])
+            delta = dA.diagonal(0, 1, 2)[..., None]                        # dy_t . v_t  [Q, L, 1]
+            torch.addcmul(rho, delta, u[q] * k[q], out=dr[q])
+            torch.addcmul(kappa, delta, u[q] * r[q], out=dk[q])
+            du[q] = (delta * r[q] * k[q]).sum(1, keepdim=True)
+            dc = -k[q] * kappa
+            dc[:, :-1] += (r[q] * rho)[:, 1:]
+            dc[:, -1] += (D * S0[q]).sum(1) * P[:, 0] + (k[q] * to_end * vD).sum(1)
+            dlogw[q] = suffix_sum(dc)
+        return dr, dlogw, dk, dv, du, dS.view_as(dstate), None
+
+
+def _decays6(logw):
+    """exp of the log decays summed over the tokens before t, and over those after t, in its chunk: [Q, L, N] each."""
+    return (F.pad(logw[:, :-1], (0, 0, 1, 0)).cumsum(1).exp(), suffix_sum(F.pad(logw[:, 1:], (0, 0, 0, 1))).exp())
+
+
+def wkv6(r, logw, k, v, u, state, cu_seqlens, L=32):
+    """The arguments of wkv_cuda.wkv6, state given; -> (y in r's dtype, state)."""
+    B, T, H, N = r.shape
+    dtype = torch.promote_types(r.dtype, torch.float32)
+    while L > 1 and L // 2 >= T:
+        L //= 2
+    chunks = Chunks(B, T, cu_seqlens, L, r.device)
+    split = [chunks.split(x.to(dtype)) for x in (r, logw, k, v)]
+    u = u.to(dtype).repeat(len(split[0]) // H, 1)[:, None]
+    y, S = Chunked6.apply(*split, u, chunks.sort(state.to(dtype)), chunks.segments(H))
+    return chunks.join(y, H).to(r.dtype), chunks.unsort(S).to(state.dtype)
