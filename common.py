@@ -38,14 +38,13 @@ def load_config(cls, argv=None):
     sys.excepthook = _one_line_errors
     argv = list(sys.argv[1:] if argv is None else argv)
     n_files = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    values, origin = {}, {}
+    values = {}
     for path in argv[:n_files]:
-        for key, value in read_config_file(path, cls).items():
-            values[key], origin[key] = value, path
+        values.update(read_config_file(path, cls))
     cfg = read_flags(cls, argv[n_files:], default=cls(**values))
     changed = [f.name for f in dataclasses.fields(cls) if getattr(cfg, f.name) != getattr(cls(), f.name)]
-    print0("config: " + (" ".join(f"{k}={_show(getattr(cfg, k))}" + (f" ({origin[k]})" if k in origin and
-           getattr(cfg, k) == values[k] else "") for k in changed) or "defaults"))
+    flags = [k for k in changed if k not in values or getattr(cfg, k) != values[k]]
+    print0("config: " + ", ".join([*argv[:n_files], *(f"{k}={_show(getattr(cfg, k))}" for k in flags)] or ["defaults"]))
     return cfg
 
 
@@ -128,36 +127,42 @@ class Run:
         return self.rank == 0
 
 
-def start(cfg):
-    """Process group (reused when one is live), device, dtype and seed from `cfg`; -> Run. End with `finish(run)`."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = cfg.device
+def pick_device(cfg):
+    """cfg.device and cfg.dtype, either of them "auto" -> (torch.device, torch.dtype); an error if it is not there."""
+    name, gpus = cfg.device, torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={cfg.device}: PyTorch {torch.__version__} sees no CUDA device here; use --device=cpu, "
-                        "or install a CUDA build of PyTorch and a driver")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps: there is none here; use --device=cpu")
-    if name == "cuda" and world > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device={cfg.device} is not a device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and not gpus:
+        raise UserError(f"device={cfg.device}: PyTorch {torch.__version__} sees no CUDA device here; use --device=cpu, "
+                        "or install a driver and a CUDA build of PyTorch")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: there is none here; use --device=cpu")
     if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    owns_group = world > 1 and not dist.is_initialized()
-    if owns_group:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     dtype = cfg.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, dtype)
+
+
+def start(cfg):
+    """Process group (reused when one is live), device, dtype and seed from `cfg`; -> Run. End with `finish(run)`."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, dtype = pick_device(cfg)
+    owns_group = world > 1 and not dist.is_initialized()
+    if owns_group:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     torch.manual_seed(cfg.seed)
     if rank == 0:
-        print(f"device: {device} x {world}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+        print(f"device: {device} x {world}, {str(dtype)[6:]}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
               + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""), flush=True)
-    return Run(rank, world, device, getattr(torch, dtype), owns_group)
+    return Run(rank, world, device, dtype, owns_group)
 
 
 def finish(run):
@@ -274,6 +279,40 @@ def prune(folder, pattern, keep):
         path.unlink()
 
 
+def open_out_dir(cfg, run, **resolved):
+    """Make out_dir and write config.json: every field of cfg, what was worked out from them, and the versions.
+
+    A folder that holds another run is refused unless resume is set, so that nothing is lost by a forgotten flag.
+    """
+    out = Path(cfg.out_dir)
+    if run.main:
+        if (out / "last.pt").exists() and not cfg.resume:
+            raise UserError(f"{out} already holds a run; --resume goes on with it, or choose another --out_dir")
+        for stale in out.glob(".*.tmp"):  # of a run that was killed while writing
+            stale.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+        resolved = {key: value() if callable(value) else value for key, value in resolved.items()}
+        with atomic_write(out / "config.json") as tmp:
+            tmp.write_text(json.dumps({**config_dict(cfg), **resolved, "processes": run.world, "torch": torch.__version__,
+                                       "compute_dtype": str(run.dtype)}, indent=1) + "\n")
+    if run.world > 1:
+        dist.barrier()
+
+
+def config_dict(cfg):
+    """cfg as primitives; a function is shown by its name."""
+    plain = (int, float, str, bool, type(None))
+    return {f.name: v if isinstance(v := getattr(cfg, f.name), plain) else _show(v) for f in dataclasses.fields(cfg)}
+
+
+def check_same(what, saved, now, path):
+    """Error that names the first difference between a checkpoint's dict and this run's."""
+    for key in sorted(saved.keys() | now.keys()):
+        if saved.get(key) != now.get(key):
+            raise UserError(f"{path} has another {what}: {key} was {saved.get(key)}, is {now.get(key)}; "
+                            f"give the same --{key}, or start a new run with --init_from")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # metrics
 
@@ -288,8 +327,6 @@ class Metrics:
         self.active = run.main
         if not self.active:
             return
-        config = {f.name: v if isinstance(v := getattr(cfg, f.name), (int, float, str, bool, tuple, type(None)))
-                  else _show(v) for f in dataclasses.fields(cfg)}
         if from_step and self.path.exists():
             for line in self.path.read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # a kill can tear the last line
@@ -302,10 +339,10 @@ class Metrics:
         try:
             if cfg.log == "wandb":
                 import wandb
-                self.backend = wandb.init(project="gosling", name=name, config=config, resume="allow").log
+                self.backend = wandb.init(project="gosling", name=name, config=config_dict(cfg), resume="allow").log
             elif cfg.log == "swanlab":
                 import swanlab
-                self.backend = swanlab.init(project="gosling", experiment_name=name, config=config).log
+                self.backend = swanlab.init(project="gosling", experiment_name=name, config=config_dict(cfg)).log
             elif cfg.log == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
                 writer = SummaryWriter(cfg.out_dir)

@@ -83,6 +83,16 @@ def suffix_sum(x):
     return x.flip(1).cumsum(1).flip(1)
 
 
+def sum_before(x):
+    """x_0 + … + x_{t-1}: [Q, L, N]"""
+    return F.pad(x[:, :-1], (0, 0, 1, 0)).cumsum(1)
+
+
+def sum_after(x):
+    """x_{t+1} + … + x_{L-1}: [Q, L, N]"""
+    return suffix_sum(F.pad(x[:, 1:], (0, 0, 0, 1)))
+
+
 def unit_lower_inverse(A):
     """(I - A)^-1 of strictly lower triangular A [Q, L, L], L a power of two, by doubling blocks of true inverses:
     [[M1, 0], [M2 A21 M1, M2]]. Bounded where the Neumann product I + A + A^2 … is not (repeated keys)."""
@@ -211,8 +221,7 @@ def _levels6(r, logw, k):
     n = L // 2
     while n:
         R, W, K = (x.view(-1, 2 * n, N) for x in (r, logw, k))
-        before = F.pad(W[:, n:-1], (0, 0, 1, 0)).cumsum(1).exp()              # tokens n .. i-1
-        after = suffix_sum(F.pad(W[:, 1:n], (0, 0, 0, 1))).exp()              # tokens j+1 .. n-1
+        before, after = sum_before(W[:, n:]).exp(), sum_after(W[:, :n]).exp()   # tokens n .. i-1; j+1 .. n-1
         yield n, R[:, n:] * before, K[:, :n] * after, before, after
         n //= 2
 
@@ -234,7 +243,7 @@ class Chunked6(torch.autograd.Function):
         S = state.flatten(0, 1).clone()
         for steps in segments:
             q = slice(steps[0][0], steps[-1][1])
-            from_start, to_end = _decays6(logw[q])
+            from_start, to_end = sum_before(logw[q]).exp(), sum_after(logw[q]).exp()
             A = torch.diag_embed((r[q] * u[q] * k[q]).sum(-1))
             for n, R, K, _, _ in _levels6(r[q], logw[q], k[q]):
                 _quadrants(A, n).copy_((R @ K.mT).view(len(A), -1, n, n))
@@ -256,36 +265,35 @@ class Chunked6(torch.autograd.Function):
         dS = dstate.flatten(0, 1).clone()
         for steps in reversed(ctx.segments):
             q = slice(steps[0][0], steps[-1][1])
-            from_start, to_end = _decays6(logw[q])
+            from_start, to_end = sum_before(logw[q]).exp(), sum_after(logw[q]).exp()
             P, D = logw[q].sum(1, keepdim=True).exp(), torch.empty_like(S0[q])
             new = dy[q].mT @ (r[q] * from_start)
             for i, j in reversed(steps):
                 m, p = j - i, slice(i - q.start, j - q.start)
                 D[p] = dS[:m]
                 torch.addcmul(new[p], D[p], P[p], out=dS[:m])
-            vD = v[q] @ D
-            rho, kappa = (dy[q] @ S0[q]).mul_(from_start), vD * to_end     # gradients of r and k without the bonus
+            # rho, kappa: gradients of r and k without the bonus. The decay's gradient is summed where each decay acts,
+            # never as a difference of large terms, so that it stays exact where the decay is fast and the gradient small
+            rho, kappa = (dy[q] @ S0[q]).mul_(from_start), (v[q] @ D).mul_(to_end)
+            dW = sum_after(r[q] * rho) + sum_before(k[q] * kappa)
+            dW += ((D * S0[q]).sum(1) * P[:, 0])[:, None]
             A, dA = torch.diag_embed((r[q] * u[q] * k[q]).sum(-1)), dy[q] @ v[q].mT
             for n, R, K, before, after in _levels6(r[q], logw[q], k[q]):
                 _quadrants(A, n).copy_((R @ K.mT).view(len(A), -1, n, n))
                 dA21 = _quadrants(dA, n).reshape(-1, n, n)
-                rho.view(-1, 2 * n, rho.shape[-1])[:, n:] += (dA21 @ K).mul_(before)
-                kappa.view(-1, 2 * n, rho.shape[-1])[:, :n] += (dA21.mT @ R).mul_(after)
+                dR, dK = dA21 @ K, dA21.mT @ R
+                rho6, kappa6, dW6 = (x.view(-1, 2 * n, x.shape[-1]) for x in (rho, kappa, dW))
+                rho6[:, n:] += dR * before
+                kappa6[:, :n] += dK * after
+                dW6[:, n:] += sum_after(dR * R)
+                dW6[:, :n] += sum_before(dK * K)
             torch.baddbmm(A.mT @ dy[q], k[q] * to_end, D.mT, out=dv[q])
             delta = dA.diagonal(0, 1, 2)[..., None]                        # dy_t . v_t  [Q, L, 1]
             torch.addcmul(rho, delta, u[q] * k[q], out=dr[q])
             torch.addcmul(kappa, delta, u[q] * r[q], out=dk[q])
             du[q] = (delta * r[q] * k[q]).sum(1, keepdim=True)
-            dc = -k[q] * kappa
-            dc[:, :-1] += (r[q] * rho)[:, 1:]
-            dc[:, -1] += (D * S0[q]).sum(1) * P[:, 0] + (k[q] * to_end * vD).sum(1)
-            dlogw[q] = suffix_sum(dc)
+            dlogw[q] = dW
         return dr, dlogw, dk, dv, du, dS.view_as(dstate), None
-
-
-def _decays6(logw):
-    """exp of the log decays summed over the tokens before t, and over those after t, in its chunk: [Q, L, N] each."""
-    return (F.pad(logw[:, :-1], (0, 0, 1, 0)).cumsum(1).exp(), suffix_sum(F.pad(logw[:, 1:], (0, 0, 0, 1))).exp())
 
 
 def wkv6(r, logw, k, v, u, state, cu_seqlens, L=32):

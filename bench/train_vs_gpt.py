@@ -1,0 +1,113 @@
+"""Training speed of RWKV-7 and RWKV-6 as a ratio to an equal-size GPT, in the same run, interleaved.
+
+    python bench/train_vs_gpt.py                      # CPU, one thread, process CPU time; JSON lines
+    python bench/train_vs_gpt.py --device=cuda --n_layer=12 --n_embd=768 --ctx=1024 --bsz=16 --vocab=50304
+
+The GPT is the plain modern one: pre-norm, learned positions, PyTorch's causal scaled_dot_product_attention, GELU
+4 C feed-forward, no biases. A step is forward, loss, backward and AdamW (fused), float32 on a CPU, bf16 on a GPU.
+"""
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+from model import RWKV, RWKVConfig  # noqa: E402
+
+
+@dataclass
+class Config:
+    device: str = "cpu"   # cpu or cuda
+    n_layer: int = 4      # layers of both networks
+    n_embd: int = 256     # width of both
+    vocab: int = 4096     # vocabulary of both
+    ctx: int = 0          # context length; 0 = the pair of the README: 512 x 8 and 4096 x 1
+    bsz: int = 8          # rows, with ctx
+    rounds: int = 7       # counted steps of each, interleaved
+    threads: int = 1      # CPU threads
+
+
+class GPT(nn.Module):
+    def __init__(self, L, C, V, ctx):
+        super().__init__()
+        self.tok, self.pos, self.head = nn.Embedding(V, C), nn.Embedding(ctx, C), nn.Linear(C, V, bias=False)
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            ln1=nn.LayerNorm(C), qkv=nn.Linear(C, 3 * C, bias=False), out=nn.Linear(C, C, bias=False),
+            ln2=nn.LayerNorm(C), up=nn.Linear(C, 4 * C, bias=False), down=nn.Linear(4 * C, C, bias=False))) for _ in range(L))
+        self.ln = nn.LayerNorm(C)
+
+    def forward(self, idx, targets):
+        B, T = idx.shape
+        x = self.tok(idx) + self.pos.weight[:T]
+        for b in self.blocks:
+            q, k, v = b["qkv"](b["ln1"](x)).view(B, T, 3, -1, 64).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + b["out"](y.transpose(1, 2).flatten(2))
+            x = x + b["down"](F.gelu(b["up"](b["ln2"](x))))
+        return F.cross_entropy(self.head(self.ln(x)).flatten(0, 1).float(), targets.flatten())
+
+
+def stepper(model, loss_fn, idx):
+    """One training step as a function that returns its seconds: CPU time on a CPU, device time on a GPU."""
+    cuda = idx.is_cuda
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=True)
+
+    def step():
+        if cuda:
+            torch.cuda.synchronize()
+        t = time.perf_counter() if cuda else time.process_time()
+        loss = loss_fn(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() if cuda else time.process_time()) - t
+    return step
+
+
+def main(cfg):
+    torch.set_num_threads(cfg.threads)
+    cuda = cfg.device.startswith("cuda")
+    for ctx, bsz in [(cfg.ctx, cfg.bsz)] if cfg.ctx else [(512, 8), (4096, 1)]:
+        torch.manual_seed(0)
+        idx = torch.randint(0, cfg.vocab, (bsz, ctx + 1), device=cfg.device)
+        gpt = GPT(cfg.n_layer, cfg.n_embd, cfg.vocab, ctx).to(cfg.device)
+
+        def gpt_loss(x, y):
+            with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+                return gpt(x, y)
+        steps, params = {"gpt": stepper(gpt, gpt_loss, idx)}, {"gpt": sum(p.numel() for p in gpt.parameters())}
+        for version in ("x070", "x060"):
+            rwkv = RWKV(RWKVConfig(version, cfg.n_layer, cfg.n_embd, cfg.vocab)).to(cfg.device)
+            rwkv.compute_dtype = torch.bfloat16 if cuda else torch.float32
+            steps[version] = stepper(rwkv, lambda x, y, m=rwkv: -m(x, targets=y)[0].logps.mean(), idx)
+            params[version] = sum(p.numel() for p in rwkv.parameters())
+        for step in steps.values():
+            step(), step()
+        seconds = {name: [] for name in steps}
+        for _ in range(cfg.rounds):
+            for name, step in steps.items():
+                seconds[name].append(step())
+        speed = {name: bsz * ctx / statistics.median(s) for name, s in seconds.items()}
+        for version in ("x070", "x060"):
+            ratio = statistics.median(g / s for g, s in zip(seconds["gpt"], seconds[version]))
+            print(json.dumps(dict(
+                bench="train_vs_gpt", date=str(date.today()), version=version, ctx=ctx, bsz=bsz, n_layer=cfg.n_layer,
+                n_embd=cfg.n_embd, vocab=cfg.vocab, params=params[version], gpt_params=params["gpt"],
+                tokens_per_s=round(speed[version]), gpt_tokens_per_s=round(speed["gpt"]), ratio=round(ratio, 3),
+                threads=cfg.threads, torch=torch.__version__,
+                device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine())), flush=True)
+
+
+if __name__ == "__main__":
+    main(common.read_flags(Config))

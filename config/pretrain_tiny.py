@@ -1,0 +1,16 @@
+# A small RWKV-7 on the Python standard library's sources, in minutes on two CPU cores: runs/demo.sh
+data = "data/stdlib_train"
+val_data = "data/stdlib_val"
+out_dir = "out/pretrain_tiny"
+n_layer = 4
+n_embd = 128
+ctx_len = 256
+micro_bsz = 8
+global_bsz = 8
+lr = 3e-3
+lr_final = 3e-4
+warmup_steps = 20
+max_steps = 1000
+eval_every = 250
+eval_windows = 64
+save_every = 250

@@ -1,0 +1,190 @@
+"""The recurrences: the naive loop in float64 is the specification; it is itself checked against a loop of scalars."""
+import pytest
+import torch
+
+import wkv_cuda
+from wkv_cuda import wkv6, wkv7
+from wkv_cuda.chunked import unit_lower_inverse
+
+KINDS = ["plain", "repeated", "fastest", "slowest"]
+
+
+def inputs(version, B, T, H, kind="plain", N=64, dtype=torch.float64, seed=0):
+    """Leaf tensors (r, logw, k, v, a, b) or (r, logw, k, v, u) as the networks feed them, and as badly as they could."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=dtype, generator=g)
+    r, k, v = randn(B, T, H, N), randn(B, T, H, N) * 0.3, randn(B, T, H, N)
+    if version == 6:
+        logw = -torch.exp(randn(B, T, H, N) - 1)
+        if kind != "plain":  # from exp(-e^5) to almost none, side by side
+            logw = -torch.exp((randn(B, T, H, N) * 4).clamp(-8, 5))
+        if kind == "fastest":
+            logw = torch.full_like(logw, -torch.tensor(5.0).exp().item())
+        return [x.requires_grad_() for x in (r, logw, k, v, randn(H, N))]
+    kappa, iclr = torch.nn.functional.normalize(randn(B, T, H, N), dim=-1), torch.sigmoid(randn(B, T, H, N))
+    logw = -0.6065306597 * torch.sigmoid(randn(B, T, H, N) * 3)
+    if kind != "plain":
+        kappa, iclr = kappa[:, :1].expand_as(kappa), 0.99 + 0.01 * iclr  # one key, removed again and again
+        k = kappa * 0.5 + 0.01 * k
+    if kind == "fastest":
+        logw = torch.full_like(logw, -0.6065306597)
+    if kind == "slowest":
+        logw = torch.full_like(logw, -1e-4)
+    return [x.clone().requires_grad_() for x in (r, logw, k, v, -kappa, kappa * iclr)]
+
+
+def run(version, xs, state, backend, cu_seqlens=None):
+    """-> y, final state, and the gradients of a loss that uses both, for every input and the initial state."""
+    y, end = (wkv7 if version == 7 else wkv6)(*xs, state, cu_seqlens=cu_seqlens, backend=backend)
+    g = torch.Generator().manual_seed(9)
+    loss = ((y * torch.randn(y.shape, dtype=torch.float64, generator=g).to(y.dtype)).sum()
+            + (end * torch.randn(end.shape, dtype=torch.float64, generator=g).to(end.dtype)).sum())
+    return [y, end, *torch.autograd.grad(loss, [*xs, state])]
+
+
+def start_state(sequences, H, N=64):
+    return torch.randn(sequences, H, N, N, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+def test_naive_equals_a_loop_of_scalars():
+    """S <- S diag(w) + (S a) b' + v k', y = S r; and RWKV-6's; written out index by index."""
+    N, T = 3, 4
+    for version in (6, 7):
+        xs = inputs(version, 1, T, 1, N=N)
+        y, end = (wkv7 if version == 7 else wkv6)(*xs, backend="naive")
+        r, logw, k, v = (x.detach()[0, :, 0].tolist() for x in xs[:4])
+        w = torch.tensor(logw, dtype=torch.float64).exp().tolist()
+        S = [[0.0] * N for _ in range(N)]  # S[value][key]
+        for t in range(T):
+            if version == 7:
+                a, b = (x.detach()[0, t, 0].tolist() for x in xs[4:])
+                Sa = [sum(S[i][j] * a[j] for j in range(N)) for i in range(N)]
+                S = [[S[i][j] * w[t][j] + Sa[i] * b[j] + v[t][i] * k[t][j] for j in range(N)] for i in range(N)]
+                out = [sum(S[i][j] * r[t][j] for j in range(N)) for i in range(N)]
+            else:
+                u = xs[4].detach()[0].tolist()
+                out = [sum((S[i][j] + u[j] * v[t][i] * k[t][j]) * r[t][j] for j in range(N)) for i in range(N)]
+                S = [[S[i][j] * w[t][j] + v[t][i] * k[t][j] for j in range(N)] for i in range(N)]
+            torch.testing.assert_close(y[0, t, 0], torch.tensor(out, dtype=torch.float64), atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(end[0, 0], torch.tensor(S, dtype=torch.float64), atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [1, 2, 3, 15, 16, 31, 32, 33, 64, 100, 300])
+def test_chunked_equals_naive(version, kind, T):
+    xs, state = inputs(version, 2, T, 2, kind), start_state(2, 2)
+    want = run(version, xs, state, "naive")
+    for i, (got, w) in enumerate(zip(run(version, xs, state, "chunked"), want)):
+        assert error(got, w) <= 1e-9, i
+    single = [x.detach().float().requires_grad_() for x in (*xs, state)]
+    got = run(version, single[:-1], single[-1], "chunked")
+    for i, (g, w) in enumerate(zip(got, want)):
+        if w.norm() < 1e-38:  # decays of exp(-148): below the smallest float32
+            assert g.norm() == 0
+        elif kind == "plain":
+            assert error(g, w) <= (2e-6 if i < 2 else 2e-5), i
+        else:
+            assert error(g, w) <= (2e-5 if i < 2 else 5e-5), i
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_packed_documents_equal_each_alone(version, backend):
+    borders = [0, 5, 5, 38, 39, 103, 103]
+    xs, state = inputs(version, 1, 103, 2), start_state(6, 2)
+    packed = run(version, xs, state, backend, torch.tensor(borders))
+    g = torch.Generator().manual_seed(9)
+    wy = torch.randn(packed[0].shape, dtype=torch.float64, generator=g)
+    ws = torch.randn(packed[1].shape, dtype=torch.float64, generator=g)
+    loss = 0
+    for d, (i, j) in enumerate(zip(borders, borders[1:])):
+        if i == j:
+            assert torch.equal(packed[1][d], state[d])  # handed through
+            loss = loss + (state[d] * ws[d]).sum()
+            continue
+        y, end = (wkv7 if version == 7 else wkv6)(*[x if x.dim() == 2 else x[:, i:j] for x in xs], state[d:d + 1], backend="naive")
+        assert error(packed[0][:, i:j], y) <= 1e-9 and error(packed[1][d:d + 1], end) <= 1e-9
+        loss = loss + (y * wy[:, i:j]).sum() + (end * ws[d:d + 1]).sum()
+    for got, want in zip(packed[2:], torch.autograd.grad(loss, [*xs, state])):
+        assert error(got, want) <= 1e-9
+
+
+@pytest.mark.parametrize("logw", [-5.0, -30.0, -300.0])
+def test_wkv7_takes_any_decay(logw):
+    """RWKV-7 itself never goes below -0.6065; chunks shrink until the factors fit."""
+    xs = inputs(7, 1, 40, 1)
+    with torch.no_grad():
+        xs[1][:, ::3] = logw
+    state = start_state(1, 1)
+    for got, want in zip(run(7, xs, state, "chunked"), run(7, xs, state, "naive")):
+        assert error(got, want) <= 1e-9
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_gradients_equal_finite_differences(version):
+    xs, state = inputs(version, 1, 5, 1, N=4), start_state(1, 1, N=4)
+    fn = wkv7 if version == 7 else wkv6
+    for backend in ("naive", "chunked"):
+        assert torch.autograd.gradcheck(lambda *args: fn(*args[:-1], args[-1], backend=backend), (*xs, state), atol=1e-6)
+
+
+@pytest.mark.parametrize("L", [1, 2, 8, 32])
+def test_block_inverse(L):
+    A = torch.randn(5, L, L, dtype=torch.float64).tril(-1)
+    eye = torch.eye(L, dtype=torch.float64)
+    torch.testing.assert_close(unit_lower_inverse(A) @ (eye - A), eye.expand(5, L, L), atol=1e-8, rtol=1e-8)
+    # one key repeated, where the Neumann product loses every digit in float32
+    repeated = -torch.ones(1, L, L).tril(-1)
+    exact = torch.linalg.inv(torch.eye(L, dtype=torch.float64) - repeated.double())
+    assert (unit_lower_inverse(repeated) - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_half_precision_inputs_keep_a_float32_state(version):
+    xs, state = inputs(version, 2, 50, 2), start_state(2, 2)
+    want = run(version, xs, state, "naive")
+    half = [x.detach().to(torch.bfloat16 if i != 1 else torch.float32).requires_grad_() for i, x in enumerate(xs)]
+    s = state.detach().float().requires_grad_()
+    got = run(version, half, s, "chunked")
+    assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
+    for g, w in zip(got, want):
+        assert error(g, w) < 0.02  # bfloat16 has 8 bits: 0.4 % for each input
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_memory_does_not_grow_with_t_n_n(version):
+    """What autograd keeps of a chunked pass: the inputs and one state per 32 tokens, not one per token."""
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    T, H, N = 1024, 2, 64
+    xs = [x.detach().float().requires_grad_() for x in inputs(version, 1, T, H)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        (wkv7 if version == 7 else wkv6)(*xs, backend="chunked")
+    assert sum(saved.values()) < 20 * T * H * N * 4 < 0.5 * T * H * N * N * 4
+
+
+def test_errors_name_the_shape():
+    xs = inputs(7, 2, 8, 2)
+    with pytest.raises(ValueError, match=r"state is \(1, 2, 64, 64\), expected .*\(2, 2, 64, 64\)"):
+        wkv7(*xs, torch.zeros(1, 2, 64, 64))
+    with pytest.raises(ValueError, match="not one of naive, chunked"):
+        wkv7(*xs, backend="fast")
+    with pytest.raises(ValueError, match="cu_seqlens wants B = 1"):
+        wkv7(*xs, cu_seqlens=[0, 8])
+    with pytest.raises(ValueError, match="like r"):
+        wkv7(*xs[:5], xs[5][:, 1:])
+    with pytest.raises(ValueError, match=r"expected \[H, N\]"):
+        wkv6(*inputs(6, 1, 4, 2)[:4], torch.zeros(3, 64))
+    if wkv_cuda.cuda_seq.unavailable():
+        with pytest.raises(RuntimeError, match="cuda_seq"):
+            wkv7(*xs, backend="cuda_seq")

@@ -1,0 +1,299 @@
+"""Pretraining: next-token prediction on a stream of text, from scratch or from any official file.
+
+    loss = - (1 / tokens) sum_t log p(x_{t+1} | x_1 .. x_t)      over windows of ctx_len tokens, each from a zero state
+
+Windows are cut from the whole stream and may cross document borders, as upstream's do (RWKV-LM; RWKV-7:
+arXiv 2503.14456, RWKV-6: arXiv 2404.05892). Optimiser, groups, schedule and clipping are upstream's too.
+
+Usual mistakes: one learning rate for all (w0 and time_decay learn at twice the rate), weight decay on vectors, Adam's
+eps at 1e-8 (upstream: 1e-18), a warm-up that starts again on resume, a mean of micro-batch means.
+
+    python train_pretrain.py config/pretrain_tiny.py                            a laptop, no GPU (runs/demo.sh)
+    torchrun --nproc_per_node=8 train_pretrain.py config/pretrain_0b1.py        one machine with eight cards
+"""
+import dataclasses
+import functools
+import json
+import math
+import random
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import prepare
+from common import UserError, load_config, print0
+from model import RWKV, RWKVConfig
+
+
+@dataclass
+class Config:
+    # data
+    data: str = "data/stdlib_train"  # token file (.bin + .idx) from prepare.py or from RWKV-LM's tools
+    val_data: str = ""               # token file for validation; empty = none
+    order: Literal["shuffle", "magic_prime"] = "shuffle"  # of the windows; magic_prime = RWKV-LM's offsets
+    tokenizer: str = ""              # name or file; empty = what prepare.py noted beside the data
+    # model
+    init_from: str = ""              # weights to start from (.pth, .safetensors); empty = a fresh model
+    version: Literal["x070", "x060"] = "x070"  # fresh model: RWKV-7 or RWKV-6
+    n_layer: int = 12                # fresh model: layers
+    n_embd: int = 768                # fresh model: width
+    head_size: int = 64              # fresh model: width of a head; the CUDA kernels want 64
+    # run
+    out_dir: str = "out/pretrain"    # folder for weights, last.pt, config.json, metrics
+    resume: bool = False             # go on from out_dir/last.pt
+    seed: int = 42                   # of the fresh weights and of the data order
+    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto = bfloat16 on CUDA, else float32
+    # batch
+    micro_bsz: int = 8               # windows per process and backward pass: lower it when memory runs out
+    global_bsz: int = 16             # windows per optimiser step, over all processes; accumulation follows from it
+    ctx_len: int = 512               # tokens of a window (nanoGPT: block_size)
+    # optimiser
+    lr: float = 6e-4                 # peak learning rate; upstream's hint is about 0.45 / n_embd
+    lr_final: float = 6e-5           # learning rate at the end of the cosine
+    warmup_steps: int = 10           # steps from 0.01 lr to lr
+    max_steps: int | None = None     # optimiser steps of the whole run; or give epochs
+    epochs: float | None = None      # passes over the data; one if neither is given
+    weight_decay: float = 0.001      # on the large matrices alone
+    beta1: float = 0.9               # AdamW
+    beta2: float = 0.99              # AdamW
+    adam_eps: float = 1e-18          # AdamW; upstream's value
+    grad_clip: float = 1.0           # largest gradient norm; 0 = no clipping
+    l2wrap: float = 0.0              # upstream's L2Wrap, 1e-4 there: keeps logits from drifting; 0 = off
+    grad_cp: bool = False            # gradient checkpointing: less memory, about a third more time
+    # evaluation, saving, logging
+    eval_every: int = 100            # steps between validations; 0 = at the end only
+    eval_windows: int = 0            # validation windows, spread over the file; 0 = all
+    save_every: int = 500            # steps between checkpoints; 0 = at the end only
+    log_every: int = 10              # steps between progress lines
+    keep_last: int = 2               # rwkv-<step>.pth files to keep; 0 = all
+    log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl and metrics.png
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the method: which windows, in which order
+
+def magic_prime(n_tokens, ctx_len):
+    """RWKV-LM's prime: the largest p <= n_tokens // ctx_len - 1 with p % 3 == 2. Cubing is then a bijection mod p."""
+    windows = n_tokens // ctx_len
+    p = windows - 1
+    while p > 1 and (p % 3 != 2 or any(p % d == 0 for d in range(2, math.isqrt(p) + 1))):
+        p -= 1
+    if p <= 0.9 * windows:
+        raise UserError(f"order=magic_prime: {n_tokens:,} tokens are too few for ctx_len={ctx_len} (the prime {p} is not "
+                        f"above 0.9 x {windows} windows); use --order=shuffle, which takes any size")
+    return p
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def window_starts(samples, n_tokens, ctx_len, order="shuffle", seed=0):
+    """First tokens of the windows for global sample numbers `samples` (step * global_bsz + position in the batch).
+
+    A function of seed and sample number alone, so any number of processes and any micro-batch see the same data.
+    shuffle: every window once an epoch, each epoch in its own order. magic_prime: RWKV-LM's offsets, window
+    ((phi n^3) mod p) for its sample n = 1 + number; tokens past p * ctx_len are never seen, as there.
+    """
+    if order == "magic_prime":
+        p = magic_prime(n_tokens, ctx_len)
+        phi = int(p * (math.sqrt(5) - 1) / 2)
+        return [phi * (s + 1) ** 3 % p * ctx_len for s in map(int, samples)]  # python integers: the cube overflows 64 bits
+    n = (n_tokens - 1) // ctx_len
+    return [int(_permutation(n, seed, s // n)[s % n]) * ctx_len for s in map(int, samples)]
+
+
+def batch_at(tokens, starts, length, device):
+    """Windows of length + 1 tokens -> (inputs, targets), each [B, length] int64."""
+    x = torch.from_numpy(np.stack([tokens[s:s + length + 1].astype(np.int64) for s in starts]))
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory().to(device, non_blocking=True)
+    return x[:, :-1].to(device), x[:, 1:].to(device)
+
+
+@torch.no_grad()
+def evaluate(model, tokens, cfg, run):
+    """Mean loss in nats per token over validation windows; every process takes its share."""
+    length = min(cfg.ctx_len, len(tokens) - 1)
+    starts = np.arange(0, len(tokens) - length, length)
+    if cfg.eval_windows and len(starts) > cfg.eval_windows:
+        starts = starts[np.linspace(0, len(starts) - 1, cfg.eval_windows).astype(int)]
+    mine, nll = starts[run.rank::run.world], 0.0
+    for i in range(0, len(mine), cfg.micro_bsz):
+        x, y = batch_at(tokens, mine[i:i + cfg.micro_bsz], length, run.device)
+        nll -= model(x, targets=y)[0].logps.double().sum().item()
+    nll, n = common.all_sum(nll, len(mine) * length)
+    return nll / n
+
+
+def bits_per_byte(nats_per_token, meta):
+    """nats per token -> bits per byte of text, with the token file's own count of bytes; None where that is unknown."""
+    return nats_per_token / math.log(2) * meta["tokens"] / meta["bytes"] if meta.get("bytes") else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(cfg):
+    run = common.start(cfg)
+    try:
+        train(cfg, run)
+    finally:
+        common.finish(run)
+
+
+def train(cfg, run):
+    # ---- data
+    data = prepare.TokenFile(cfg.data)
+    val = prepare.TokenFile(cfg.val_data) if cfg.val_data else None
+    tokens = data.tokens
+    n_windows = (len(tokens) - 1) // cfg.ctx_len
+    if n_windows < 1:
+        raise UserError(f"{cfg.data} holds {len(tokens):,} tokens, fewer than ctx_len + 1 = {cfg.ctx_len + 1}; "
+                        "lower --ctx_len or prepare more text")
+    if val is not None and len(val.tokens) < 2:
+        raise UserError(f"{cfg.val_data} holds {len(val.tokens)} tokens; validation needs at least 2")
+    if cfg.order == "magic_prime":
+        n_windows = magic_prime(len(tokens), cfg.ctx_len)
+    if cfg.global_bsz % (cfg.micro_bsz * run.world):
+        raise UserError(f"global_bsz={cfg.global_bsz} is not a multiple of micro_bsz x processes = {cfg.micro_bsz} x "
+                        f"{run.world}; change one of them")
+    if cfg.max_steps is not None and cfg.epochs is not None:
+        raise UserError("max_steps and epochs are both given; give one of them")
+    max_steps = cfg.max_steps or math.ceil((cfg.epochs or 1.0) * n_windows / cfg.global_bsz)
+    tokens_per_step = cfg.global_bsz * cfg.ctx_len
+
+    # ---- tokenizer and model
+    tokenizer = prepare.load_tokenizer(cfg.tokenizer) if cfg.tokenizer else data.tokenizer()
+    if tokenizer is None:
+        raise UserError(f"{cfg.data} has no note of its tokenizer beside it; say --tokenizer=world (RWKV-LM's own data), "
+                        "or the name or file it was made with")
+    if cfg.init_from:
+        model = RWKV.from_pretrained(cfg.init_from)
+    else:
+        model = RWKV(RWKVConfig(cfg.version, cfg.n_layer, cfg.n_embd, tokenizer.vocab_size, cfg.head_size))
+    arch = dataclasses.asdict(model.config)
+    if tokenizer.vocab_size > arch["vocab_size"]:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, but {cfg.init_from} has a vocabulary of "
+                        f"{arch['vocab_size']}; use the tokenizer the model was trained with")
+    for file in filter(None, (data, val)):
+        file.check_vocab(arch["vocab_size"])
+    model.to(run.device)
+    model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
+
+    # ---- optimiser: upstream's groups, printed
+    groups = model.param_groups(cfg.lr, cfg.weight_decay)
+    base_lrs = [g["lr"] for g in groups]
+    opt = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=run.device.type in ("cpu", "cuda"))
+    print0(f"model: {arch['version']}, {arch['n_layer']} layers x {arch['n_embd']}, vocabulary {arch['vocab_size']}, "
+           f"{sum(p.numel() for p in model.parameters()):,} parameters; groups: " + ", ".join(
+               f"{g['name']} {len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} (lr {g['lr']:g}, "
+               f"wd {g['weight_decay']:g})" for g in groups))
+    print0(f"data: {len(tokens):,} tokens, {n_windows:,} windows of {cfg.ctx_len}; {max_steps:,} steps of {cfg.global_bsz} "
+           f"windows = {max_steps * cfg.global_bsz / n_windows:.2f} epochs")
+
+    # ---- a new run, or on from last.pt
+    out, step0, best = Path(cfg.out_dir), 0, math.inf
+    data_order = dict(seed=cfg.seed, order=cfg.order, ctx_len=cfg.ctx_len, global_bsz=cfg.global_bsz, tokens=len(tokens))
+    if cfg.resume:
+        last = common.load_torch(out / "last.pt")
+        common.check_same("architecture", last["arch"], arch, out / "last.pt")
+        common.check_same("data order", last["data_order"], data_order, out / "last.pt")
+        model.load_state_dict(last["model"])
+        opt.load_state_dict(last["optimizer"])
+        torch.set_rng_state(last["rng"])
+        step0, best = last["step"], last["best"]
+        print0(f"resumed {out / 'last.pt'} at step {step0}")
+        del last
+    common.open_out_dir(cfg, run, arch=arch, tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), max_steps=max_steps)
+    metrics = common.Metrics(cfg, run, from_step=step0)
+
+    def save(step, name=None):
+        if run.main:
+            if name:
+                model.save_pretrained(out / name, dtype=run.dtype)
+                common.prune(out, "rwkv-*.pth", cfg.keep_last)
+            common.save_torch(dict(model=model.state_dict(), optimizer=opt.state_dict(), step=step, best=best, arch=arch,
+                                   data_order=data_order, rng=torch.get_rng_state()), out / "last.pt")
+
+    # ---- the loop
+    wrapped = model
+    if run.world > 1:
+        wrapped = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
+    accumulation = cfg.global_bsz // (cfg.micro_bsz * run.world)
+    t0, steps_timed = time.time(), 0
+    with common.catch_signals() as signals:
+        for step in range(step0, max_steps):
+            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
+            for group, base in zip(opt.param_groups, base_lrs):
+                group["lr"] = base * lr / cfg.lr
+
+            samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
+            nll = 0.0
+            for i in range(accumulation):
+                starts = window_starts(samples[i * cfg.micro_bsz:(i + 1) * cfg.micro_bsz], len(tokens), cfg.ctx_len,
+                                       cfg.order, cfg.seed)
+                x, y = batch_at(tokens, starts, cfg.ctx_len, run.device)
+                # the sum over the whole batch's tokens, not a mean of means; x world because DDP averages gradients
+                with wrapped.no_sync() if run.world > 1 and i < accumulation - 1 else nullcontext():
+                    scores, _ = wrapped(x, targets=y, l2wrap=cfg.l2wrap)
+                    loss = -scores.logps.sum() / tokens_per_step
+                    (loss * run.world).backward()
+                nll += loss.detach()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            loss, stop = common.all_sum(nll, len(signals))
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {float(grad_norm)}; stopped before this step "
+                                f"touched the weights. The last checkpoint in {out} stands; try a lower --lr or --dtype=float32")
+            opt.step()
+            opt.zero_grad()
+            done, steps_timed, values = step + 1, steps_timed + 1, {}
+
+            if val is not None and (done == max_steps or (cfg.eval_every and done % cfg.eval_every == 0)):
+                values["val_loss"] = evaluate(model, val.tokens, cfg, run)
+                if (bpb := bits_per_byte(values["val_loss"], val.meta)) is not None:
+                    values["val_bpb"] = bpb
+                if values["val_loss"] < best:
+                    best = values["val_loss"]
+                    if run.main:
+                        model.save_pretrained(out / "best.pth", dtype=run.dtype)
+            if values or done % cfg.log_every == 0 or done in (1, max_steps):
+                seconds = (time.time() - t0) / steps_timed
+                values = dict(loss=loss, lr=lr, grad_norm=float(grad_norm), tokens_per_s=tokens_per_step / seconds, **values)
+                metrics.log(done, **values)
+                print0(f"step {done}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {float(grad_norm):.2f} | "
+                       f"{tokens_per_step / seconds:,.0f} tokens/s | {common.duration(seconds * (max_steps - done))} left"
+                       + "".join(f" | {k} {values[k]:.4f}" for k in ("val_loss", "val_bpb") if k in values))
+            if done == max_steps:
+                save(done, "rwkv-final.pth")
+            elif cfg.save_every and done % cfg.save_every == 0:
+                save(done, f"rwkv-{done}.pth")
+                metrics.plot("loss", "val_loss")
+            if stop and done < max_steps:
+                save(done)
+                metrics.plot("loss", "val_loss")
+                print0(f"saved {out / 'last.pt'} at step {done}/{max_steps}; go on with the same command and --resume")
+                sys.exit(130)
+    metrics.plot("loss", "val_loss")
+    if step0 >= max_steps:
+        print0(f"{out} is already at step {step0} of {max_steps}; give a larger --max_steps to go on")
+        return
+    print0(f"done in {common.duration(time.time() - t0)}: {out / 'rwkv-final.pth'}, {out / 'metrics.png'}")
+    if val is not None and run.main:
+        xz = val.meta.get("xz_bits_per_byte")
+        print0(f"validation: {values['val_loss']:.4f} nats per token" + (f", {values['val_bpb']:.3f} bits per byte"
+               if "val_bpb" in values else "") + (f"; xz -9 on the same held-out files: {xz:.3f} bits per byte (xz, unlike "
+                                                  "the model, never saw the training files)" if xz else ""))
+
+
+if __name__ == "__main__":
+    main(load_config(Config))
