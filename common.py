@@ -251,7 +251,8 @@ def atomic_write(path):
         raise UserError(f"cannot write {path}: {reason}; what was there before is untouched. "
                         "Free some space or choose another folder, then run again") from e
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
 
 
 def save_torch(obj, path):

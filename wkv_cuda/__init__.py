@@ -8,6 +8,8 @@ documents laid end to end, state [D, H, N, N]; a document of length 0 passes its
   "chunked"   PyTorch matrix products over chunks of tokens, any device (chunked.py)
   "cuda_seq"  one CUDA thread block per sequence and head, built at first use (cuda_seq.py)
 """
+import warnings
+
 import torch
 
 from . import chunked, cuda_seq
@@ -58,7 +60,10 @@ def _check(r, others, state, cu_seqlens):
 def _run(version, backend, inputs, state, cu_seqlens):
     r = inputs[0]
     if backend is None:
-        fits = r.is_cuda and r.shape[-1] == 64 and r.dtype != torch.float64 and cuda_seq.unavailable() is None
+        fits = r.is_cuda and r.shape[-1] == 64 and r.dtype != torch.float64
+        if fits and (missing := cuda_seq.unavailable()):
+            warnings.warn(f"the CUDA recurrence cannot be built ({missing}); the slower PyTorch form takes over")
+            fits = False
         backend = "cuda_seq" if fits else "naive" if r.shape[1] == 1 else "chunked"
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")

@@ -1,0 +1,309 @@
+"""wkv_cuda/cuda_seq.py and its .cu files. Without a GPU the same .cu sources are compiled by g++ (cuda_on_cpu.h) and go
+through the whole Python path on CPU tensors; where there is a GPU every comparison runs there as well."""
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from wkv_cuda import cuda_seq
+
+ROOT = Path(__file__).resolve().parent.parent
+N, H = 64, 2
+OPS = {"wkv6": cuda_seq.wkv6, "wkv7": cuda_seq.wkv7}
+NAMES = {"wkv6": ["r", "logw", "k", "v", "u", "state"], "wkv7": ["r", "logw", "k", "v", "a", "b", "state"]}
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@pytest.fixture(scope="session")
+def library_on_cpu(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not on PATH")
+    path = tmp_path_factory.mktemp("wkv") / "wkv.so"
+    sources = [str(p) for p in cuda_seq.SOURCES if p.suffix == ".cu"]
+    subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-include",
+                    str(ROOT / "tests/cuda_on_cpu.h"), "-x", "c++", *sources, "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request, monkeypatch):
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        assert cuda_seq.unavailable() is None
+        yield "cuda"
+    else:
+        library = request.getfixturevalue("library_on_cpu")
+        monkeypatch.setattr(cuda_seq, "_library", lambda: library)
+        monkeypatch.setattr(cuda_seq, "DEVICE", "cpu")
+        torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN: what a kernel forgot to write shows
+        yield "cpu"
+        torch.use_deterministic_algorithms(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the oracle: one token at a time, float64, gradients by autograd
+
+def oracle(op, r, logw, k, v, *rest):
+    *ab_or_u, S = rest
+    y, w = [], logw.exp()
+    row = lambda x, t: x[:, t, :, None, :]  # [B, H, 1, N]: spreads over the columns of S
+    col = lambda x, t: x[:, t, :, :, None]  # [B, H, N, 1]: spreads over the rows
+    for t in range(r.shape[1]):
+        vk = col(v, t) * row(k, t)
+        if op == "wkv7":
+            a, b = ab_or_u
+            S = S * row(w, t) + (S @ col(a, t)) * row(b, t) + vk
+            y.append((S @ col(r, t))[..., 0])
+        else:
+            u = ab_or_u[0][:, None, :]
+            y.append(((S + u * vk) @ col(r, t))[..., 0])
+            S = S * row(w, t) + vk
+    return torch.stack(y, 1), S
+
+
+def make(op, T, B=2, kind="random", dtype=torch.float32, seed=0):
+    """Inputs in the order of NAMES[op], and gradients for y and for the final state."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=g)
+    x = {name: rand(B, T, H, N) * N ** -0.25 for name in "rkv"}
+    kappa = torch.nn.functional.normalize(rand(B, T, H, N), dim=-1)
+    if kind == "stress":  # one key again and again
+        kappa = kappa[:, :1].expand(B, T, H, N)
+        x["k"] = x["k"][:, :1].expand(B, T, H, N)
+    if op == "wkv7":
+        x["a"], x["b"] = -kappa, kappa * torch.rand(B, T, H, N, generator=g)
+        x["logw"] = -0.6065 * (torch.sigmoid(rand(B, T, H, N)) if kind == "random" else torch.ones(B, T, H, N))
+    else:
+        x["u"] = rand(H, N) * 0.5
+        # stress: -exp(5) underflows exp(logw) to 0; -exp(-6) hardly decays
+        x["logw"] = rand(B, T, H, N) if kind == "random" else torch.rand(B, T, H, N, generator=g) * 11 - 6
+        if kind == "stress":
+            x["logw"][..., 0] = 5.0
+        x["logw"] = -x["logw"].exp()
+    x["state"] = rand(B, H, N, N) * 0.1
+    keep = ("logw", "state", "u")
+    inputs = [x[n] if n in keep else x[n].to(dtype) for n in NAMES[op]]
+    return inputs, rand(B, T, H, N).to(dtype), rand(B, H, N, N) * 0.3
+
+
+def run(op, inputs, dy, dstate, device, cu_seqlens=None, fn=None):
+    """y, final state, and the gradient of every input, by name."""
+    x = [i.to(device, copy=True).requires_grad_() for i in inputs]
+    y, state = (fn or OPS[op])(*x, cu_seqlens=cu_seqlens)
+    ((y * dy.to(device)).sum() + (state * dstate.to(device)).sum()).backward()
+    out = {"y": y, "state": state, **{"d" + n: i.grad for n, i in zip(NAMES[op], x)}}
+    return {n: t.detach().cpu() for n, t in out.items()}
+
+
+def run_oracle(op, inputs, dy, dstate):
+    x = [i.double().requires_grad_() for i in inputs]
+    y, state = oracle(op, *x)
+    torch.autograd.backward([y, state], [dy.double(), dstate.double()])
+    return {"y": y.detach(), "state": state.detach(), **{"d" + n: i.grad for n, i in zip(NAMES[op], x)}}
+
+
+def errors(out, ref):
+    assert out.keys() == ref.keys()
+    return {n: ((out[n].double() - ref[n]).norm() / ref[n].norm()).item() for n in ref}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers
+
+@pytest.mark.parametrize("kind", ["random", "stress"])
+@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 70])
+@pytest.mark.parametrize("op", OPS)
+def test_fp32_against_float64(op, T, kind, device):
+    case = make(op, T, kind=kind)
+    for name, error in errors(run(op, *case, device), run_oracle(op, *case)).items():
+        assert error <= (2e-6 if name in ("y", "state") else 2e-5), (name, error)
+
+
+# inputs are rounded before both sides see them and all arithmetic is fp32, so what is left is the rounding of the
+# output: at most half a unit in the last place, 2^-9 (bf16) or 2^-12 (fp16) of the value. What stays fp32 (state,
+# dlogw, du, dstate) has the fp32 bounds
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2 ** -9), (torch.float16, 2 ** -12)])
+@pytest.mark.parametrize("op", OPS)
+def test_half_precision(op, dtype, tolerance, device):
+    case = make(op, 70, dtype=dtype)
+    out = run(op, *case, device)
+    for name, error in errors(out, run_oracle(op, *case)).items():
+        fp32 = name in ("state", "dstate", "dlogw", "du")
+        assert out[name].dtype == (torch.float32 if fp32 else dtype), name
+        assert error <= (2e-5 if fp32 else tolerance), (name, error)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_documents_equal_each_alone(op, device):
+    lengths = [5, 0, 33, 1, 40]
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    inputs, dy, _ = make(op, sum(lengths), B=1)
+    g = torch.Generator().manual_seed(1)
+    inputs[-1], dstate = torch.randn(2, len(lengths), H, N, N, generator=g)
+    packed = run(op, inputs, dy, dstate, device, cu_seqlens=cu.to(device))
+    du = torch.zeros(H, N)
+    for d, (p, q) in enumerate(zip(cu[:-1], cu[1:])):
+        alone = run(op, [x[:, p:q] if x.dim() == 4 and n != "state" else x for n, x in zip(NAMES[op], inputs[:-1])]
+                    + [inputs[-1][d:d + 1]], dy[:, p:q], dstate[d:d + 1], device)
+        du += alone.pop("du", 0)
+        for name, x in alone.items():  # the same arithmetic in the same order: equal to the last bit
+            assert torch.equal(packed[name][d:d + 1] if "state" in name else packed[name][:, p:q], x), (name, d)
+        if p == q:
+            assert torch.equal(alone["state"], inputs[-1][d:d + 1]) and torch.equal(alone["dstate"], dstate[d:d + 1])
+    assert op == "wkv7" or errors({"du": packed["du"]}, {"du": du.double()})["du"] < 1e-6
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_pieces_equal_the_whole(op, device):
+    inputs, *_ = make(op, 70)
+    x = [i.to(device) for i in inputs]
+    y, state = OPS[op](*x)
+    pieces, S = [], x[-1]
+    for p, q in [(0, 1), (1, 33), (33, 70)]:
+        piece, S = OPS[op](*[i[:, p:q] if i.dim() == 4 else i for i in x[:-1]], S)
+        pieces.append(piece)
+    assert torch.equal(torch.cat(pieces, 1), y) and torch.equal(S, state)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_layout_dtype_and_missing_parts(op, device):
+    inputs, dy, dstate = make(op, 40)
+    whole = run(op, inputs, dy, dstate, device)
+    strided = [i.transpose(0, 1).contiguous().transpose(0, 1) for i in inputs]
+    assert all(torch.equal(whole[n], x) for n, x in run(op, strided, dy, dstate, device).items())
+    # mixed dtypes meet in fp32; y is as r, every gradient as its input
+    mixed = [i.bfloat16() if n in ("k", "logw", "u") else i for n, i in zip(NAMES[op], inputs)]
+    out = run(op, mixed, dy, dstate, device)
+    assert out["y"].dtype == torch.float32 and all(out["d" + n].dtype == i.dtype for n, i in zip(NAMES[op], mixed))
+    ref = run_oracle(op, mixed, dy, dstate)
+    assert all(e < (3e-3 if out[n].dtype == torch.bfloat16 else 2e-5) for n, e in errors(out, ref).items())
+    # no state; a loss that uses only y, or only the state; only one input that wants a gradient
+    x = [i.to(device) for i in inputs]
+    zero = torch.zeros_like(x[-1])
+    assert all(torch.equal(p, q) for p, q in zip(OPS[op](*x[:-1]), OPS[op](*x[:-1], zero)))
+    for used, cotangents in ((0, (dy, dstate * 0)), (1, (dy * 0, dstate))):
+        k = x[2].clone().requires_grad_()
+        out = OPS[op](*x[:2], k, *x[3:])[used]
+        out.backward(cotangents[used].to(device))
+        assert torch.equal(k.grad.cpu(), run(op, inputs, *cotangents, device)["dk"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a good citizen of PyTorch
+
+def flat_case(op, device):
+    """Arguments of the op itself, but for `save`: two sequences of 40 tokens (no chunk slot stays unused)."""
+    inputs, dy, dstate = make(op, 40)
+    flat = [x.flatten(0, 1) if x.dim() == 4 and n != "state" else x for n, x in zip(NAMES[op], inputs)]
+    return [x.to(device) for x in (*flat, torch.tensor([0, 40, 80], dtype=torch.int32))], dy.flatten(0, 1), dstate
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, device):
+    flat, dy, dstate = flat_case(op, device)
+    forward, backward = getattr(torch.ops.gosling, op), getattr(torch.ops.gosling, op + "_backward")
+    torch.library.opcheck(forward.default, (*flat, False))
+    kept = forward(*flat, True)[2:]
+    for final in (dstate.to(device), None):
+        torch.library.opcheck(backward.default, (*flat, *kept, dy.to(device), final))
+    torch.library.opcheck(forward.default, (*[x.requires_grad_(x.is_floating_point()) for x in flat], True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compile_and_checkpoint(op, device):
+    case = make(op, 40)
+    eager = run(op, *case, device)
+    compiled = torch.compile(OPS[op], fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    for fn in (compiled, lambda *x, **kw: checkpoint(OPS[op], *x, use_reentrant=False, **kw)):
+        for name, x in run(op, *case, device, fn=fn).items():
+            assert torch.equal(x, eager[name]), name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_is_saved_without_gradients(op, device):
+    inputs, *_ = make(op, 40)
+    flat, *_ = flat_case(op, device)
+    assert all(x.numel() == 0 for x in getattr(torch.ops.gosling, op)(*flat, False)[2:])
+    with torch.no_grad():
+        y, _ = OPS[op](*[x.to(device).requires_grad_() for x in inputs])
+    assert not y.requires_grad
+
+
+def test_wrong_arguments(device):
+    inputs, *_ = make("wkv7", 3)
+    r, logw, k, v, a, b, state = [x.to(device) for x in inputs]
+    call = cuda_seq.wkv7
+    for message, args in {
+        r"r must be \[B, T, H, 64\], got \[2, 3, 2, 32\]": [x[..., :32] for x in (r, logw, k, v, a, b)],
+        r"k must be .* \[2, 3, 2, 64\] on .*, got torch.float32 \[2, 2, 2, 64\]": [r, logw, k[:, 1:], v, a, b],
+        "v must be torch.float32 or torch.bfloat16 .*, got torch.float64": [r, logw, k, v.double(), a, b],
+        "state must be torch.float32.*got torch.bfloat16": [r, logw, k, v, a, b, state.bfloat16()],
+        r"state must be .* \[2, 2, 64, 64\].*got torch.float32 \[1, 2, 64, 64\]": [r, logw, k, v, a, b, state[:1]],
+        "cu_seqlens must be int32 or int64 .* with B = 1": [r, logw, k, v, a, b, None, torch.tensor([0, 3])],
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call(*args)
+    with pytest.raises(ValueError, match="u must be"):
+        cuda_seq.wkv6(r, logw, k, v, state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# building
+
+@needs_nvcc
+@pytest.mark.parametrize("source", ["wkv6.cu", "wkv7.cu"])
+def test_nvcc_compiles_without_spills(source, tmp_path):
+    archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (75, 80, 90)]
+    done = subprocess.run(["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", *archs, "-c", "-o", str(tmp_path / "x.o"),
+                           str(ROOT / "wkv_cuda" / source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spills and set(spills) == {("0", "0")}, done.stderr
+
+
+def test_on_a_machine_without_cuda():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert "no CUDA device" in cuda_seq.unavailable()
+    asks = torch.compile(lambda x: x + 1 if cuda_seq.unavailable() else x, fullgraph=True, backend="eager")
+    assert asks(torch.zeros(1)) == 1  # a constant to torch.compile, not a build to trace
+    inputs, *_ = make("wkv7", 1)
+    with pytest.raises(ValueError, match="r is on cpu; this backend needs a cuda tensor"):
+        cuda_seq.wkv7(*inputs)
+
+
+def test_what_is_missing(monkeypatch, tmp_path):
+    """Each line in turn, on a machine that is made to look as if it had a GPU and a broken toolkit."""
+    from torch.utils import cpp_extension
+    build = cuda_seq._build.__wrapped__  # without its cache
+    for target, name, value in [(torch.cuda, "is_available", lambda: True), (torch.version, "cuda", "13.0"),
+                                (cpp_extension, "CUDA_HOME", None),
+                                (cpp_extension, "is_ninja_available", lambda: False)]:
+        monkeypatch.setattr(target, name, value)
+    for name, value in [("TORCH_EXTENSIONS_DIR", str(tmp_path)), ("TORCH_CUDA_ARCH_LIST", "9.0"),
+                        ("CXX", "no-such-c++")]:
+        monkeypatch.setenv(name, value)
+    assert "no nvcc" in build()[1]
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'wkv6.cu(7): error: nothing compiles today'; exit 1\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    assert "no ninja" in build()[1]
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
+    assert "no C++ compiler: no-such-c++" in build()[1]
+    monkeypatch.delenv("CXX")
+    if shutil.which("ninja") and shutil.which("c++"):
+        assert build() == (None, "wkv6.cu(7): error: nothing compiles today")
+    (folder,) = tmp_path.glob("gosling_wkv_*")
+    (folder / "lock").touch()
+    os.utime(folder / "lock", (time.time() - 3600,) * 2)
+    assert re.search(f"lock {folder}/lock is 60 minutes old", build()[1])
