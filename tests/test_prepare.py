@@ -1,0 +1,482 @@
+"""Corpora to token files: the bytes on disk read and written by hand, splits, memory, and every bad input."""
+import json
+import lzma
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prepare
+from common import UserError
+from prepare import TokenFile, TokenFileWriter, load_tokenizer
+
+ROOT = Path(prepare.__file__).parent
+
+
+def run(*words):
+    """prepare.py in this process."""
+    prepare.main([str(word) for word in words])
+
+
+def cli(*words, **options):
+    return subprocess.run([sys.executable, str(ROOT / "prepare.py"), *map(str, words)], capture_output=True, text=True,
+                          **options)
+
+
+def by_hand(prefix):
+    """A .bin/.idx pair read with struct alone -> (dtype code, [[id, ...], ...])."""
+    idx, data = Path(f"{prefix}.idx").read_bytes(), Path(f"{prefix}.bin").read_bytes()
+    assert idx[:9] == b"MMIDIDX\0\0" and struct.unpack_from("<Q", idx, 9) == (1,)
+    code, n, m = struct.unpack_from("<BQQ", idx, 17)
+    assert m == n + 1
+    sizes = struct.unpack_from(f"<{n}i", idx, 34)
+    offsets = struct.unpack_from(f"<{n}q", idx, 34 + 4 * n)
+    assert struct.unpack_from(f"<{m}q", idx, 34 + 12 * n) == tuple(range(m)) and len(idx) == 34 + 12 * n + 8 * m
+    width, letter = {8: (2, "H"), 9: (4, "I")}[code]
+    assert len(data) == width * sum(sizes) and offsets == tuple(width * sum(sizes[:i]) for i in range(n))
+    return code, [list(struct.unpack_from(f"<{size}{letter}", data, at)) for size, at in zip(sizes, offsets)]
+
+
+def upstream_pair(prefix, documents, code=8, letter="H"):
+    """A pair as RWKV-LM's own builder lays it out, packed here by hand."""
+    n, width = len(documents), struct.calcsize(letter)
+    sizes = [len(document) for document in documents]
+    Path(f"{prefix}.bin").write_bytes(b"".join(struct.pack(f"<{len(d)}{letter}", *d) for d in documents))
+    Path(f"{prefix}.idx").write_bytes(
+        b"MMIDIDX\0\0" + struct.pack("<Q", 1) + bytes([code]) + struct.pack("<QQ", n, n + 1)
+        + struct.pack(f"<{n}i", *sizes)
+        + struct.pack(f"<{n}q", *(width * sum(sizes[:i]) for i in range(n))) + struct.pack(f"<{n + 1}q", *range(n + 1)))
+
+
+def jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def b(text):
+    return [byte + 1 for byte in text.encode()]
+
+
+# ---- token files
+
+def test_writer_by_hand(tmp_path):
+    with TokenFileWriter(tmp_path / "x", np.uint16) as f:
+        f.add([1, 2, 65535, 0])
+        f.add(np.array([7]), more=True)
+        f.add([8, 0])
+        f.add([0])
+    assert by_hand(tmp_path / "x") == (8, [[1, 2, 65535, 0], [7, 8, 0], [0]])
+    with TokenFileWriter(tmp_path / "y", np.uint32) as f:
+        f.add([70000, 0])
+    assert by_hand(tmp_path / "y") == (9, [[70000, 0]])
+    assert sorted(os.listdir(tmp_path)) == ["x.bin", "x.idx", "y.bin", "y.idx"]
+
+
+@pytest.mark.parametrize("name", ["data.v2", "data.v2.bin", "data.v2.idx"])
+def test_reader_of_an_upstream_pair(tmp_path, name):
+    documents = [[5, 6, 0], [65535, 0], [1, 2, 3, 4, 0]]
+    upstream_pair(tmp_path / "data.v2", documents)
+    data = TokenFile(tmp_path / name)
+    assert len(data) == 3 and data.sizes.tolist() == [3, 2, 5] and data.meta == {} and data.tokenizer() is None
+    assert [data.doc(i).tolist() for i in range(3)] == documents and data.tokens.tolist() == sum(documents, [])
+    assert data.doc(-1).tolist() == documents[-1] and isinstance(data.tokens, np.memmap)
+    with pytest.raises(IndexError):
+        data.doc(3)
+
+
+@pytest.mark.parametrize("code, letter", [(1, "B"), (2, "b"), (3, "h"), (4, "i"), (5, "q"), (8, "H"), (9, "I")])
+def test_all_integer_dtypes(tmp_path, code, letter):
+    upstream_pair(tmp_path / "x", [[100, 0], [3, 0]], code, letter)
+    assert TokenFile(tmp_path / "x").doc(1).tolist() == [3, 0]
+
+
+def test_check_vocab(tmp_path, monkeypatch):
+    upstream_pair(tmp_path / "x", [[5, 6, 0], [9, 300, 0], [300, 0]])
+    data = TokenFile(tmp_path / "x")
+    for block in (1 << 24, 2):
+        monkeypatch.setattr(prepare, "BLOCK", block)
+        data.check_vocab(301)
+        with pytest.raises(UserError, match=r"x.bin: id 300 at token 4 \(document 1\) .* vocab_size 300"):
+            data.check_vocab(300)
+    upstream_pair(tmp_path / "x", [[5, 0], [0], [7, 0]])
+    with pytest.raises(UserError, match=r"id 7 at token 3 \(document 2\)"):
+        TokenFile(tmp_path / "x").check_vocab(7)
+    upstream_pair(tmp_path / "x", [[5, -6, 0]], 4, "i")
+    with pytest.raises(UserError, match="id -6 at token 1"):
+        TokenFile(tmp_path / "x").check_vocab(10)
+
+
+def damage(path, change):
+    data = bytearray(path.read_bytes())
+    path.write_bytes(change(data) or data)
+
+
+@pytest.mark.parametrize("file, change, message", [
+    ("x.idx", None, "x.idx does not exist"), ("x.bin", None, "x.bin does not exist"),
+    ("x.idx", lambda d: b"TNTIDX\0\0" + d[8:], "x.idx does not begin with MMIDIDX"),
+    ("x.idx", lambda d: b"\0" if d.clear() else b"", "does not begin"),
+    ("x.idx", lambda d: d.__setitem__(9, 2), "x.idx is version 2, expected 1"),
+    ("x.idx", lambda d: d.__setitem__(17, 6), "code 6 is floating point"),
+    ("x.idx", lambda d: d.__setitem__(17, 7), "code 7 is floating point"),
+    ("x.idx", lambda d: d.__setitem__(17, 10), "code 10 is unknown"),
+    ("x.idx", lambda d: d[:-1], "x.idx is cut off or damaged: 81 bytes, expected 82"),
+    ("x.idx", lambda d: d[:20], "x.idx is cut off: 20 bytes"),
+    ("x.idx", lambda d: d.__setitem__(17, 9), "x.bin is cut off, or not of this index: 10 bytes, expected 20"),
+    ("x.bin", lambda d: d[:-2], "x.bin is cut off, or not of this index: 8 bytes, expected 10"),
+    ("x.bin", lambda d: d + b"\0\0", "12 bytes, expected 10")])
+def test_damaged_pairs(tmp_path, file, change, message):
+    upstream_pair(tmp_path / "x", [[5, 6, 0], [9, 0]])
+    if change:
+        damage(tmp_path / file, change)
+    else:
+        (tmp_path / file).unlink()
+    with pytest.raises(UserError, match=message) as e:
+        TokenFile(tmp_path / "x")
+    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+def test_missing_prefix_suggests_the_split(tmp_path):
+    upstream_pair(tmp_path / "x_train", [[5, 0]])
+    with pytest.raises(UserError, match="did you mean .*x_train"):
+        TokenFile(tmp_path / "x")
+    (tmp_path / "x_train.json").write_text("[")
+    with pytest.raises(UserError, match="x_train.json is not a JSON object"):
+        TokenFile(tmp_path / "x_train")
+
+
+def test_interrupted_writer_leaves_nothing(tmp_path):
+    upstream_pair(tmp_path / "old", [[5, 0]])
+    for error in (KeyboardInterrupt, ValueError):
+        for name in ("new", "old"):
+            with pytest.raises(error):
+                with TokenFileWriter(tmp_path / name, np.uint16) as f:
+                    f.add([1, 2, 3])
+                    raise error
+    for ids in ([70000], [-1], [1, 65536, 2]):
+        with pytest.raises(UserError, match="outside 0..65535"):
+            with TokenFileWriter(tmp_path / "new", np.uint16) as f:
+                f.add(ids)
+    assert sorted(os.listdir(tmp_path)) == ["old.bin", "old.idx"] and by_hand(tmp_path / "old") == (8, [[5, 0]])
+
+
+def test_failing_index_leaves_nothing(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="cannot write .*x.*No space"):
+        with TokenFileWriter(tmp_path / "x", np.uint16) as f:
+            f.add([1, 0])
+
+            def full(*_, **__):
+                raise OSError(28, "No space left on device")
+            monkeypatch.setattr(np, "cumsum", full)
+    assert os.listdir(tmp_path) == []
+
+
+# ---- corpora
+
+def test_jsonl(tmp_path, capsys):
+    texts = [f"text {i} é👍\n\nmore" for i in range(100)]
+    jsonl(tmp_path / "in.jsonl", texts)
+    run(tmp_path / "in.jsonl", f"--out={tmp_path}/d/x", "--tokenizer=bytes", "--val=0.1")
+    (_, train), (_, val) = by_hand(tmp_path / "d/x_train"), by_hand(tmp_path / "d/x_val")
+    assert len(train) == 90 and len(val) == 10
+    assert sorted(map(tuple, train + val)) == sorted(tuple(b(text) + [0]) for text in texts)  # each once, none lost
+    assert train == [b(text) + [0] for text in texts if b(text) + [0] in train]  # in the input's order
+    meta = TokenFile(tmp_path / "d/x_val").meta
+    raw = b"".join(bytes(i - 1 for i in document[:-1]) for document in val)
+    tokens = sum(map(len, val))
+    assert meta == {"tokenizer": "bytes", "vocab_size": 257, "documents": 10, "tokens": tokens, "bytes": len(raw),
+                    "bytes_per_token": len(raw) / tokens, "longest_document": max(map(len, val)),
+                    "xz_bits_per_byte": pytest.approx(8 * len(lzma.compress(raw, preset=9)) / len(raw), abs=1e-9)}
+    assert "xz_bits_per_byte" not in TokenFile(tmp_path / "d/x_train").meta
+    assert sorted(os.listdir(tmp_path / "d")) == [
+        "x_train.bin", "x_train.idx", "x_train.json", "x_val.bin", "x_val.idx", "x_val.json"]
+    out = capsys.readouterr().out
+    assert "x_train: 90 documents" in out and "x_val: 10 documents" in out and "bytes per token" in out
+
+
+def test_split_is_deterministic_and_follows_the_seed(tmp_path):
+    source = jsonl(tmp_path / "in.jsonl", [f"{i}" for i in range(200)])
+    vals = []
+    for seed in (0, 0, 1):
+        run(source, f"--out={tmp_path}/x", "--tokenizer=bytes", f"--seed={seed}", "--val=0.05")
+        vals.append(by_hand(tmp_path / "x_val")[1])
+    assert vals[0] == vals[1] != vals[2] and all(len(val) == 10 for val in vals)
+    run(jsonl(source, ["a", "b"]), f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.0001")  # at least one
+    assert len(by_hand(tmp_path / "x_val")[1]) == len(by_hand(tmp_path / "x_train")[1]) == 1
+    run(source, f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.99")  # and not all
+    assert len(by_hand(tmp_path / "x_val")[1]) == len(by_hand(tmp_path / "x_train")[1]) == 1
+
+
+def test_one_document_is_cut_at_a_line(tmp_path, capsys):
+    text = "".join(f"line number {i}\r\n" for i in range(100))
+    (tmp_path / "in.txt").write_bytes(text.encode())
+    run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.1")
+    (_, [head]), (_, [tail]) = by_hand(tmp_path / "x_train"), by_hand(tmp_path / "x_val")
+    assert head[:-1] + tail[:-1] == b(text) and head[-1] == tail[-1] == 0
+    assert bytes(i - 1 for i in tail[:6]) == b"line n" and abs(len(tail) / len(text) - 0.1) < 0.02
+    assert "one document was given: its last part, about 0.1" in capsys.readouterr().out
+    (tmp_path / "in.txt").write_text("1 2 3 4 5 6 7 8 9 10")  # no lines: between words, no word in two
+    run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=integers:10", "--val=0.3")
+    assert sum(by_hand(tmp_path / "x_train")[1] + by_hand(tmp_path / "x_val")[1], []) in [
+        [*range(2, k), 0, *range(k, 12), 0] for k in (8, 9, 10)]
+    (tmp_path / "in.txt").write_text("0123456789")
+    run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.3")
+    assert by_hand(tmp_path / "x_val")[1] == [b("789") + [0]]
+
+
+def test_no_validation(tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("one document")
+    run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0")
+    assert by_hand(tmp_path / "x_train")[1] == [b("one document") + [0]] and not (tmp_path / "x_val.bin").exists()
+    assert "validation split" not in capsys.readouterr().out
+
+
+def test_folder(tmp_path, capsys):
+    src = tmp_path / "src"
+    (src / "b" / ".git").mkdir(parents=True)
+    (src / "b.txt").write_text("bee")
+    (src / "a").write_bytes("\ufeffaé\r\n".encode())
+    (src / "b" / "x.py").write_text("x = 1")
+    (src / "b" / "more.jsonl").write_text('{"text": "j"}\n\n{"text": ""}\n')
+    (src / "b" / ".git" / "config").write_text("hidden")
+    (src / "empty").write_text("")
+    (src / "latin").write_bytes(b"\xe9t\xe9")
+    (src / "binary").write_bytes(b"\0\1\2")
+    run(src, f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0")
+    assert by_hand(tmp_path / "x_train")[1] == [b(t) + [0] for t in ("aé\r\n", "j", "x = 1", "bee")]
+    out = capsys.readouterr().out
+    assert "left out: 2 empty documents" in out and "left out: 2 files that are not UTF-8 text" in out
+
+
+def test_integers(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 360, (20, 50))
+    np.save(tmp_path / "two.npy", rows)
+    np.save(tmp_path / "one.npy", rows[0].astype(np.uint8))
+    jsonl(tmp_path / "in.jsonl", [" ".join(map(str, row)) for row in rows])
+    expected = [[v + 1 for v in row] + [0] for row in rows.tolist()]
+    for name in ("two.npy", "in.jsonl"):
+        run(tmp_path / name, f"--out={tmp_path}/x", "--tokenizer=integers:359", "--val=0")
+        assert by_hand(tmp_path / "x_train")[1] == expected
+    meta = TokenFile(tmp_path / "x_train").meta
+    assert (meta["tokenizer"], meta["vocab_size"]) == ("integers:359", 361)
+    run(tmp_path / "one.npy", f"--out={tmp_path}/x", "--tokenizer=integers:359", "--val=0.2")  # one document, cut
+    head = [int(v) + 1 for v in rows[0].astype(np.uint8)]
+    assert by_hand(tmp_path / "x_train")[1] == [head[:40] + [0]] and by_hand(tmp_path / "x_val")[1] == [head[40:] + [0]]
+    assert TokenFile(tmp_path / "x_val").meta["bytes_per_token"] is None
+
+
+def test_uint32(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[0, 65534], [65535, 99999]]))
+    for maximum, code in ((65534, 8), (65535, 9), (99999, 9)):
+        np.save(tmp_path / "a.npy", np.array([[0, 65534], [maximum, 1]]))
+        run(tmp_path / "a.npy", f"--out={tmp_path}/x", f"--tokenizer=integers:{maximum}", "--val=0")
+        assert by_hand(tmp_path / "x_train") == (code, [[1, 65535, 0], [maximum + 1, 2, 0]])
+    data = TokenFile(tmp_path / "x_train")
+    data.check_vocab(100001)
+    assert data.dtype == np.uint32 and data.doc(1).tolist() == [100000, 2, 0]
+
+
+def test_bpe_learns_from_training_documents_only(tmp_path):
+    source = jsonl(tmp_path / "in.jsonl", [f"document{i:03} " + f"word{i:03} " * 30 for i in range(40)])
+    run(source, f"--out={tmp_path}/d/x", "--tokenizer=bpe:600", "--val=0.1")
+    assert (tmp_path / "d/x.tokenizer.json").exists()
+    train, val = TokenFile(tmp_path / "d/x_train"), TokenFile(tmp_path / "d/x_val")
+    t = train.tokenizer()
+    texts = {json.loads(line)["text"] for line in source.open()}
+    decoded = {split: {t.decode(data.doc(i).tolist()) for i in range(len(data))} for split, data in
+               (("train", train), ("val", val))}
+    assert decoded["train"] | decoded["val"] == texts and not decoded["train"] & decoded["val"] and len(val) == 4
+    words = {split: [text.split()[1] for text in decoded[split]] for split in decoded}
+    assert max(len(t.encode(word)) for word in words["train"]) < min(len(t.encode(word)) for word in words["val"])
+    assert train.meta["tokenizer"] == "x.tokenizer.json" and train.meta["vocab_size"] == t.vocab_size
+    assert load_tokenizer(tmp_path / "d").encode("word") == t.encode("word")
+    train.check_vocab(t.vocab_size)
+    run(source, f"--out={tmp_path}/e/y", f"--tokenizer={tmp_path}/d/x.tokenizer.json", "--val=0.1")  # used again
+    assert (tmp_path / "e/y_train.bin").read_bytes() == (tmp_path / "d/x_train.bin").read_bytes()
+    assert TokenFile(tmp_path / "e/y_train").tokenizer().text == t.text
+
+
+def test_long_documents_in_pieces_have_the_same_ids(tmp_path, monkeypatch):
+    source = (ROOT / "prepare.py").read_text()[:20000].replace("    ", "  \n", 300) + "\n\n" + " \n x。\n" * 200
+    (tmp_path / "in.txt").write_text(source)
+    (tmp_path / "list.txt").write_text("\n".join(sorted(set(source) - {"\n"})))
+    run("vocab", tmp_path / "list.txt", f"--out={tmp_path}/v.txt")
+    with open(tmp_path / "v.txt", "a") as f:  # a token over a line's end: such a vocabulary is not cut
+        f.write("9997 '#' 1\n9998 '\\n' 1\n9999 '\\nd' 2\n")
+    bpe = prepare.train_bpe([source], 600)
+    prepare.save_tokenizer(bpe, tmp_path)
+    for name in ("world", "bytes", f"{tmp_path}/tokenizer.json", f"{tmp_path}/v.txt"):
+        monkeypatch.setattr(prepare, "PIECE", 50)
+        monkeypatch.setattr(prepare, "BATCH", 300)
+        run(tmp_path / "in.txt", f"--out={tmp_path}/x", f"--tokenizer={name}", "--val=0")
+        t = load_tokenizer(name)
+        assert TokenFile(tmp_path / "x_train").tokens.tolist() == t.encode(source) + [0], name
+        pieces = sum(len(batch) for batch in prepare.in_batches([("train", "", source)], t.line_safe))
+        assert pieces == 1 if name.endswith("v.txt") else pieces > 15, (name, pieces)
+
+
+def test_stdlib(tmp_path):
+    run("stdlib", f"--out={tmp_path}/s", "--tokenizer=world")
+    train, val = TokenFile(tmp_path / "s_train"), TokenFile(tmp_path / "s_val")
+    assert len(train) > 300 and len(val) == round(0.01 * (len(train) + len(val)))
+    assert train.meta["bytes"] > 5e6 and 2 < train.meta["bytes_per_token"] < 5 and val.meta["xz_bits_per_byte"] < 4
+    t = train.tokenizer()
+    texts = {t.decode(d.doc(i).tolist()) for d in (train, val) for i in range(len(d))}
+    assert Path(json.__file__).read_text() in texts and Path(lzma.__file__).read_text() in texts
+    train.check_vocab(65536)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of a process from /proc")
+def test_memory_stays_below_the_corpus(tmp_path):
+    line = json.dumps({"text": "The quick brown fox jumps over the lazy dog. " * 22}) + "\n"
+    peaks = []
+    for name, count in (("small", 10), ("big", 60_000)):
+        (tmp_path / name).with_suffix(".jsonl").write_text(line * count)
+        code = (f"import prepare; prepare.main(['{tmp_path}/{name}.jsonl', '--out={tmp_path}/{name}', "
+                "'--tokenizer=bytes'])\nprint(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]) * 1024)  # getrusage's maximum would count the parent before exec
+    size = (tmp_path / "big.jsonl").stat().st_size
+    assert size > 58e6 and TokenFile(tmp_path / "big_train").meta["documents"] == 59400
+    assert peaks[1] - peaks[0] < 0.5 * size, [p // 2**20 for p in peaks]
+
+
+# ---- what can go wrong
+
+BAD_LINES = [("{oops", "not JSON"), ("[1]", "a JSON list, not an object"), ('{"text": 5}', 'no string "text"'),
+             ('{"txt": "x"}', r'no string "text" in it \(keys: txt'), ('{"text": null}', 'no string "text"'),
+             ('{"text": "\\ud83d"}', "not Unicode"), ("[" * 100_000, "not Unicode|not JSON")]
+
+
+@pytest.mark.parametrize("line, message", BAD_LINES)
+def test_bad_jsonl_lines(tmp_path, capsys, line, message):
+    out, path = tmp_path / "new" / "x", tmp_path / "in.jsonl"
+    path.write_text('{"text": "good"}\n\n' + line + '\n{"text": "good too"}\n')
+    with pytest.raises(UserError, match=f"in.jsonl, line 3: .*({message}).*--skip_bad") as e:
+        run(path, f"--out={out}", "--tokenizer=bytes")
+    assert "\n" not in str(e.value) and not out.parent.exists()
+    run(path, f"--out={out}", "--tokenizer=bytes", "--val=0", "--skip_bad")
+    assert len(by_hand(f"{out}_train")[1]) == 2 and "left out: 1 bad JSONL lines" in capsys.readouterr().out
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(UserError, match="in.jsonl, line 1: not Unicode"):
+        run(tmp_path / "in.jsonl", f"--out={tmp_path}/x", "--tokenizer=bytes")
+    (tmp_path / "in.txt").write_bytes(b"ok\xe9")
+    with pytest.raises(UserError, match="in.txt is not UTF-8 text .byte 2 is 0xe9"):
+        run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes")
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "in.txt"]
+
+
+@pytest.mark.parametrize("values, tokenizer, message", [
+    ([[1, 2], [3, 360]], "integers:359", "a.npy, row 1: value 360 at position 1 is outside 0..359.*integers:MAX"),
+    ([1, -5, 3], "integers:359", "a.npy: value -5 at position 1"),
+    ([1.0, 2.0], "integers:359", r"a.npy is float64 with 1 dimensions; expected integers.*astype"),
+    ([[[1]]], "integers:359", "3 dimensions"), ([1, 2], "world", "a.npy: integer arrays need --tokenizer=integers:MAX"),
+    ([1, 2], "bpe:300", "a.npy: integer arrays need"), ([], "integers:3", "float64")])
+def test_bad_arrays(tmp_path, values, tokenizer, message):
+    np.save(tmp_path / "a.npy", np.array(values))
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "a.npy", f"--out={tmp_path}/new/x", f"--tokenizer={tokenizer}", "--val=0")
+    assert os.listdir(tmp_path) == ["a.npy"]
+
+
+def test_value_that_does_not_fit_is_found_after_many_good_ones(tmp_path):
+    """The first batches are already written by then; nothing of them is left, and what was there before is."""
+    run(jsonl(tmp_path / "in.jsonl", ["7 8"]), f"--out={tmp_path}/x", "--tokenizer=integers:359", "--val=0")
+    before = {path: path.read_bytes() for path in tmp_path.glob("x*")}
+    jsonl(tmp_path / "in.jsonl", ["1 2 3 " * 1000] * 400 + ["4 360"])
+    with pytest.raises(UserError, match="in.jsonl, line 401: value 360 at position 1"):
+        run(tmp_path / "in.jsonl", f"--out={tmp_path}/x", "--tokenizer=integers:359", "--val=0")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "in.jsonl"} == before
+
+
+@pytest.mark.parametrize("words, message", [
+    (["gone.txt"], "gone.txt does not exist; INPUT is"), ([], "no documents in no INPUT"),
+    (["empty.txt"], "no documents in empty.txt; left out 1 empty documents"), (["folder"], "no documents in folder"),
+    (["in.txt", "--tokenizer=wolrd"], "'wolrd': no such name or file; choose world"),
+    (["in.txt", "--val=1"], "--val=1.0"), (["in.txt", "--val=-0.1"], "--val=-0.1"),
+    (["in.txt", "--tokenizer=bpe:100"], "SIZE >= 257"), (["in.txt", "--tokenizer=bpe:"], "expected bpe:SIZE"),
+    (["in.txt", "--tokenizer=integers:9"], "in.txt: .*'hello'"),
+    (["one.txt", "--tokenizer=bytes"], "one.txt is one document of length 1.*--val=0"),
+    (["text.npy", "--tokenizer=integers:9"], "text.npy cannot be read as a .npy")])
+def test_bad_commands(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name, text in (("in.txt", "hello\nworld"), ("empty.txt", ""), ("one.txt", "x"), ("text.npy", "1 2 3")):
+        (tmp_path / name).write_text(text)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match=message) as e:
+        run(*words, "--out=new/x")
+    assert "\n" not in str(e.value) and sorted(os.listdir(tmp_path)) == before
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text("hello")
+
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(UserError, match="in.txt cannot be read: Permission denied"):
+        run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes")
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "in.txt").write_text("hello\nworld")
+    with pytest.raises(UserError, match="cannot write"):
+        run(tmp_path / "in.txt", f"--out={tmp_path}/in.txt/x", "--tokenizer=bytes")
+    assert os.listdir(tmp_path) == ["in.txt"]
+
+
+def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
+    source = jsonl(tmp_path / "in.jsonl", ["hello"] * 10)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(prepare, "encode_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, f"--out={tmp_path}/new/x", "--tokenizer=bytes")
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+# ---- the command line
+
+def test_inspect(tmp_path, capsys):
+    jsonl(tmp_path / "in.jsonl", ["Hello\nthere", "B" * 500])
+    run(tmp_path / "in.jsonl", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0")
+    capsys.readouterr()
+    for name in ("x_train", "x_train.bin", "x_train.idx"):
+        run("inspect", tmp_path / name)
+        out = capsys.readouterr().out
+        assert "uint16, 2 documents, 513 tokens" in out and "12 to 501, on average 256.5" in out
+        assert "largest id: 117, at token 6" in out  # the 't' of 'there', 116 + 1
+        assert "tokenizer: bytes, vocab_size 257" in out and f"bytes per token: {511 / 513}" in out
+        assert r"document 0: 'Hello\nthere'" in out and f"document 1: '{'B' * 200}'\n" in out
+    (tmp_path / "x_train.json").unlink()
+    run("inspect", tmp_path / "x_train")
+    out = capsys.readouterr().out
+    assert "tokenizer: unknown" in out and "document 0: ids [73, 102," in out
+    run("inspect", tmp_path / "x_train", "--tokenizer=bytes")
+    assert r"document 0: 'Hello\nthere'" in capsys.readouterr().out
+
+
+def test_command_line(tmp_path):
+    (tmp_path / "in.txt").write_text("hello\n" * 50)
+    done = cli("in.txt", "--out", "d/x", "--tokenizer=bytes", cwd=tmp_path)
+    assert done.returncode == 0 and "x_train: 1 documents" in done.stdout and done.stderr == ""
+    for words in (["gone.txt", "--out=x"], ["inspect", "gone"], ["vocab", "gone.txt"]):
+        done = cli(*words, cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert "gone" in done.stderr and done.stdout == ""
+    assert sorted(os.listdir(tmp_path)) == ["d", "in.txt"]
+
+
+@pytest.mark.parametrize("words, field", [([], "--skip_bad"), (["inspect"], "prefix, its .bin"),
+                                          (["vocab"], "one token per line")])
+def test_help(words, field):
+    done = cli(*words, "--help")
+    assert done.returncode == 0 and field in " ".join(done.stdout.split()) and "python prepare.py INPUT" in done.stdout
