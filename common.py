@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import os
+import platform
 import runpy
 import signal
 import sys
@@ -168,6 +169,15 @@ def start(cfg):
 def finish(run):
     if run.owns_group and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def cpu_name():
+    """'AMD EPYC …', where the system tells it; for result files."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def print0(*args):

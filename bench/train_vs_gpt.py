@@ -7,7 +7,6 @@ The GPT is the plain modern one: pre-norm, learned positions, PyTorch's causal s
 4 C feed-forward, no biases. A step is forward, loss, backward and AdamW (fused), float32 on a CPU, bf16 on a GPU.
 """
 import json
-import platform
 import statistics
 import sys
 import time
