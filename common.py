@@ -367,8 +367,11 @@ class Metrics:
         if not self.active:
             return
         self.rows.append({"step": step, "time": round(time.time() - self.t0, 3), **values})
-        with open(self.path, "a") as f:
-            f.write(json.dumps(self.rows[-1]) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(self.rows[-1]) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {self.path}: {e.strerror}; free some space, then --resume") from e
         if self.backend:
             self.backend(values, step=step)
 

@@ -1,5 +1,6 @@
 """Config reading and atomic files."""
 import importlib
+import json
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -93,6 +94,32 @@ def test_prune_keeps_the_newest_by_number(tmp_path):
     (tmp_path / "rwkv-final.pth").touch()
     common.prune(tmp_path, "rwkv-*.pth", 2)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["rwkv-10.pth", "rwkv-100.pth", "rwkv-final.pth"]
+
+
+def test_metrics_go_to_the_asked_logger_and_a_resumed_run_drops_lost_lines(tmp_path, monkeypatch):
+    logged = []
+    fake = type(sys)("wandb")
+    fake.init = lambda **kw: (logged.append(kw["config"]["lr"]), type("Run", (), {"log": lambda self, row, step: logged.append((step, row))})())[1]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    @dataclass
+    class Cfg:
+        out_dir: str = str(tmp_path)
+        log: str = "wandb"
+        lr: float = 0.5
+    run = common.Run(0, 1, torch.device("cpu"), torch.float32, False)
+    metrics = common.Metrics(Cfg(), run)
+    for step in (1, 2, 3):
+        metrics.log(step, loss=1.0 / step)
+    assert logged == [0.5, (1, {"loss": 1.0}), (2, {"loss": 0.5}), (3, {"loss": 1 / 3})]
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "lo')  # a kill in the middle of a line
+    metrics = common.Metrics(Cfg(log="none"), run, from_step=2)
+    metrics.log(3, loss=0.25)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in rows] == [(1, 1.0), (2, 0.5), (3, 0.25)]
+    metrics.plot("loss", "val_loss")
+    assert (tmp_path / "metrics.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_checkpoint_of_pickled_classes_is_refused(tmp_path):

@@ -279,3 +279,50 @@ def test_official_sizes_follow_the_rule_for_new_models():
     assert RWKVConfig("x060", 1, 2560).dim_ffn == 8960
     weights = {k: w for k, w in random_model("x070").state_dict().items()}
     assert config_of(copy.copy(weights)).n_layer == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# initial values: RWKV-LM's formulas, number by number, for layer 1 of 3, width 128
+
+def test_initial_values_are_upstreams():
+    C, L, l, N = 128, 3, 1, 64
+    s, q = l / (L - 1), 1 - l / L
+    torch.manual_seed(0)
+    v7 = {n: p.detach() for n, p in RWKV(RWKVConfig("x070", L, C, 320)).named_parameters()}
+    v6 = {n: p.detach() for n, p in RWKV(RWKVConfig("x060", L, C, 320)).named_parameters()}
+    for i in (0, 1, 37, 64, 100, 127):
+        d, lin = i / C, i / (C - 1) - 0.5
+        z = (i % N - 31.5) / 31.5
+        z *= abs(z)
+        want7 = {"att.x_r": 1 - d ** (0.2 * q), "att.x_w": 1 - d ** (0.9 * q), "att.x_k": 1 - d ** (0.7 * q),
+                 "att.x_v": 1 - d ** (0.7 * q), "att.x_a": 1 - d ** (0.9 * q), "att.x_g": 1 - d ** (0.2 * q),
+                 "att.w0": -5.5 + 6 * (i / (C - 1)) ** (1 + s ** 0.3) + 2.5 * z, "att.a0": -0.19 + 0.3 * z + 0.4 * lin,
+                 "att.v0": 0.73 - 0.4 * lin, "att.k_k": 0.71 - 0.1 * lin, "att.k_a": 1.02, "att.r_k": -0.04,
+                 "ffn.x_k": 1 - d ** q ** 4, "att.ln_x.weight": (2 / 3) ** 0.7, "att.ln_x.bias": 0, "ln1.weight": 1}
+        want6 = {"att.time_maa_x": 1 - d ** q, "att.time_maa_w": 1 - d ** q, "att.time_maa_k": 1 - d ** q,
+                 "att.time_maa_v": 1 - (d ** q + 0.3 * s), "att.time_maa_r": 1 - d ** (0.5 * q),
+                 "att.time_maa_g": 1 - d ** (0.5 * q), "att.time_decay": -6 + 5 * (i / (C - 1)) ** (0.7 + 1.3 * s),
+                 "att.time_faaaa": s * (1 - i / (C - 1)) + 0.1 * ((i + 1) % 3 - 1), "ffn.time_maa_k": 1 - d ** q ** 3,
+                 "ffn.time_maa_r": 1 - d ** q ** 3}
+        for got, want in ((v7, want7), (v6, want6)):
+            for name, value in want.items():
+                assert got[f"blocks.1.{name}"].flatten()[i].item() == pytest.approx(value, abs=2e-6), (name, i)
+    eye = torch.eye(C)
+    for got, name, gain in ((v7, "receptance", 1), (v7, "key", 0.1), (v7, "value", 1), (v6, "gate", 0.1)):
+        w = got[f"blocks.1.att.{name}.weight"]
+        torch.testing.assert_close(w @ w.T, gain ** 2 * eye, atol=1e-5, rtol=0)
+    head, ffn, w2 = v7["head.weight"], v7["blocks.1.ffn.key.weight"], v7["blocks.1.att.w2"]
+    torch.testing.assert_close(head.T @ head, 0.25 * 320 / C * eye, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ffn.T @ ffn, eye, atol=1e-5, rtol=0)
+    torch.testing.assert_close(w2 @ w2.T, 0.01 * torch.eye(len(w2)), atol=1e-6, rtol=0)
+    for got, name in ((v7, "att.output.weight"), (v7, "ffn.value.weight"), (v7, "att.w1"), (v7, "att.g1"),
+                      (v6, "ffn.receptance.weight"), (v6, "att.time_maa_w1"), (v6, "att.time_decay_w1")):
+        assert not got[f"blocks.1.{name}"].any(), name
+    assert 0.9e-4 < v7["emb.weight"].abs().max() <= 1e-4
+    assert 0.009 < v6["blocks.1.att.time_maa_w2"].abs().max() <= 0.01 >= v6["blocks.1.att.time_decay_w2"].abs().max()
+
+
+def test_one_layer_has_no_division_by_zero():
+    for version in ("x060", "x070"):
+        for p in RWKV(RWKVConfig(version, 1, 64, 10)).parameters():
+            assert p.isfinite().all()

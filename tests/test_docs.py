@@ -1,0 +1,39 @@
+"""What README.md shows exists and parses."""
+import ast
+import re
+import shlex
+
+import pytest
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.strip().split("  #")[0] for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", README, re.S)
+            for line in block.splitlines() if re.match(r"\s*(python|torchrun|bash) ", line)]
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_scripts_configs_and_flags_exist(command):
+    words = [w for w in shlex.split(command, comments=True) if w not in ("python", "torchrun", "bash", "--", "\\")]
+    while words and words[0].startswith("--"):
+        words.pop(0)  # torchrun's own flags
+    script, *rest = words
+    assert (ROOT / script).is_file(), script
+    if script.endswith(".sh"):
+        return
+    fields = {n.target.id for c in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(c, ast.ClassDef)
+              and c.name.endswith("Config") for n in c.body if isinstance(n, ast.AnnAssign)}
+    for word in rest:
+        if word.startswith("config/"):
+            assert (ROOT / word).is_file(), word
+        elif word.startswith("--"):
+            assert re.split("=", word[2:])[0] in fields | {"help"}, word
+
+
+def test_every_python_file_is_in_the_map_of_the_house():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "wkv_cuda").glob("*.py")]:
+        assert path.name in README or path.parent.name in README, path.name
