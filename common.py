@@ -5,6 +5,7 @@ Functions only: nothing here knows the network or a method, and no training loop
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import typing
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -225,6 +227,18 @@ def lr_at(step, lr, lr_final, warmup_steps, max_steps):
     progress = min(max((step - warmup_steps) / max(max_steps - warmup_steps, 1), 0.0), 1.0)
     value = lr_final + (lr - lr_final) * (0.5 + 0.5 * math.cos(math.pi * progress))
     return value * (0.01 + 0.99 * step / warmup_steps if step < warmup_steps else 1.0)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def shuffled(samples, n, seed):
+    """Which of n items the global sample numbers `samples` (step * global_bsz + position) are: every item once an epoch,
+    each epoch in its own order. A function of seed and sample number alone, so any number of processes and any
+    micro-batch see the same data, and a resumed run goes on where it was."""
+    return [int(_permutation(n, seed, s // n)[s % n]) for s in samples]
 
 
 def duration(seconds):

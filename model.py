@@ -13,6 +13,7 @@ Glossary of shapes
 Parameters may be float32 while the network computes in bfloat16: `model.compute_dtype` is what activations are in, and
 every weight is cast where it is used. The decay and the state stay float32.
 """
+import contextlib
 import math
 import re
 from dataclasses import dataclass, fields
@@ -27,6 +28,9 @@ from torch.utils.checkpoint import checkpoint
 import common
 from common import UserError
 from wkv_cuda import wkv6, wkv7
+
+
+NEVER_TRAINED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # no layer below to take values from
 
 
 @dataclass
@@ -87,14 +91,29 @@ class Packing(NamedTuple):
 # layers
 
 class Linear(nn.Linear):
+    """y = W x, and with an adapter (LoRA, arXiv 2106.09685)  y = W x + scale B A x;  A [r, in], B [out, r]."""
+
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
+        self.lora_A = self.lora_B = None
+        self.lora_scale, self.lora_dropout, self.lora_on = 1.0, 0.0, True
 
     def reset_parameters(self):  # init_parameter does it, by name
         pass
 
+    def add_lora(self, r, scale, dropout):
+        """A random, B zero: the network is unchanged until B has moved. Trained, so in float32."""
+        like = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, self.in_features, **like), a=math.sqrt(5)))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
+        self.lora_scale, self.lora_dropout = scale, dropout
+
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype))
+        if self.lora_A is None or not self.lora_on:
+            return y
+        h = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
+        return torch.add(y, F.linear(h, self.lora_B.to(x.dtype)), alpha=self.lora_scale)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -324,11 +343,13 @@ class RWKV(nn.Module):
         self.head = Linear(c.n_embd, c.vocab_size)
         self.compute_dtype = None  # None: the embedding's own
         self.grad_cp = False       # recompute each block in backward: less memory, about a third more time
+        self.adapter_info = None   # how the LoRA was made; None: there is none
+        self.before_tuning = []    # (parameter, its value before) of extra parameters trained with a LoRA
         for name, p in self.named_parameters():
             if not p.is_meta:
                 init_parameter(name, p.data, c)
             # the first layer has no layer below to take values from, so these never get a gradient
-            p.requires_grad = name not in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+            p.requires_grad = name not in NEVER_TRAINED
 
     def zero_state(self, sequences):
         """The state before the first token, for this many sequences."""
@@ -373,6 +394,61 @@ class RWKV(nn.Module):
         """[B, T] log-probability of each target; for use outside DDP, whose wrapper only sees `forward`."""
         return self(idx, state, cu_seqlens=cu_seqlens, targets=targets, temperature=temperature)[0].logps
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # what trains
+
+    def set_tune(self, tune, **options):
+        """What trains: "full" = every weight; "lora" = an adapter beside the large matrices, `options` as in `_lora`.
+        Everything else gets requires_grad = False and keeps its dtype; what trains is float32."""
+        if tune == "full":
+            for name, p in self.named_parameters():
+                p.requires_grad, p.data = name not in NEVER_TRAINED, fp32(p.data)
+        elif tune == "lora":
+            self.requires_grad_(False)
+            self._lora(**options)
+        else:
+            raise UserError(f"tune={tune!r}: expected full or lora")
+
+    def _lora(self, r=32, alpha=64.0, dropout=0.0, rslora=False, targets=(), extra=()):
+        """r: rank; the update is scaled by alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732). targets: names of
+        matrices, "key" for all of that name or "att.key" for one kind; none = all of att and ffn. extra: further
+        parameters to train, by parts of their names ("ln", "x_"); they are saved with the adapter."""
+        linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear)}
+        kinds = {name: re.sub(r"blocks\.\d+\.", "", name) for name in linears}
+        chosen = set()
+        for target in targets or ("att", "ffn"):
+            hits = {name for name, kind in kinds.items() if target in (kind, kind.split(".")[0], kind.split(".")[-1])}
+            if not hits:
+                raise UserError(f"LoRA target {target!r} is not a matrix of {self.config.version}; there are "
+                                f"{', '.join(sorted(set(kinds.values())))}")
+            chosen |= hits
+        for name in chosen:
+            linears[name].add_lora(r, alpha / (math.sqrt(r) if rslora else r), dropout)
+        for part in extra:
+            hits = [p for name, p in self.named_parameters() if part in name and ".lora_" not in name]
+            if not hits:
+                raise UserError(f"extra={part!r}: no parameter has that in its name")
+            for p in hits:
+                p.data, p.requires_grad = fp32(p.data), True
+                self.before_tuning.append((p, p.data.clone()))
+        self.adapter_info = dict(r=r, alpha=alpha, rslora=rslora, dropout=dropout)
+
+    @contextlib.contextmanager
+    def reference(self):
+        """The same network with its adapter off (and extra trained parameters as they were): the reference of DPO, GRPO."""
+        def switch(on):
+            for m in self.modules():
+                if isinstance(m, Linear):
+                    m.lora_on = on
+            for i, (p, other) in enumerate(self.before_tuning):
+                self.before_tuning[i] = (p, p.data)
+                p.data = other
+        switch(False)
+        try:
+            yield self
+        finally:
+            switch(True)
+
     def param_groups(self, lr, weight_decay):
         """Upstream's optimiser groups, for torch.optim.AdamW; every trainable parameter is in exactly one.
 
@@ -406,7 +482,7 @@ class RWKV(nn.Module):
         for name, p in list(model.named_parameters()):
             module, _, leaf = name.rpartition(".")
             if name not in weights:
-                if re.fullmatch(r"blocks\.0\.att\.v[012]", name):
+                if name in NEVER_TRAINED:
                     weights[name] = init_parameter(name, torch.empty(p.shape), config)
                 else:
                     missing.append(name)
@@ -427,13 +503,25 @@ class RWKV(nn.Module):
 
     def save_pretrained(self, path, dtype=None):
         """Official names and shapes, `.pth` or `.safetensors` by the path's ending, atomically. dtype None: as they are."""
-        weights = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in self.named_parameters()}
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import save_file
-            with common.atomic_write(path) as tmp:
-                save_file(weights, tmp)
-        else:
-            common.save_torch(weights, path)
+        write_weights({name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in self.named_parameters()
+                       if ".lora_" not in name}, path)
+
+    def save_adapter(self, path):
+        """The trained parameters alone: RWKV-PEFT's keys, ….lora_A [r, in] and ….lora_B [out, r], and extra ones under
+        their own names. A .safetensors file also carries r, alpha and rslora."""
+        write_weights({name: p.detach().cpu().contiguous() for name, p in self.named_parameters() if p.requires_grad}, path,
+                      {key: str(value) for key, value in self.adapter_info.items()})
+
+    @torch.no_grad()
+    def load_adapter(self, path):
+        """Values for the adapter that set_tune("lora", …) made; every name and size must fit."""
+        saved, own = read_weights(path), {name: p for name, p in self.named_parameters() if p.requires_grad}
+        for name in sorted(saved.keys() | own.keys()):
+            there, here = (list(w[name].shape) if name in w else "absent" for w in (saved, own))
+            if there != here:
+                raise UserError(f"{path} is an adapter for another base or other settings: {name} is {there} in the file, "
+                                f"{here} in the model; check --lora_r, --lora_targets and --init_from")
+            own[name].copy_(saved[name])
 
 
 def read_weights(path):
@@ -450,6 +538,16 @@ def read_weights(path):
         return load_file(path)
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} cannot be read as safetensors ({e})") from e
+
+
+def write_weights(weights, path, metadata=None):
+    """`.pth` or `.safetensors` by the path's ending, atomically. metadata {str: str}: .safetensors only."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import save_file
+        with common.atomic_write(path) as tmp:
+            save_file(weights, tmp, metadata)
+    else:
+        common.save_torch(weights, path)
 
 
 def config_of(weights, path="the file"):

@@ -13,9 +13,7 @@ eps at 1e-8 (upstream: 1e-18), a warm-up that starts again on resume, a mean of 
 """
 import dataclasses
 import functools
-import json
 import math
-import random
 import sys
 import time
 from contextlib import nullcontext
@@ -81,6 +79,7 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------------
 # the method: which windows, in which order
 
+@functools.lru_cache
 def magic_prime(n_tokens, ctx_len):
     """RWKV-LM's prime: the largest p <= n_tokens // ctx_len - 1 with p % 3 == 2. Cubing is then a bijection mod p."""
     windows = n_tokens // ctx_len
@@ -93,24 +92,17 @@ def magic_prime(n_tokens, ctx_len):
     return p
 
 
-@functools.lru_cache(maxsize=2)
-def _permutation(n, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
 def window_starts(samples, n_tokens, ctx_len, order="shuffle", seed=0):
     """First tokens of the windows for global sample numbers `samples` (step * global_bsz + position in the batch).
 
-    A function of seed and sample number alone, so any number of processes and any micro-batch see the same data.
-    shuffle: every window once an epoch, each epoch in its own order. magic_prime: RWKV-LM's offsets, window
-    ((phi n^3) mod p) for its sample n = 1 + number; tokens past p * ctx_len are never seen, as there.
+    shuffle: every window once an epoch, each epoch in its own order (common.shuffled). magic_prime: RWKV-LM's offsets,
+    window ((phi n^3) mod p) for its sample n = 1 + number; tokens past p * ctx_len are never seen, as there.
     """
     if order == "magic_prime":
         p = magic_prime(n_tokens, ctx_len)
         phi = int(p * (math.sqrt(5) - 1) / 2)
-        return [phi * (s + 1) ** 3 % p * ctx_len for s in map(int, samples)]  # python integers: the cube overflows 64 bits
-    n = (n_tokens - 1) // ctx_len
-    return [int(_permutation(n, seed, s // n)[s % n]) * ctx_len for s in map(int, samples)]
+        return [phi * (s + 1) ** 3 % p * ctx_len for s in samples]  # python integers: the cube overflows 64 bits
+    return [i * ctx_len for i in common.shuffled(samples, (n_tokens - 1) // ctx_len, seed)]
 
 
 def batch_at(tokens, starts, length, device):
