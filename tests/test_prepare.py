@@ -52,6 +52,10 @@ def upstream_pair(prefix, documents, code=8, letter="H"):
         + struct.pack(f"<{n}q", *(width * sum(sizes[:i]) for i in range(n))) + struct.pack(f"<{n + 1}q", *range(n + 1)))
 
 
+def files_in(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
 def jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
@@ -66,8 +70,7 @@ def b(text):
 def test_writer_by_hand(tmp_path):
     with TokenFileWriter(tmp_path / "x", np.uint16) as f:
         f.add([1, 2, 65535, 0])
-        f.add(np.array([7]), more=True)
-        f.add([8, 0])
+        f.add(np.array([7, 8, 0]))
         f.add([0])
     assert by_hand(tmp_path / "x") == (8, [[1, 2, 65535, 0], [7, 8, 0], [0]])
     with TokenFileWriter(tmp_path / "y", np.uint32) as f:
@@ -94,20 +97,30 @@ def test_all_integer_dtypes(tmp_path, code, letter):
     assert TokenFile(tmp_path / "x").doc(1).tolist() == [3, 0]
 
 
-def test_check_vocab(tmp_path, monkeypatch):
+def test_check_vocab(tmp_path):
     upstream_pair(tmp_path / "x", [[5, 6, 0], [9, 300, 0], [300, 0]])
-    data = TokenFile(tmp_path / "x")
-    for block in (1 << 24, 2):
-        monkeypatch.setattr(prepare, "BLOCK", block)
-        data.check_vocab(301)
-        with pytest.raises(UserError, match=r"x.bin: id 300 at token 4 \(document 1\) .* vocab_size 300"):
-            data.check_vocab(300)
+    TokenFile(tmp_path / "x").check_vocab(301)
+    with pytest.raises(UserError, match=r"x.bin: id 300 at token 4 \(document 1\) .* vocab_size 300"):
+        TokenFile(tmp_path / "x").check_vocab(300)
     upstream_pair(tmp_path / "x", [[5, 0], [0], [7, 0]])
     with pytest.raises(UserError, match=r"id 7 at token 3 \(document 2\)"):
         TokenFile(tmp_path / "x").check_vocab(7)
     upstream_pair(tmp_path / "x", [[5, -6, 0]], 4, "i")
     with pytest.raises(UserError, match="id -6 at token 1"):
         TokenFile(tmp_path / "x").check_vocab(10)
+
+
+def test_check_vocab_reads_no_tokens_where_it_need_not(tmp_path):
+    upstream_pair(tmp_path / "x", [[5, 65535, 0]])
+    data = TokenFile(tmp_path / "x")
+    data.tokens = None  # any look at them raises
+    data.check_vocab(65536)  # all that uint16 can hold
+    with pytest.raises(AttributeError):
+        data.check_vocab(65535)
+    data.meta = {"vocab_size": 300}
+    data.check_vocab(300)
+    with pytest.raises(AttributeError):
+        data.check_vocab(299)
 
 
 def damage(path, change):
@@ -119,12 +132,12 @@ def damage(path, change):
     ("x.idx", None, "x.idx does not exist"), ("x.bin", None, "x.bin does not exist"),
     ("x.idx", lambda d: b"TNTIDX\0\0" + d[8:], "x.idx does not begin with MMIDIDX"),
     ("x.idx", lambda d: b"\0" if d.clear() else b"", "does not begin"),
-    ("x.idx", lambda d: d.__setitem__(9, 2), "x.idx is version 2, expected 1"),
-    ("x.idx", lambda d: d.__setitem__(17, 6), "code 6 is floating point"),
-    ("x.idx", lambda d: d.__setitem__(17, 7), "code 7 is floating point"),
-    ("x.idx", lambda d: d.__setitem__(17, 10), "code 10 is unknown"),
+    ("x.idx", lambda d: d.__setitem__(9, 2), "x.idx does not begin with MMIDIDX and version 1"),
+    ("x.idx", lambda d: d.__setitem__(17, 6), "code 6 is no integer type"),
+    ("x.idx", lambda d: d.__setitem__(17, 7), "code 7 is no integer type"),
+    ("x.idx", lambda d: d.__setitem__(17, 10), "code 10 is no integer type"),
     ("x.idx", lambda d: d[:-1], "x.idx is cut off or damaged: 81 bytes, expected 82"),
-    ("x.idx", lambda d: d[:20], "x.idx is cut off: 20 bytes"),
+    ("x.idx", lambda d: d[:20], "x.idx is cut off or damaged: 20 bytes"),
     ("x.idx", lambda d: d.__setitem__(17, 9), "x.bin is cut off, or not of this index: 10 bytes, expected 20"),
     ("x.bin", lambda d: d[:-2], "x.bin is cut off, or not of this index: 8 bytes, expected 10"),
     ("x.bin", lambda d: d + b"\0\0", "12 bytes, expected 10")])
@@ -139,12 +152,12 @@ def test_damaged_pairs(tmp_path, file, change, message):
     assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
 
 
-def test_missing_prefix_suggests_the_split(tmp_path):
+def test_missing_prefix_and_broken_sidecar(tmp_path):
     upstream_pair(tmp_path / "x_train", [[5, 0]])
-    with pytest.raises(UserError, match="did you mean .*x_train"):
+    with pytest.raises(UserError, match="x.bin does not exist"):
         TokenFile(tmp_path / "x")
     (tmp_path / "x_train.json").write_text("[")
-    with pytest.raises(UserError, match="x_train.json is not a JSON object"):
+    with pytest.raises(UserError, match="x_train.json is not JSON"):
         TokenFile(tmp_path / "x_train")
 
 
@@ -210,14 +223,13 @@ def test_split_is_deterministic_and_follows_the_seed(tmp_path):
     assert len(by_hand(tmp_path / "x_val")[1]) == len(by_hand(tmp_path / "x_train")[1]) == 1
 
 
-def test_one_document_is_cut_at_a_line(tmp_path, capsys):
+def test_one_document_is_cut_at_a_line(tmp_path):
     text = "".join(f"line number {i}\r\n" for i in range(100))
     (tmp_path / "in.txt").write_bytes(text.encode())
     run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.1")
     (_, [head]), (_, [tail]) = by_hand(tmp_path / "x_train"), by_hand(tmp_path / "x_val")
     assert head[:-1] + tail[:-1] == b(text) and head[-1] == tail[-1] == 0
     assert bytes(i - 1 for i in tail[:6]) == b"line n" and abs(len(tail) / len(text) - 0.1) < 0.02
-    assert "one document was given: its last part, about 0.1" in capsys.readouterr().out
     (tmp_path / "in.txt").write_text("1 2 3 4 5 6 7 8 9 10")  # no lines: between words, no word in two
     run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=integers:10", "--val=0.3")
     assert sum(by_hand(tmp_path / "x_train")[1] + by_hand(tmp_path / "x_val")[1], []) in [
@@ -225,13 +237,24 @@ def test_one_document_is_cut_at_a_line(tmp_path, capsys):
     (tmp_path / "in.txt").write_text("0123456789")
     run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.3")
     assert by_hand(tmp_path / "x_val")[1] == [b("789") + [0]]
+    (tmp_path / "in.txt").write_text("a title\n" + "x" * 1000)  # a border far from the place is none
+    run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.1")
+    assert by_hand(tmp_path / "x_val")[1] == [b("x" * 101) + [0]]
 
 
-def test_no_validation(tmp_path, capsys):
+def test_a_giant_document_is_not_validation(tmp_path):
+    texts = ["x" * 10_000] + [f"document {i}" for i in range(20)]  # half of 10 % of the text are 500 characters
+    source = jsonl(tmp_path / "in.jsonl", texts)
+    for seed in range(10):
+        run(source, f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.1", f"--seed={seed}")
+        assert len(val := by_hand(tmp_path / "x_val")[1]) == 2 and max(map(len, val)) < 20
+        assert len(by_hand(tmp_path / "x_train")[1]) == 19
+
+
+def test_no_validation(tmp_path):
     (tmp_path / "in.txt").write_text("one document")
     run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0")
     assert by_hand(tmp_path / "x_train")[1] == [b("one document") + [0]] and not (tmp_path / "x_val.bin").exists()
-    assert "validation split" not in capsys.readouterr().out
 
 
 def test_folder(tmp_path, capsys):
@@ -248,7 +271,7 @@ def test_folder(tmp_path, capsys):
     run(src, f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0")
     assert by_hand(tmp_path / "x_train")[1] == [b(t) + [0] for t in ("aé\r\n", "j", "x = 1", "bee")]
     out = capsys.readouterr().out
-    assert "left out: 2 empty documents" in out and "left out: 2 files that are not UTF-8 text" in out
+    assert "left out 2 empty documents" in out and "left out 2 files that are not UTF-8 text" in out
 
 
 def test_integers(tmp_path):
@@ -263,9 +286,9 @@ def test_integers(tmp_path):
     meta = TokenFile(tmp_path / "x_train").meta
     assert (meta["tokenizer"], meta["vocab_size"]) == ("integers:359", 361)
     run(tmp_path / "one.npy", f"--out={tmp_path}/x", "--tokenizer=integers:359", "--val=0.2")  # one document, cut
-    head = [int(v) + 1 for v in rows[0].astype(np.uint8)]
-    assert by_hand(tmp_path / "x_train")[1] == [head[:40] + [0]] and by_hand(tmp_path / "x_val")[1] == [head[40:] + [0]]
-    assert TokenFile(tmp_path / "x_val").meta["bytes_per_token"] is None
+    ids = [int(v) + 1 for v in rows[0].astype(np.uint8)]
+    [head], [tail] = by_hand(tmp_path / "x_train")[1], by_hand(tmp_path / "x_val")[1]
+    assert head[:-1] + tail[:-1] == ids and head[-1] == tail[-1] == 0 and 7 <= len(tail[:-1]) <= 13
 
 
 def test_uint32(tmp_path):
@@ -292,30 +315,11 @@ def test_bpe_learns_from_training_documents_only(tmp_path):
     words = {split: [text.split()[1] for text in decoded[split]] for split in decoded}
     assert max(len(t.encode(word)) for word in words["train"]) < min(len(t.encode(word)) for word in words["val"])
     assert train.meta["tokenizer"] == "x.tokenizer.json" and train.meta["vocab_size"] == t.vocab_size
-    assert load_tokenizer(tmp_path / "d").encode("word") == t.encode("word")
+    assert load_tokenizer(tmp_path / "d/x.tokenizer.json").encode("word") == t.encode("word")
     train.check_vocab(t.vocab_size)
     run(source, f"--out={tmp_path}/e/y", f"--tokenizer={tmp_path}/d/x.tokenizer.json", "--val=0.1")  # used again
     assert (tmp_path / "e/y_train.bin").read_bytes() == (tmp_path / "d/x_train.bin").read_bytes()
     assert TokenFile(tmp_path / "e/y_train").tokenizer().text == t.text
-
-
-def test_long_documents_in_pieces_have_the_same_ids(tmp_path, monkeypatch):
-    source = (ROOT / "prepare.py").read_text()[:20000].replace("    ", "  \n", 300) + "\n\n" + " \n x。\n" * 200
-    (tmp_path / "in.txt").write_text(source)
-    (tmp_path / "list.txt").write_text("\n".join(sorted(set(source) - {"\n"})))
-    run("vocab", tmp_path / "list.txt", f"--out={tmp_path}/v.txt")
-    with open(tmp_path / "v.txt", "a") as f:  # a token over a line's end: such a vocabulary is not cut
-        f.write("9997 '#' 1\n9998 '\\n' 1\n9999 '\\nd' 2\n")
-    bpe = prepare.train_bpe([source], 600)
-    prepare.save_tokenizer(bpe, tmp_path)
-    for name in ("world", "bytes", f"{tmp_path}/tokenizer.json", f"{tmp_path}/v.txt"):
-        monkeypatch.setattr(prepare, "PIECE", 50)
-        monkeypatch.setattr(prepare, "BATCH", 300)
-        run(tmp_path / "in.txt", f"--out={tmp_path}/x", f"--tokenizer={name}", "--val=0")
-        t = load_tokenizer(name)
-        assert TokenFile(tmp_path / "x_train").tokens.tolist() == t.encode(source) + [0], name
-        pieces = sum(len(batch) for batch in prepare.in_batches([("train", "", source)], t.line_safe))
-        assert pieces == 1 if name.endswith("v.txt") else pieces > 15, (name, pieces)
 
 
 def test_stdlib(tmp_path):
@@ -323,8 +327,10 @@ def test_stdlib(tmp_path):
     train, val = TokenFile(tmp_path / "s_train"), TokenFile(tmp_path / "s_val")
     assert len(train) > 300 and len(val) == round(0.01 * (len(train) + len(val)))
     assert train.meta["bytes"] > 5e6 and 2 < train.meta["bytes_per_token"] < 5 and val.meta["xz_bits_per_byte"] < 4
+    assert val.sizes.max() < 0.6 * len(val.tokens)
     t = train.tokenizer()
     texts = {t.decode(d.doc(i).tolist()) for d in (train, val) for i in range(len(d))}
+    assert not any("Autogenerated by Sphinx" in text[:200] for text in texts)  # pydoc_data
     assert Path(json.__file__).read_text() in texts and Path(lzma.__file__).read_text() in texts
     train.check_vocab(65536)
 
@@ -346,25 +352,25 @@ def test_memory_stays_below_the_corpus(tmp_path):
 
 # ---- what can go wrong
 
-BAD_LINES = [("{oops", "not JSON"), ("[1]", "a JSON list, not an object"), ('{"text": 5}', 'no string "text"'),
-             ('{"txt": "x"}', r'no string "text" in it \(keys: txt'), ('{"text": null}', 'no string "text"'),
-             ('{"text": "\\ud83d"}', "not Unicode"), ("[" * 100_000, "not Unicode|not JSON")]
+BAD_LINES = [("{oops", "property name"), ("[1]", "list indices"), ('{"text": 5}', "'int' object"),
+             ('{"txt": "x"}', "txt"), ('{"text": null}', "'NoneType' object"),
+             ('{"text": "\\ud83d"}', "surrogates not allowed"), ("[" * 100_000, "recursion|Expecting value")]
 
 
 @pytest.mark.parametrize("line, message", BAD_LINES)
 def test_bad_jsonl_lines(tmp_path, capsys, line, message):
     out, path = tmp_path / "new" / "x", tmp_path / "in.jsonl"
     path.write_text('{"text": "good"}\n\n' + line + '\n{"text": "good too"}\n')
-    with pytest.raises(UserError, match=f"in.jsonl, line 3: .*({message}).*--skip_bad") as e:
+    with pytest.raises(UserError, match=f"in.jsonl, line 3: expected .*({message}).*--skip_bad") as e:
         run(path, f"--out={out}", "--tokenizer=bytes")
     assert "\n" not in str(e.value) and not out.parent.exists()
     run(path, f"--out={out}", "--tokenizer=bytes", "--val=0", "--skip_bad")
-    assert len(by_hand(f"{out}_train")[1]) == 2 and "left out: 1 bad JSONL lines" in capsys.readouterr().out
+    assert len(by_hand(f"{out}_train")[1]) == 2 and "left out 1 bad JSONL lines" in capsys.readouterr().out
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    with pytest.raises(UserError, match="in.jsonl, line 1: not Unicode"):
+    with pytest.raises(UserError, match="in.jsonl, line 1: expected .*invalid start byte"):
         run(tmp_path / "in.jsonl", f"--out={tmp_path}/x", "--tokenizer=bytes")
     (tmp_path / "in.txt").write_bytes(b"ok\xe9")
     with pytest.raises(UserError, match="in.txt is not UTF-8 text .byte 2 is 0xe9"):
@@ -373,16 +379,17 @@ def test_bytes_that_are_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize("values, tokenizer, message", [
-    ([[1, 2], [3, 360]], "integers:359", "a.npy, row 1: value 360 at position 1 is outside 0..359.*integers:MAX"),
-    ([1, -5, 3], "integers:359", "a.npy: value -5 at position 1"),
-    ([1.0, 2.0], "integers:359", r"a.npy is float64 with 1 dimensions; expected integers.*astype"),
-    ([[[1]]], "integers:359", "3 dimensions"), ([1, 2], "world", "a.npy: integer arrays need --tokenizer=integers:MAX"),
-    ([1, 2], "bpe:300", "a.npy: integer arrays need"), ([], "integers:3", "float64")])
+    ([[1, 2], [3, 360]], "integers:359", "a.npy, row 1: token 1, '360', is not in integers:359"),
+    ([1, -5, 3], "integers:359", "a.npy, row 0: token 1, '-5', is not in"),
+    ([1.0, 2.0], "integers:359", "a.npy, row 0: token 0, '1.0', is not in"),
+    ([[[1]]], "integers:359", r"a.npy, row 0: .*'\[1\]'"),
+    ([1, 2], "world", "a.npy: integer arrays need --tokenizer=integers:MAX"),
+    ([1, 2], "bpe:300", "a.npy: integer arrays need"), ([], "integers:3", "no documents in .*a.npy")])
 def test_bad_arrays(tmp_path, values, tokenizer, message):
     np.save(tmp_path / "a.npy", np.array(values))
     with pytest.raises(UserError, match=message):
         run(tmp_path / "a.npy", f"--out={tmp_path}/new/x", f"--tokenizer={tokenizer}", "--val=0")
-    assert os.listdir(tmp_path) == ["a.npy"]
+    assert files_in(tmp_path) == ["a.npy"]
 
 
 def test_value_that_does_not_fit_is_found_after_many_good_ones(tmp_path):
@@ -390,7 +397,7 @@ def test_value_that_does_not_fit_is_found_after_many_good_ones(tmp_path):
     run(jsonl(tmp_path / "in.jsonl", ["7 8"]), f"--out={tmp_path}/x", "--tokenizer=integers:359", "--val=0")
     before = {path: path.read_bytes() for path in tmp_path.glob("x*")}
     jsonl(tmp_path / "in.jsonl", ["1 2 3 " * 1000] * 400 + ["4 360"])
-    with pytest.raises(UserError, match="in.jsonl, line 401: value 360 at position 1"):
+    with pytest.raises(UserError, match="in.jsonl, line 401: token 1, '360'"):
         run(tmp_path / "in.jsonl", f"--out={tmp_path}/x", "--tokenizer=integers:359", "--val=0")
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "in.jsonl"} == before
 
@@ -402,17 +409,16 @@ def test_value_that_does_not_fit_is_found_after_many_good_ones(tmp_path):
     (["in.txt", "--val=1"], "--val=1.0"), (["in.txt", "--val=-0.1"], "--val=-0.1"),
     (["in.txt", "--tokenizer=bpe:100"], "SIZE >= 257"), (["in.txt", "--tokenizer=bpe:"], "expected bpe:SIZE"),
     (["in.txt", "--tokenizer=integers:9"], "in.txt: .*'hello'"),
-    (["one.txt", "--tokenizer=bytes"], "one.txt is one document of length 1.*--val=0"),
-    (["text.npy", "--tokenizer=integers:9"], "text.npy cannot be read as a .npy")])
+    (["text.npy", "--tokenizer=integers:9"], "text.npy cannot be read: ")])
 def test_bad_commands(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    for name, text in (("in.txt", "hello\nworld"), ("empty.txt", ""), ("one.txt", "x"), ("text.npy", "1 2 3")):
+    for name, text in (("in.txt", "hello\nworld"), ("empty.txt", ""), ("text.npy", "1 2 3")):
         (tmp_path / name).write_text(text)
-    before = sorted(os.listdir(tmp_path))
+    before = files_in(tmp_path)
     with pytest.raises(UserError, match=message) as e:
         run(*words, "--out=new/x")
-    assert "\n" not in str(e.value) and sorted(os.listdir(tmp_path)) == before
+    assert "\n" not in str(e.value) and files_in(tmp_path) == before
 
 
 def test_unreadable_file(tmp_path, monkeypatch):
@@ -437,10 +443,23 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
 
     def interrupted(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(prepare, "encode_batch", interrupted)
+    monkeypatch.setattr(prepare.VocabTokenizer, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(source, f"--out={tmp_path}/new/x", "--tokenizer=bytes")
-    assert os.listdir(tmp_path) == ["in.jsonl"]
+        run(source, f"--out={tmp_path}/new/x", "--tokenizer=integers:3")
+    assert files_in(tmp_path) == ["in.jsonl"]
+
+
+def test_no_sidecar_of_an_earlier_run_beside_new_tokens(tmp_path, monkeypatch):
+    """Killed after the token files have their names and before the tokenizer is written."""
+    source = jsonl(tmp_path / "in.jsonl", ["hello"] * 10)
+    run(source, f"--out={tmp_path}/x", "--tokenizer=bytes")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(prepare, "save_tokenizer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, f"--out={tmp_path}/x", "--tokenizer=world")
+    assert files_in(tmp_path) == ["in.jsonl", "x_train.bin", "x_train.idx", "x_val.bin", "x_val.idx"]
 
 
 # ---- the command line
@@ -454,12 +473,12 @@ def test_inspect(tmp_path, capsys):
         out = capsys.readouterr().out
         assert "uint16, 2 documents, 513 tokens" in out and "12 to 501, on average 256.5" in out
         assert "largest id: 117, at token 6" in out  # the 't' of 'there', 116 + 1
-        assert "tokenizer: bytes, vocab_size 257" in out and f"bytes per token: {511 / 513}" in out
+        assert '"tokenizer": "bytes", "vocab_size": 257' in out and f'"bytes_per_token": {511 / 513}' in out
         assert r"document 0: 'Hello\nthere'" in out and f"document 1: '{'B' * 200}'\n" in out
     (tmp_path / "x_train.json").unlink()
     run("inspect", tmp_path / "x_train")
     out = capsys.readouterr().out
-    assert "tokenizer: unknown" in out and "document 0: ids [73, 102," in out
+    assert "sidecar: none" in out and "document 0: ids [73, 102," in out
     run("inspect", tmp_path / "x_train", "--tokenizer=bytes")
     assert r"document 0: 'Hello\nthere'" in capsys.readouterr().out
 

@@ -68,7 +68,7 @@ def test_world_file_is_world(tmp_path, world):
     again = load_tokenizer(tmp_path / "v.txt")
     assert (again.name, again.vocab_size) == ("world", 65536)
     # the slow path for other files of the format gives the same ids as the fast one for World
-    slow = prepare.VocabTokenizer(data.decode(), "v.txt")
+    slow = prepare.VocabTokenizer(prepare.parse_vocab(data.decode(), "v.txt")[0], "v.txt")
     for text in TEXTS + [random_text(100) for _ in range(50)]:
         assert slow.encode(text) == world.encode(text)
 
@@ -127,23 +127,25 @@ def test_words(tmp_path):
     t = load_tokenizer(tmp_path / "vocab.txt")
     assert t.encode("up left  up\n") == [3, 1, 3] and t.decode([3, 0, 1, 9]) == "up left"
     assert (t.vocab_size, t.end_id) == (4, 0)
-    with pytest.raises(UserError, match="'down' .number 1."):
+    with pytest.raises(UserError, match="token 1, 'down', is not in .*vocab.txt"):
         t.encode("up down")
     assert save_tokenizer(t, tmp_path / "run") == "vocab.txt" and load_tokenizer(tmp_path / "run").encode("up") == [3]
 
 
 def test_vocab_command_and_greedy_match(tmp_path, capsys):
-    (tmp_path / "t.txt").write_text("# comment\na\nab\nabc\né\n'\n\\\n \n\x85\n1 'x' 1\n", encoding="utf-8")
+    (tmp_path / "t.txt").write_text("# comment\na\nab\nabc\né\n'\n\\\n \n\x85\nx y\n", encoding="utf-8")
     prepare.main(["vocab", str(tmp_path / "t.txt"), f"--out={tmp_path / 'v.txt'}"])
     lines = (tmp_path / "v.txt").read_text(encoding="utf-8").split("\n")
     assert lines[:4] == ["1 'a' 1", "2 'ab' 2", "3 'abc' 3", "4 'é' 2"] and "9 tokens" in capsys.readouterr().out
     t = load_tokenizer(tmp_path / "v.txt")
     assert t.vocab_size == 10 and t.encode("abcaba aé'\\\x85") == [3, 2, 1, 7, 1, 4, 5, 6, 8]
-    assert t.decode([3, 4, 0, 99]) == "abcé" and t.encode("1 'x' 1") == [9]
-    with pytest.raises(UserError, match="v.txt fits 'zz' .byte 2."):
+    assert t.decode([3, 4, 0, 99]) == "abcé" and t.encode("x y") == [9]
+    with pytest.raises(UserError, match="token 1, 'zz', is not in .*v.txt"):
         t.encode("abzz")
+    slow = load_tokenizer(tmp_path / "t.txt")  # a list with white space in a token is matched in the same way
+    assert slow.encode("abcaba aé'\\\x85") == [3, 2, 1, 7, 1, 4, 5, 6, 8] and slow.decode([1, 7, 1]) == "a a"
     (tmp_path / "t.txt").write_text("a\nb\na\n")
-    with pytest.raises(UserError, match="t.txt, line 3: 'a' is already on line 1"):
+    with pytest.raises(UserError, match="t.txt, line 3: id 3 .* token b'a' is taken"):
         prepare.main(["vocab", str(tmp_path / "t.txt"), f"--out={tmp_path / 'w.txt'}"])
     assert not (tmp_path / "w.txt").exists()
 
@@ -164,9 +166,7 @@ def test_folders_and_names(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"tokenizer": "my.vocab.txt"}))
     assert load_tokenizer(str(tmp_path)).encode("two") == [2]
     (tmp_path / "config.json").unlink()
-    assert load_tokenizer(tmp_path).encode("two") == [2]  # the only one there
-    (tmp_path / "other.vocab.txt").write_text("one\n")
-    with pytest.raises(UserError, match="none or several"):
+    with pytest.raises(UserError, match="no such name or file"):
         load_tokenizer(tmp_path)
     for name in ("wolrd", "bpe:4096", "integers:", "integers:-1"):
         with pytest.raises(UserError, match=f"'{name}': no such name or file; choose world, bytes, integers:MAX"):
@@ -237,7 +237,7 @@ def test_chat_content_opens_no_turn():
 
 @pytest.mark.parametrize("messages, message", [
     ([], "at least one"), ([{"role": "tool", "content": "x"}], "message 0: .*'tool'"),
-    ([{"content": "x"}], "role None"), ([{"role": "user", "content": None}], "NoneType"),
+    ([{"content": "x"}], "role None"), ([{"role": "user", "content": None}], "content None"),
     ([{"role": "user", "content": "x"}, {"role": "assistant", "content": " \n "}], "message 1: .*empty")])
 def test_chat_errors(messages, message):
     with pytest.raises(UserError, match=message):

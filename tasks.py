@@ -1,0 +1,154 @@
+"""Small text skills with answers a program can check: what every method is tried on when there is only a laptop.
+
+    python tasks.py --out=data/tasks
+
+A task is "reverse bdac", its answer "cadb"; as a chat, "User: reverse bdac\\n\\nAssistant:" -> " cadb". A tenth of all
+tasks (crc32 % 10 == 0) is held out from all training, pretraining too. UNSEEN is in the pretraining text but in no
+chat: left for state tuning to bring out. Writes, the same bytes for the same seed:
+
+    <out>_text.jsonl      {"text"}: lines "task = answer", 30 % "check task = answer : ok|no", to pretrain on
+    <out>_sft.jsonl       {"messages"}: tasks with their answers, few on purpose: later stages need room
+    <out>_sft_val.jsonl   the same of held-out tasks, for a validation loss
+    <out>_prompts.jsonl   {"prompt", "skill", "answer"}: new tasks, for stages that learn from the model's own answers
+    <out>_heldout.jsonl   the same of held-out tasks, to measure on
+    <out>_unseen.jsonl, <out>_unseen_heldout.jsonl    of the unseen skill: {"messages"} to train on, held-out tasks
+"""
+import json
+import random
+import zlib
+from dataclasses import dataclass
+
+from common import atomic_write, read_flags
+
+LETTERS = "abcdefghijkl"
+UNSEEN = "rotate"
+# skill: the answer from the task's other words. Skills in which a small model slips, so that every method has something
+# to mend; "count a in abcab" is not among them: exact match .37 in the pretraining text, .36 after SFT, it was stuck.
+RULES = {
+    "reverse": lambda word: word[::-1],
+    "sort": lambda word: "".join(sorted(word)),
+    "upper": str.upper,
+    "next": lambda word: "".join(chr(ord(c) + 1) for c in word),
+    "double": lambda word: "".join(c + c for c in word),
+    "replace": lambda old, _by, new, _in, word: word.replace(old, new),
+    "remove": lambda old, _in, word: word.replace(old, ""),
+    UNSEEN: lambda word: word[1:] + word[:1],
+}
+SKILLS = tuple(skill for skill in RULES if skill != UNSEEN)
+
+
+@dataclass
+class Config:
+    out: str = "data/tasks"  # prefix of the files
+    seed: int = 0  # another seed, other tasks; what is held out stays held out
+    text_tokens: int = 2_700_000  # of pretraining text: bytes, and one end token a document
+    sft: int = 500  # rows with an answer
+    prompts: int = 6_400  # new tasks
+    heldout: int = 1_000  # held-out tasks, and as many of the unseen skill
+    unseen: int = 200  # rows of the unseen skill with an answer, and of held-out ones for a validation loss
+
+
+def solve(task):
+    """The answer, worked out from the task's text alone."""
+    skill, *words = task.split(" ")
+    try:
+        return RULES[skill](*words)
+    except (KeyError, TypeError):
+        raise ValueError(f"{task!r} is not a task") from None
+
+
+def check(task, text):
+    """Is `text`, a completion, exactly the answer? White space around it does not count, anything else does."""
+    return text.strip() == solve(task)
+
+
+def is_held_out(task):
+    return zlib.crc32(task.encode()) % 10 == 0
+
+
+def make_task(skill, rng, held_out=False):
+    """-> (task, answer), drawn with `rng`, a random.Random, until it is on the wanted side of the split."""
+    while True:
+        # where a letter is looked for, four are in use, so that it tends to be there more than once
+        letters = rng.sample(LETTERS, 4) if skill in ("replace", "remove") else LETTERS
+        word = "".join(rng.choices(letters, k=rng.randint(3, 6) if skill == "double" else rng.randint(4, 8)))
+        old = rng.choice(word)
+        if skill == "remove" and word[-1] == old:  # something must be left to answer
+            word += rng.choice([c for c in letters if c != old])
+        new = rng.choice([c for c in LETTERS if c != old])
+        words = {"replace": [old, "by", new, "in", word], "remove": [old, "in", word]}.get(skill, [word])
+        task = " ".join([skill, *words])
+        if is_held_out(task) == held_out:
+            return task, solve(task)
+
+
+def prompts(n, seed, skills=SKILLS, held_out=False):
+    """n different tasks, the skills in turn -> rows for generation: {"prompt": messages, "skill", "answer"}."""
+    rng, rows = random.Random(f"prompts {seed}"), {}
+    while len(rows) < n:
+        skill = skills[len(rows) % len(skills)]
+        task, answer = make_task(skill, rng, held_out)
+        rows[task] = {"prompt": [{"role": "user", "content": task}], "skill": skill, "answer": answer}
+    return list(rows.values())
+
+
+def with_answer(row):
+    """A row of `prompts` -> {"messages"}, a chat that ends in the answer, to train on."""
+    return {"messages": row["prompt"] + [{"role": "assistant", "content": row["answer"]}]}
+
+
+def corrupt(word, rng):
+    """One slip of the pen: a letter changed, dropped, doubled, or swapped with its neighbour. Never the word itself."""
+    while True:
+        i, new = rng.randrange(len(word)), rng.choice(LETTERS)
+        a, c, b = word[:i], word[i], word[i + 1:]
+        slip = rng.choice([a + (new.upper() if c.isupper() else new) + b, a + b, a + c + c + b, a + b[:1] + c + b[1:]])
+        if slip and slip != word:
+            return slip
+
+
+def document(rng):
+    """1 to 8 lines of one skill or of several. The check lines teach comparing, which reward models and judges need."""
+    one, lines = rng.random() < 0.5 and rng.choice(list(RULES)), []
+    for _ in range(rng.randint(1, 8)):
+        task, answer = make_task(one or rng.choice(list(RULES)), rng)
+        verdict = rng.choice(["ok", "no"]) if rng.random() < 0.3 else None
+        shown = corrupt(answer, rng) if verdict == "no" else answer
+        lines.append(f"check {task} = {shown} : {verdict}" if verdict else f"{task} = {shown}")
+    return "\n".join(lines)
+
+
+def report(results):
+    """results: [(row of `prompts`, completion text)] -> exact match per skill and the first ten, as a text."""
+    tasks, texts = [row["prompt"][-1]["content"] for row, _ in results], [text.strip() for _, text in results]
+    hits, lines = list(map(check, tasks, texts)), []
+    for skill in [*dict.fromkeys(row["skill"] for row, _ in results), "all"]:
+        own = [hit for hit, (row, _) in zip(hits, results) if skill in (row["skill"], "all")]
+        lines.append(f"{skill:8} {sum(own) / max(len(own), 1):6.3f} of {len(own)}")
+    for task, text, hit in list(zip(tasks, texts, hits))[:10]:
+        lines.append(f"{task} -> {text!r}" + ("" if hit else f", should be {solve(task)!r}"))
+    return "\n".join(lines)
+
+
+def main(cfg):
+    rng, texts, size = random.Random(f"text {cfg.seed}"), [], 0
+    while size < cfg.text_tokens:
+        texts.append(document(rng))
+        size += len(texts[-1]) + 1  # prepare.py puts an end token after every document
+    files = {
+        "text": [{"text": text} for text in texts],
+        "sft": [with_answer(row) for row in prompts(cfg.sft, f"sft {cfg.seed}")],
+        "sft_val": [with_answer(row) for row in prompts(cfg.unseen, f"sft val {cfg.seed}", held_out=True)],
+        "prompts": prompts(cfg.prompts, f"new {cfg.seed}"),
+        "heldout": prompts(cfg.heldout, f"heldout {cfg.seed}", held_out=True),
+        "unseen": [with_answer(row) for row in prompts(cfg.unseen, f"sft {cfg.seed}", [UNSEEN])],
+        "unseen_heldout": prompts(cfg.heldout, f"heldout {cfg.seed}", [UNSEEN], held_out=True),
+    }
+    for name, rows in files.items():
+        with atomic_write(f"{cfg.out}_{name}.jsonl") as tmp:
+            tmp.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{cfg.out}_{name}.jsonl: {len(rows):,} rows" + (f", {size:,} byte tokens" if name == "text" else ""))
+
+
+if __name__ == "__main__":
+    main(read_flags(Config))
