@@ -261,6 +261,9 @@ def atomic_write(path):
         yield tmp
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        tmp.chmod(0o666 & ~umask)  # some writers make private files
         os.replace(tmp, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:

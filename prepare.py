@@ -7,6 +7,7 @@
         Writes data/name_train and data/name_val, each .bin .idx .json, and beside them a tokenizer that is a file.
     python prepare.py inspect FILE                        what a token file holds
     python prepare.py vocab TOKENS.txt --out=vocab.txt    a vocab file from a list of tokens, one per line
+    python prepare.py show CHATS.jsonl                    a few conversations as they are trained on, the trained part green
 
 Token files are RWKV-LM's MMIDIDX pair. `.bin`: the tokens back to back, end_id after every document. `.idx`: a header,
 int32 sizes [D], int64 byte offsets [D], int64 document numbers [D + 1]. All little-endian. A corpus may be larger than
@@ -35,7 +36,7 @@ import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from common import UserError, atomic_write, read_flags
+from common import UserError, atomic_write, print0, read_flags
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tokenizers: encode(str) -> list[int], decode(list[int]) -> str, vocab_size, end_id; name; text, to save it, or "" if
@@ -213,6 +214,98 @@ def render_chat(messages, tokenizer, *, generation_prompt=False, last_reply_only
     parts += [(rest, False), (THINK.get(think, think or ""), False)]
     encoded = [([tokenizer.end_id] if text is None else tokenizer.encode(text), learn) for text, learn in parts]
     return [i for ids, _ in encoded for i in ids], [int(learn) for ids, learn in encoded for _ in ids]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fine-tuning data: conversations -> (ids, mask)
+
+SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+SHAPES = ('{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]}, {"prompt", "completion"}, '
+          '{"text": "..."}, or {"text": [ids], "mask": [0 and 1]}')
+
+
+def render_row(row, tokenizer, last_reply_only=False):
+    """One row of fine-tuning data in any of SHAPES -> (ids, mask). UserError says what is wrong with it."""
+    text, mask = row.get("text"), row.get("mask")
+    if isinstance(text, list):
+        if not isinstance(mask, list) or len(mask) != len(text):
+            raise UserError(f'"text" has {len(text)} ids, "mask" {len(mask) if isinstance(mask, list) else "none"}; '
+                            "they go in pairs")
+        if not all(isinstance(i, int) and i >= 0 for i in text) or not all(m in (0, 1) for m in mask):
+            raise UserError('"text" holds ids >= 0 and "mask" 0 and 1')
+        return text, [int(m) for m in mask]
+    if isinstance(text, str):
+        ids = [*tokenizer.encode(text), tokenizer.end_id]
+        return ids, [1] * len(ids)
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        prompt, reply = tokenizer.encode(row["prompt"]), tokenizer.encode(row["completion"])
+        if not reply:
+            raise UserError('"completion" is empty')
+        return [*prompt, *reply, tokenizer.end_id], [0] * len(prompt) + [1] * (len(reply) + 1)
+    messages = row.get("messages")
+    if isinstance(row.get("conversations"), list):
+        messages = [{"role": SHAREGPT.get(m.get("from"), m.get("from")), "content": m.get("value")}
+                    for m in row["conversations"]]
+    if not isinstance(messages, list):
+        raise UserError(f"expected {SHAPES}; got the keys {sorted(row)}")
+    if not any(m.get("role") == "assistant" for m in messages):
+        raise UserError("no assistant turn, so there is nothing to train on")
+    return render_chat(messages, tokenizer, last_reply_only=last_reply_only)
+
+
+def read_examples(path, tokenizer, ctx_len, template=None, last_reply_only=False):
+    """A JSONL file of fine-tuning data -> [(ids, mask), …], each at most ctx_len tokens and with a trained target.
+
+    template: a function (row, tokenizer) -> (ids, mask) in place of render_row. What is cut to ctx_len, and what is
+    dropped because nothing trained is left, is counted and printed. UserError names file and line.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; fine-tuning data is a JSONL file of {SHAPES}")
+    examples, cut, dropped = [], 0, 0
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError("expected a JSON object")
+                ids, mask = template(row, tokenizer) if template else render_row(row, tokenizer, last_reply_only)
+                if len(ids) != len(mask):
+                    raise UserError(f"the template gave {len(ids)} ids and a mask of {len(mask)}")
+            except json.JSONDecodeError as e:
+                raise UserError(f"{path}:{number}: not JSON ({e.msg})") from None
+            except UserError as e:
+                raise UserError(f"{path}:{number}: {e}") from None
+            cut += len(ids) > ctx_len
+            ids, mask = ids[:ctx_len], mask[:ctx_len]
+            if any(mask[1:]):  # the first token has nothing before it to be predicted from
+                examples.append((ids, mask))
+            else:
+                dropped += 1
+    if cut or dropped:
+        print0(f"{path}: {cut} documents cut to ctx_len={ctx_len} tokens, {dropped} dropped with nothing to train on; "
+               f"{len(examples)} remain")
+    if not examples:
+        raise UserError(f"{path} holds nothing to train on")
+    largest = max(max(ids) for ids, _ in examples)
+    if largest >= tokenizer.vocab_size:
+        raise UserError(f"{path}: id {largest} does not fit the tokenizer's {tokenizer.vocab_size} ids")
+    return examples
+
+
+def tokenizer_of(weights, vocab_size, name=""):
+    """The tokenizer of a weights file: `name` if given, else what its folder's config.json says, else World if the model
+    has 65536 ids. UserError if none is known, or if it has more ids than the model."""
+    folder = Path(weights).parent
+    if not name and not (folder / "config.json").is_file() and vocab_size != 65536:
+        raise UserError(f"{weights} has a vocabulary of {vocab_size} and no config.json beside it; "
+                        "say --tokenizer=NAME or FILE")
+    tokenizer = load_tokenizer(name or (folder if (folder / "config.json").is_file() else "world"))
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, {weights} only {vocab_size}; "
+                        "use the one it was trained with")
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,9 +582,34 @@ def make_vocab(cfg):
     print(f"{cfg.out}: {len(tokens)} tokens, vocab_size {len(tokens) + 1}")
 
 
+@dataclasses.dataclass
+class ShowConfig:
+    file: tyro.conf.Positional[str]  # a JSONL file of conversations
+    tokenizer: str = "world"  # name or file
+    n: int = 3  # examples to print
+    ctx_len: int = 4096  # longer ones are cut, as in training
+    last_reply_only: bool = False  # train on each conversation's last reply alone
+
+
+def show(cfg):
+    """Print a few rendered examples, what is trained in green, what is only read in grey."""
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    examples = read_examples(cfg.file, tokenizer, cfg.ctx_len, last_reply_only=cfg.last_reply_only)
+    for number, (ids, mask) in enumerate(examples[:cfg.n], 1):
+        print(f"--- {number}: {len(ids)} tokens, {sum(mask[1:])} trained")
+        for learn, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
+            part = [i for i, _ in run]
+            ended = part[-1] == tokenizer.end_id
+            text = tokenizer.decode(part[:-1] if ended else part) + "<end>" * ended
+            print(f"\033[{32 if learn else 90}m{text}\033[0m", end="")
+        print()
+    print(f"{len(examples)} documents, {sum(sum(m[1:]) for _, m in examples):,} of "
+          f"{sum(len(i) for i, _ in examples):,} tokens trained")
+
+
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"inspect": (InspectConfig, inspect), "vocab": (VocabConfig, make_vocab)}
+    commands = {"inspect": (InspectConfig, inspect), "vocab": (VocabConfig, make_vocab), "show": (ShowConfig, show)}
     config, command = commands.get(" ".join(argv[:1]), (Config, prepare))
     command(read_flags(config, argv[command is not prepare:]))
 

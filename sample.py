@@ -175,18 +175,7 @@ def load(cfg):
         raise UserError("which model? --model=FILE, a .pth or .safetensors")
     run = common.pick_device(cfg)
     model = RWKV.from_pretrained(cfg.model, *run).eval()
-    size, folder = model.config.vocab_size, Path(cfg.model).parent
-    if cfg.tokenizer:
-        tokenizer = prepare.load_tokenizer(cfg.tokenizer)
-    elif (folder / "config.json").is_file():
-        tokenizer = prepare.load_tokenizer(folder)
-    elif size == 65536:
-        tokenizer = prepare.load_tokenizer("world")
-    else:
-        raise UserError(f"{cfg.model} has a vocabulary of {size} and no config.json beside it; say --tokenizer=NAME or FILE")
-    if tokenizer.vocab_size > size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, {cfg.model} only {size}; use the one it was trained with")
-    return model, tokenizer
+    return model, prepare.tokenizer_of(cfg.model, model.config.vocab_size, cfg.tokenizer)
 
 
 def read_prompts(path):

@@ -1,6 +1,7 @@
 """Config reading and atomic files."""
 import importlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -78,6 +79,10 @@ def test_atomic_write_keeps_the_old_file_on_any_failure(tmp_path):
     path = tmp_path / "x" / "f"
     with common.atomic_write(path) as tmp:
         tmp.write_text("old")
+        tmp.chmod(0o600)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
     with pytest.raises(ZeroDivisionError):
         with common.atomic_write(path) as tmp:
             tmp.write_text("half")

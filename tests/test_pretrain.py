@@ -218,7 +218,7 @@ def test_resume_is_bit_for_bit(version, data, tmp_path):
     assert strip[0] == strip[1]
 
 
-def kill_after(cfg, steps):
+def kill_after(cfg, steps, main=train_pretrain.main):
     """Run cfg in this process and stop it, as SIGTERM does, once so many steps are done."""
     def at(step):
         if step == steps:
@@ -227,7 +227,7 @@ def kill_after(cfg, steps):
     common.Metrics.log = lambda self, step, **values: (real(self, step, **values), at(step))
     try:
         with pytest.raises(SystemExit) as e:
-            train_pretrain.main(cfg)
+            main(cfg)
         assert e.value.code == 130
     finally:
         common.Metrics.log = real

@@ -1,0 +1,32 @@
+# Chats of a small base model with seven text skills (tasks.py), two to three minutes on 2 cores. First the base:
+#   python tasks.py --out=data/tasks
+#   python prepare.py data/tasks_text.jsonl --out=data/tasks --tokenizer=bytes --val=0.01
+#   python train_pretrain.py config/pretrain_tasks.py
+# then  python train_sft.py config/sft_tiny.py    (or with --tune=lora --lr=5e-3)
+import prepare
+import sample
+import tasks
+
+data = "data/tasks_sft.jsonl"
+val_data = "data/tasks_sft_val.jsonl"
+init_from = "out/pretrain_tasks/rwkv-final.pth"
+out_dir = "out/sft_tiny"
+ctx_len = 128
+micro_bsz = 64
+global_bsz = 64
+lr = 1e-3
+lr_final = 1e-4
+warmup_steps = 10
+max_steps = 100
+eval_every = 0
+save_every = 0
+
+
+def eval_fn(model, tokenizer):
+    """Exact match of greedy answers to 1,000 held-out tasks, per skill, and ten examples."""
+    rows = tasks.prompts(1000, "heldout 0", held_out=True)
+    ids = [prepare.render_chat(row["prompt"], tokenizer, generation_prompt=True)[0] for row in rows]
+    answers = sample.generate(model, ids, max_new_tokens=20, temperature=0, tokenizer=tokenizer, batch_size=250)
+    print(tasks.report([(row, answer.text) for row, answer in zip(rows, answers)]))
+    right = [tasks.check(row["prompt"][-1]["content"], answer.text) for row, answer in zip(rows, answers)]
+    return {"exact_match": sum(right) / len(right)}
