@@ -105,7 +105,7 @@ def main(cfg):
                 n_embd=cfg.n_embd, vocab=cfg.vocab, params=params[version], gpt_params=params["gpt"],
                 tokens_per_s=round(speed[version]), gpt_tokens_per_s=round(speed["gpt"]), ratio=round(ratio, 3),
                 threads=cfg.threads, torch=torch.__version__,
-                device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine())), flush=True)
+                device=torch.cuda.get_device_name() if cuda else common.cpu_name())), flush=True)
 
 
 if __name__ == "__main__":
