@@ -1,6 +1,6 @@
 """Run plumbing shared by every script: config reading, processes and devices, schedule, atomic files, metrics.
 
-Functions only: nothing here knows the network or a method, and no training loop hides here.
+Functions, and one class that writes metrics: nothing here knows the network or a method, no training loop hides here.
 """
 import contextlib
 import dataclasses
@@ -71,9 +71,9 @@ def read_config_file(path, cls):
         if key.startswith("_") or isinstance(value, types.ModuleType):
             continue
         if key not in hints:
-            if callable(value):  # helpers that a config's own functions call
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.8 if callable(value) else 0.6)
+            if callable(value) and not near:  # a helper of the config's own functions
                 continue
-            near = difflib.get_close_matches(key, hints, n=1)
             raise UserError(f"{path}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
                             + f" ({Path(sys.modules[cls.__module__].__file__ or cls.__name__).name} --help lists all)")
         try:

@@ -16,7 +16,7 @@ every weight is cast where it is used. The decay and the state stay float32.
 import contextlib
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 

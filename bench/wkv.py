@@ -4,7 +4,6 @@
     python bench/wkv.py --device=cuda --T=4096 --H=32 --dtype=bfloat16
 """
 import json
-import platform
 import statistics
 import sys
 import time

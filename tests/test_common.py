@@ -52,6 +52,7 @@ def test_flags(flags, want, tmp_path):
     ("lr = '1e-3'", "lr expects float, got '1e-3'"),
     ("resume = 1", "resume expects bool, got 1"),
     ("dtype = 'fp8'", "dtype expects Literal"),
+    ("def resum(): pass", "unknown key 'resum'; did you mean 'resume'"),
 ])
 def test_files_are_checked(text, words, tmp_path):
     with pytest.raises(UserError, match=words):

@@ -10,7 +10,7 @@ logw = 0 and r = k = v = a = b = 0, which leaves the state as it is.
 import torch
 import torch.nn.functional as F
 
-MAX_EXPONENT = 60.0  # of the decay factors inside a chunk: exp(60)^2 < 3.4e38, the largest float32
+MAX_EXPONENT = 40.0  # of WKV-7's factors inside a chunk: the product of two, exp(80), still is a float32
 SEGMENT = {"cpu": 48, "other": 4096}  # chunk-heads worked on at a time
 
 
@@ -260,7 +260,6 @@ class Chunked6(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dstate):
         r, logw, k, v, u, S0 = ctx.saved_tensors
-        L = r.shape[1]
         dr, dlogw, dk, dv, du = (torch.empty_like(x) for x in (r, r, r, r, u))
         dS = dstate.flatten(0, 1).clone()
         for steps in reversed(ctx.segments):
