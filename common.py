@@ -241,6 +241,24 @@ def shuffled(samples, n, seed):
     return [int(_permutation(n, seed, s // n)[s % n]) for s in samples]
 
 
+def plan_steps(cfg, run, n_items):
+    """-> (optimiser steps of the whole run, backward passes of one step). One of max_steps and epochs; the accumulation
+    follows from the global batch, so that the same config gives the same run on any number of processes."""
+    if cfg.global_bsz % (cfg.micro_bsz * run.world):
+        raise UserError(f"global_bsz={cfg.global_bsz} is not a multiple of micro_bsz x processes = {cfg.micro_bsz} x "
+                        f"{run.world}; change one of them")
+    if cfg.max_steps is not None and cfg.epochs is not None:
+        raise UserError("max_steps and epochs are both given; give one of them")
+    steps = cfg.max_steps or math.ceil((cfg.epochs or 1.0) * n_items / cfg.global_bsz)
+    return steps, cfg.global_bsz // (cfg.micro_bsz * run.world)
+
+
+def describe_groups(groups):
+    """'decay 26 tensors, 1,310,720 (lr 0.006, wd 0.001), …' of optimiser groups"""
+    return ", ".join(f"{g['name']} {len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} (lr {g['lr']:g}, "
+                     f"wd {g['weight_decay']:g})" for g in groups)
+
+
 def duration(seconds):
     """3725 -> '1h02m', 65 -> '1m05s'."""
     minutes, seconds = divmod(int(seconds), 60)
@@ -265,11 +283,12 @@ def atomic_write(path):
         os.umask(umask)
         tmp.chmod(0o666 & ~umask)  # some writers make private files
         os.replace(tmp, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
+        if hasattr(os, "O_DIRECTORY"):  # the rename itself; Windows cannot open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except (OSError, RuntimeError) as e:
         # torch.save reports a failed write as a RuntimeError of its zip writer
         if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e) and "unexpected pos" not in str(e):

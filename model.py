@@ -387,7 +387,7 @@ class RWKV(nn.Module):
         x = self.ln_out(x)
         if targets is None:
             return self.head(x), state
-        scores = ScoreTokens.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), temperature, l2wrap)
+        scores = ScoreTokens.apply(x.flatten(0, 1), self.head.weight, targets.flatten().long(), temperature, l2wrap)
         return TokenScores(*(s.view(targets.shape) for s in scores)), state
 
     def token_logprobs(self, idx, targets, state=None, *, cu_seqlens=None, temperature=1.0):

@@ -123,7 +123,7 @@ def evaluate(model, tokens, cfg, run):
     mine, nll = starts[run.rank::run.world], 0.0
     for i in range(0, len(mine), cfg.micro_bsz):
         x, y = batch_at(tokens, mine[i:i + cfg.micro_bsz], length, run.device)
-        nll -= model(x, targets=y)[0].logps.double().sum().item()
+        nll -= model(x, targets=y)[0].logps.sum().item()
     nll, n = common.all_sum(nll, len(mine) * length)
     return nll / n
 
@@ -156,12 +156,7 @@ def train(cfg, run):
         raise UserError(f"{cfg.val_data} holds {len(val.tokens)} tokens; validation needs at least 2")
     if cfg.order == "magic_prime":
         n_windows = magic_prime(len(tokens), cfg.ctx_len)
-    if cfg.global_bsz % (cfg.micro_bsz * run.world):
-        raise UserError(f"global_bsz={cfg.global_bsz} is not a multiple of micro_bsz x processes = {cfg.micro_bsz} x "
-                        f"{run.world}; change one of them")
-    if cfg.max_steps is not None and cfg.epochs is not None:
-        raise UserError("max_steps and epochs are both given; give one of them")
-    max_steps = cfg.max_steps or math.ceil((cfg.epochs or 1.0) * n_windows / cfg.global_bsz)
+    max_steps, accumulation = common.plan_steps(cfg, run, n_windows)
     tokens_per_step = cfg.global_bsz * cfg.ctx_len
 
     # ---- tokenizer and model
@@ -187,9 +182,7 @@ def train(cfg, run):
     base_lrs = [g["lr"] for g in groups]
     opt = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=run.device.type in ("cpu", "cuda"))
     print0(f"model: {arch['version']}, {arch['n_layer']} layers x {arch['n_embd']}, vocabulary {arch['vocab_size']}, "
-           f"{sum(p.numel() for p in model.parameters()):,} parameters; groups: " + ", ".join(
-               f"{g['name']} {len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} (lr {g['lr']:g}, "
-               f"wd {g['weight_decay']:g})" for g in groups))
+           f"{sum(p.numel() for p in model.parameters()):,} parameters; groups: {common.describe_groups(groups)}")
     print0(f"data: {len(tokens):,} tokens, {n_windows:,} windows of {cfg.ctx_len}; {max_steps:,} steps of {cfg.global_bsz} "
            f"windows = {max_steps * cfg.global_bsz / n_windows:.2f} epochs")
 
@@ -221,7 +214,6 @@ def train(cfg, run):
     wrapped = model
     if run.world > 1:
         wrapped = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
-    accumulation = cfg.global_bsz // (cfg.micro_bsz * run.world)
     t0, steps_timed = time.time(), 0
     with common.catch_signals() as signals:
         for step in range(step0, max_steps):

@@ -158,7 +158,7 @@ def evaluate(model, documents, cfg, run):
         state = None
         for a, b, cu in pieces(x.shape[1], borders, cfg.chunk_len):
             scores, state = model(x[:, a:b], state, cu_seqlens=cu, targets=y[:, a:b])
-            nll -= (weight[:, a:b] * scores.logps).double().sum().item()
+            nll -= (weight[:, a:b] * scores.logps).sum().item()
             hits += (weight[:, a:b] * scores.hits).sum().item()
         n += weight.sum().item()
     nll, hits, n = common.all_sum(nll, hits, n)
@@ -215,21 +215,14 @@ def train(cfg, run):
                         "give one of them up")
     read = lambda path: prepare.read_examples(path, tokenizer, cfg.ctx_len, cfg.template, cfg.last_reply_only)  # noqa: E731
     data, val = read(cfg.data), read(cfg.val_data) if cfg.val_data else None
-    if cfg.global_bsz % (cfg.micro_bsz * run.world):
-        raise UserError(f"global_bsz={cfg.global_bsz} is not a multiple of micro_bsz x processes = {cfg.micro_bsz} x "
-                        f"{run.world}; change one of them")
-    if cfg.max_steps is not None and cfg.epochs is not None:
-        raise UserError("max_steps and epochs are both given; give one of them")
-    max_steps = cfg.max_steps or math.ceil((cfg.epochs or 1.0) * len(data) / cfg.global_bsz)
+    max_steps, accumulation = common.plan_steps(cfg, run, len(data))
 
     # ---- optimiser: upstream's groups, printed
     groups = model.param_groups(cfg.lr, cfg.weight_decay)
     base_lrs = [g["lr"] for g in groups]
     opt = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=run.device.type in ("cpu", "cuda"))
     print0(f"model: {arch['version']}, {arch['n_layer']} layers x {arch['n_embd']}, vocabulary {arch['vocab_size']}, "
-           f"{sum(p.numel() for p in model.parameters()):,} parameters; groups: " + ", ".join(
-               f"{g['name']} {len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} (lr {g['lr']:g}, "
-               f"wd {g['weight_decay']:g})" for g in groups))
+           f"{sum(p.numel() for p in model.parameters()):,} parameters; groups: {common.describe_groups(groups)}")
     print0(f"data: {len(data):,} documents, {sum(len(ids) for ids, _ in data):,} tokens, {sum(sum(m) for _, m in data):,} "
            f"trained; {max_steps:,} steps of {cfg.global_bsz} documents = {max_steps * cfg.global_bsz / len(data):.2f} epochs")
 
@@ -292,7 +285,6 @@ def train(cfg, run):
     if run.world > 1:
         wrapped = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
     no_sync = wrapped.no_sync if run.world > 1 else nullcontext
-    accumulation = cfg.global_bsz // (cfg.micro_bsz * run.world)
     t0, steps_timed, tokens_seen = time.time(), 0, 0
     with common.catch_signals() as signals:
         for step in range(step0, max_steps):
