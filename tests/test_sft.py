@@ -359,3 +359,13 @@ def test_eval_fn_and_template_come_from_the_config_file(base, tmp_path):
 def test_bad_input(over, words, base, tmp_path):
     with pytest.raises(UserError, match=words):
         train_sft.main(tiny(base, tmp_path / "run", **over))
+
+
+def test_lora_goes_on_from_a_saved_adapter(base, tmp_path):
+    train_sft.main(tiny(base, tmp_path / "a", tune="lora", lora_r=4, lr=1e-2, max_steps=4, val_data=str(base / "chats.jsonl")))
+    train_sft.main(tiny(base, tmp_path / "b", tune="lora", lora_r=4, max_steps=1, val_data=str(base / "chats.jsonl"),
+                        adapter=str(tmp_path / "a/lora-final.safetensors")))
+    assert rows(tmp_path / "b")[0]["step"] == 0
+    assert rows(tmp_path / "b")[0]["val_loss"] == pytest.approx(rows(tmp_path / "a")[-1]["val_loss"], rel=1e-6)
+    with pytest.raises(UserError, match="another base or other settings.*lora_r"):
+        train_sft.main(tiny(base, tmp_path / "c", tune="lora", lora_r=8, adapter=str(tmp_path / "a/lora-final.safetensors")))
