@@ -13,6 +13,20 @@ import torch  # noqa: E402
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+@pytest.fixture(scope="session")
+def official():
+    """rwkv.model.RWKV, importable once the environment says which code paths to take."""
+    os.environ.update(RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
+
+    def load(path, v7):
+        os.environ["RWKV_V7_ON"] = "1" if v7 else "0"
+        for name in [m for m in sys.modules if m.startswith("rwkv")]:
+            del sys.modules[name]
+        from rwkv.model import RWKV as Official
+        return Official(model=str(path).removesuffix(".pth"), strategy="cpu fp32")
+    return load
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a proof that takes minutes; runs/test.sh slow")
 

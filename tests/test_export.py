@@ -13,7 +13,7 @@ import export
 import prepare
 from common import UserError
 from model import RWKV
-from test_model import RANKS, official, random_model  # noqa: F401  (official is a fixture)
+from test_model import RANKS, random_model
 
 IDX = torch.randint(0, 320, (1, 40), generator=torch.Generator().manual_seed(1))
 V012 = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"]
@@ -57,7 +57,7 @@ def same(one, other, names=None):
 
 @pytest.mark.parametrize("version", ["x060", "x070"])
 @pytest.mark.parametrize("rslora, extra", [(False, ()), (True, ("ln", "ffn."))])  # "ffn.": matrices with a LoRA, too
-def test_merged_equals_adapter_on(version, rslora, extra, tmp_path, official):  # noqa: F811
+def test_merged_equals_adapter_on(version, rslora, extra, tmp_path, official):
     base = saved(version, tmp_path / "base.pth")
     on = lora(base, tmp_path / "lora.safetensors", r=4, alpha=6.0, rslora=rslora, extra=extra)
     run("merge", f"--model={tmp_path}/base.pth", f"--adapter={tmp_path}/lora.safetensors", f"--out={tmp_path}/m.pth")
@@ -145,7 +145,7 @@ def test_merge_refusals(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["x060", "x070"])
-def test_merge_state(version, tmp_path, official, capsys):  # noqa: F811
+def test_merge_state(version, tmp_path, official, capsys):
     model = saved(version, tmp_path / "b.pth")
     state = {f"blocks.{i}.att.time_state": torch.randn(2, 64, 64) for i in range(3)}
     torch.save(state, tmp_path / "s.pth")

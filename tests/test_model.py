@@ -26,20 +26,6 @@ def random_model(version, seed=0, scale=0.1, **sizes):
     return model
 
 
-@pytest.fixture(scope="module")
-def official():
-    """rwkv.model.RWKV, importable once the environment says which code paths to take."""
-    os.environ.update(RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
-
-    def load(path, v7):
-        os.environ["RWKV_V7_ON"] = "1" if v7 else "0"
-        for name in [m for m in sys.modules if m.startswith("rwkv")]:
-            del sys.modules[name]
-        from rwkv.model import RWKV as Official
-        return Official(model=str(path).removesuffix(".pth"), strategy="cpu fp32")
-    return load
-
-
 @pytest.mark.parametrize("version", ["x060", "x070"])
 @pytest.mark.parametrize("layer0", ["with", "without"])
 def test_logits_equal_the_official_package(version, layer0, official, tmp_path):
