@@ -399,7 +399,12 @@ class RWKV(nn.Module):
 
     def set_tune(self, tune, **options):
         """What trains: "full" = every weight; "lora" = an adapter beside the large matrices, `options` as in `_lora`.
-        Everything else gets requires_grad = False and keeps its dtype; what trains is float32."""
+        Everything else gets requires_grad = False and keeps its dtype; what trains is float32. An adapter that was there
+        goes."""
+        self.adapter_info, self.before_tuning = None, []
+        for m in self.modules():
+            if isinstance(m, Linear):
+                m.lora_A = m.lora_B = None
         if tune == "full":
             for name, p in self.named_parameters():
                 p.requires_grad, p.data = name not in NEVER_TRAINED, fp32(p.data)

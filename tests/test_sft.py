@@ -155,7 +155,6 @@ def test_lora_is_w_plus_scale_b_a():
     layer, x = model.blocks[0].att.key, torch.randn(3, 128)
     w = layer.weight.clone()
     for rslora, scale in ((False, 8 / 4), (True, 8 / 2)):
-        layer.lora_A = layer.lora_B = None
         model.set_tune("lora", r=4, alpha=8, rslora=rslora, targets=("att.key",))
         torch.nn.init.normal_(layer.lora_B)
         torch.testing.assert_close(layer(x), x @ (w + scale * layer.lora_B @ layer.lora_A).T, atol=1e-4, rtol=1e-4)
@@ -164,6 +163,8 @@ def test_lora_is_w_plus_scale_b_a():
     assert not torch.equal(model.train().blocks[0].att.key(x), layer(x))
     model.eval()
     assert torch.equal(layer(x), layer(x))
+    model.set_tune("full")  # without its adapter, every weight trains
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, w)) and layer.weight.requires_grad
 
 
 def test_extra_parameters_train_are_saved_and_have_a_reference(tmp_path):
