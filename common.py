@@ -244,6 +244,9 @@ def shuffled(samples, n, seed):
 def plan_steps(cfg, run, n_items):
     """-> (optimiser steps of the whole run, backward passes of one step). One of max_steps and epochs; the accumulation
     follows from the global batch, so that the same config gives the same run on any number of processes."""
+    for key in ("micro_bsz", "global_bsz", "ctx_len", "log_every", "lr"):
+        if getattr(cfg, key) <= 0:
+            raise UserError(f"{key}={getattr(cfg, key)}: expected a number above 0")
     if cfg.global_bsz % (cfg.micro_bsz * run.world):
         raise UserError(f"global_bsz={cfg.global_bsz} is not a multiple of micro_bsz x processes = {cfg.micro_bsz} x "
                         f"{run.world}; change one of them")

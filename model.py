@@ -14,6 +14,7 @@ Parameters may be float32 while the network computes in bfloat16: `model.compute
 every weight is cast where it is used. The decay and the state stay float32.
 """
 import contextlib
+import errno
 import math
 import re
 from dataclasses import dataclass
@@ -358,7 +359,7 @@ class RWKV(nn.Module):
         H = c.n_embd // c.head_size
         wkv = torch.zeros(c.n_layer, sequences, H, c.head_size, c.head_size, device=weight.device,
                           dtype=torch.promote_types(weight.dtype, torch.float32))
-        return {"wkv": wkv, "att_shift": shift, "ffn_shift": shift}
+        return {"wkv": wkv, "att_shift": shift, "ffn_shift": shift.clone()}
 
     def forward(self, idx, state=None, *, cu_seqlens=None, targets=None, temperature=1.0, l2wrap=0.0, last_only=False):
         """idx [B, T] integers, T >= 1, state as in the glossary or None for zeros -> (logits [B, T, V], state).
@@ -427,7 +428,7 @@ class RWKV(nn.Module):
                 raise UserError(f"LoRA target {target!r} is not a matrix of {self.config.version}; there are "
                                 f"{', '.join(sorted(set(kinds.values())))}")
             chosen |= hits
-        for name in chosen:
+        for name in sorted(chosen):  # a set's own order differs from process to process, and A is random
             linears[name].add_lora(r, alpha / (math.sqrt(r) if rslora else r), dropout)
         for part in extra:
             hits = [p for name, p in self.named_parameters() if part in name and ".lora_" not in name]
@@ -548,9 +549,13 @@ def read_weights(path):
 def write_weights(weights, path, metadata=None):
     """`.pth` or `.safetensors` by the path's ending, atomically. metadata {str: str}: .safetensors only."""
     if Path(path).suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
         with common.atomic_write(path) as tmp:
-            save_file(weights, tmp, metadata)
+            try:
+                save_file(weights, tmp, metadata)
+            except SafetensorError as e:
+                raise OSError(errno.EIO, str(e)) from e
     else:
         common.save_torch(weights, path)
 

@@ -244,9 +244,9 @@ def render_row(row, tokenizer, last_reply_only=False):
         return [*prompt, *reply, tokenizer.end_id], [0] * len(prompt) + [1] * (len(reply) + 1)
     messages = row.get("messages")
     if isinstance(row.get("conversations"), list):
-        messages = [{"role": SHAREGPT.get(m.get("from"), m.get("from")), "content": m.get("value")}
-                    for m in row["conversations"]]
-    if not isinstance(messages, list):
+        messages = [{"role": SHAREGPT.get(str(m.get("from")), m.get("from")), "content": m.get("value")}
+                    if isinstance(m, dict) else m for m in row["conversations"]]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
         raise UserError(f"expected {SHAPES}; got the keys {sorted(row)}")
     if not any(m.get("role") == "assistant" for m in messages):
         raise UserError("no assistant turn, so there is nothing to train on")
@@ -262,19 +262,23 @@ def read_examples(path, tokenizer, ctx_len, template=None, last_reply_only=False
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; fine-tuning data is a JSONL file of {SHAPES}")
     examples, cut, dropped = [], 0, 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(row, dict):
                     raise UserError("expected a JSON object")
                 ids, mask = template(row, tokenizer) if template else render_row(row, tokenizer, last_reply_only)
                 if len(ids) != len(mask):
                     raise UserError(f"the template gave {len(ids)} ids and a mask of {len(mask)}")
+                if ids and max(ids) >= tokenizer.vocab_size:
+                    raise UserError(f"id {max(ids)} does not fit the tokenizer's {tokenizer.vocab_size} ids")
             except json.JSONDecodeError as e:
                 raise UserError(f"{path}:{number}: not JSON ({e.msg})") from None
+            except UnicodeError as e:
+                raise UserError(f"{path}:{number}: not UTF-8 text ({e.reason})") from None
             except UserError as e:
                 raise UserError(f"{path}:{number}: {e}") from None
             cut += len(ids) > ctx_len
@@ -288,9 +292,6 @@ def read_examples(path, tokenizer, ctx_len, template=None, last_reply_only=False
                f"{len(examples)} remain")
     if not examples:
         raise UserError(f"{path} holds nothing to train on")
-    largest = max(max(ids) for ids, _ in examples)
-    if largest >= tokenizer.vocab_size:
-        raise UserError(f"{path}: id {largest} does not fit the tokenizer's {tokenizer.vocab_size} ids")
     return examples
 
 

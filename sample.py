@@ -162,7 +162,7 @@ def generate(model, prompts, *, n=1, batch_size=None, seed=None, state=None, **o
     for at in range(0, len(rows), batch_size or len(rows) or 1):
         batch = rows[at:at + (batch_size or len(rows))]
         got = dict(stream(model, prompts, rows=batch, seed=seed, state=state, **options))
-        out += [got[row] for row in range(len(batch))]
+        out += [got.get(row, Completion()) for row in range(len(batch))]
     return out
 
 

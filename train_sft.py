@@ -208,6 +208,8 @@ def train(cfg, run):
     arch = dataclasses.asdict(model.config)
 
     # ---- data
+    if cfg.chunk_len < 0:
+        raise UserError(f"chunk_len={cfg.chunk_len}: expected 0 (whole documents) or a number of tokens")
     if cfg.chunk_len and not cfg.packing:
         raise UserError("chunk_len needs packing")
     if cfg.chunk_len and cfg.lora_dropout and cfg.bptt == "full":

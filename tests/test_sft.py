@@ -167,6 +167,21 @@ def test_lora_is_w_plus_scale_b_a():
     assert torch.equal(layer(x), torch.nn.functional.linear(x, w)) and layer.weight.requires_grad
 
 
+def test_a_fresh_lora_is_the_same_in_every_process():
+    """Python orders a set of names by a hash that differs from process to process."""
+    code = """
+import torch
+from model import RWKV, RWKVConfig
+m = RWKV(RWKVConfig("x070", 2, 64, 50))
+torch.manual_seed(1)
+m.set_tune("lora", r=4)
+print(sum((i + 1) * p.double().sum().item() for i, (n, p) in enumerate(m.named_parameters()) if ".lora_A" in n))
+"""
+    seen = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                           env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "0123"}
+    assert len(seen) == 1, seen
+
+
 def test_extra_parameters_train_are_saved_and_have_a_reference(tmp_path):
     model, idx = random_model("x070"), torch.randint(0, 320, (1, 9))
     base = model(idx)[0]
@@ -234,8 +249,10 @@ def test_every_shape_of_data(tmp_path):
     ({"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": "y"}]}, r"a.jsonl:2: message 0.*'bot'"),
     ({"messages": [{"role": "user", "content": "x"}]}, r"a.jsonl:2: no assistant turn"),
     ({"messages": [{"role": "assistant", "content": " "}]}, r"a.jsonl:2: message 0.*not an empty one"),
+    ({"messages": ["a"]}, r"a.jsonl:2: expected"), ({"conversations": ["a"]}, r"a.jsonl:2: expected"),
+    ({"messages": [{"role": ["a"], "content": "x"}]}, r"a.jsonl:2: expected"), ({"text": "\ud800 x"}, r"a.jsonl:2: not UTF-8"),
     ({"text": [1, 2], "mask": [1]}, r'a.jsonl:2: "text" has 2 ids, "mask" 1'), ({"text": [1, -2], "mask": [1, 1]}, r"a.jsonl:2: .*ids >= 0"),
-    ({"prompt": "x", "completion": ""}, r"a.jsonl:2: .*empty"), ({"text": [1, 400], "mask": [1, 1]}, r"id 400 does not fit"),
+    ({"prompt": "x", "completion": ""}, r"a.jsonl:2: .*empty"), ({"text": [1, 400], "mask": [1, 1]}, r"a.jsonl:2: id 400 does not fit"),
 ])
 def test_bad_rows_name_file_and_line(row, words, tmp_path):
     with pytest.raises(UserError, match=words):
