@@ -66,8 +66,12 @@ def read_config_file(path, cls):
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist")
     hints = typing.get_type_hints(cls)
+    try:
+        found = runpy.run_path(str(path))
+    except (SyntaxError, ImportError, NameError) as e:
+        raise UserError(f"config file {path} does not run: {type(e).__name__}: {e}") from e
     values = {}
-    for key, value in runpy.run_path(str(path)).items():
+    for key, value in found.items():
         if key.startswith("_") or isinstance(value, types.ModuleType):
             continue
         if key not in hints:
@@ -247,19 +251,48 @@ def plan_steps(cfg, run, n_items):
     for key in ("micro_bsz", "global_bsz", "ctx_len", "log_every", "lr"):
         if getattr(cfg, key) <= 0:
             raise UserError(f"{key}={getattr(cfg, key)}: expected a number above 0")
+    if cfg.max_steps is not None and cfg.max_steps < 0 or cfg.epochs is not None and cfg.epochs <= 0:
+        raise UserError(f"max_steps={cfg.max_steps}, epochs={cfg.epochs}: expected a number above 0")
     if cfg.global_bsz % (cfg.micro_bsz * run.world):
         raise UserError(f"global_bsz={cfg.global_bsz} is not a multiple of micro_bsz x processes = {cfg.micro_bsz} x "
                         f"{run.world}; change one of them")
     if cfg.max_steps is not None and cfg.epochs is not None:
         raise UserError("max_steps and epochs are both given; give one of them")
-    steps = cfg.max_steps or math.ceil((cfg.epochs or 1.0) * n_items / cfg.global_bsz)
-    return steps, cfg.global_bsz // (cfg.micro_bsz * run.world)
+    steps = math.ceil((1.0 if cfg.epochs is None else cfg.epochs) * n_items / cfg.global_bsz)
+    return steps if cfg.max_steps is None else cfg.max_steps, cfg.global_bsz // (cfg.micro_bsz * run.world)
 
 
-def describe_groups(groups):
-    """'decay 26 tensors, 1,310,720 (lr 0.006, wd 0.001), …' of optimiser groups"""
-    return ", ".join(f"{g['name']} {len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} (lr {g['lr']:g}, "
-                     f"wd {g['weight_decay']:g})" for g in groups)
+def make_optimizer(model, cfg, run):
+    """AdamW over model.param_groups, printed with counts. Each group keeps its share of the learning rate as lr_scale."""
+    groups = [dict(g, lr_scale=g["lr"] / cfg.lr) for g in model.param_groups(cfg.lr, cfg.weight_decay)]
+    c = model.config
+    print0(f"model: {c.version}, {c.n_layer} layers x {c.n_embd}, vocabulary {c.vocab_size}, "
+           f"{sum(p.numel() for p in model.parameters()):,} parameters; trained: " + ", ".join(
+               f"{g['name']} {len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} (lr {g['lr']:g}, "
+               f"wd {g['weight_decay']:g})" for g in groups))
+    return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=run.device.type in ("cpu", "cuda"))
+
+
+def set_lr(opt, lr):
+    for group in opt.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def wrap(model, run):
+    """-> (the model to call while training, its no_sync): DDP when there are several processes."""
+    if run.world == 1:
+        return model, contextlib.nullcontext
+    wrapped = torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[run.device] if run.device.type == "cuda" else None)
+    return wrapped, wrapped.no_sync
+
+
+def check_finite(cfg, step, loss, grad_norm):
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        last = Path(cfg.out_dir) / "last.pt"
+        raise UserError(f"step {step + 1}: loss {loss}, gradient norm {float(grad_norm)}; stopped before this step touched the "
+                        + (f"weights. {last} stands;" if last.exists() else "weights;")
+                        + " try a lower --lr or --dtype=float32")
 
 
 def duration(seconds):
@@ -327,6 +360,7 @@ def prune(folder, pattern, keep):
     numbered.sort(key=lambda p: int(p.stem.rsplit("-", 1)[-1]))
     for path in numbered[:-keep] if keep else []:
         path.unlink()
+        path.with_suffix(".json").unlink(missing_ok=True)  # of a state
 
 
 def open_out_dir(cfg, run, **resolved):
@@ -340,7 +374,10 @@ def open_out_dir(cfg, run, **resolved):
             raise UserError(f"{out} already holds a run; --resume goes on with it, or choose another --out_dir")
         for stale in out.glob(".*.tmp"):  # of a run that was killed while writing
             stale.unlink()
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"out_dir={out} cannot be made ({e.strerror}); choose another") from e
         resolved = {key: value() if callable(value) else value for key, value in resolved.items()}
         with atomic_write(out / "config.json") as tmp:
             tmp.write_text(json.dumps({**config_dict(cfg), **resolved, "processes": run.world, "torch": torch.__version__,
@@ -359,8 +396,40 @@ def check_same(what, saved, now, path):
     """Error that names the first difference between a checkpoint's dict and this run's."""
     for key in sorted(saved.keys() | now.keys()):
         if saved.get(key) != now.get(key):
-            raise UserError(f"{path} has another {what}: {key} was {saved.get(key)}, is {now.get(key)}; "
-                            f"give the same --{key}, or start a new run with --init_from")
+            raise UserError(f"{path} has another {what}: {key} was {saved.get(key)}, is {now.get(key)}; resume with the data "
+                            "and settings it was made with, or start a new run with --init_from in another --out_dir")
+
+
+def save_last(cfg, step, trained, opt, same, **more):
+    """out_dir/last.pt, everything that --resume needs. trained {name: parameter}; same {what: dict}: compared then."""
+    save_torch(dict(step=step, model={name: p.detach() for name, p in trained.items()}, optimizer=opt.state_dict(),
+                    rng=torch.get_rng_state(), **same, **more), Path(cfg.out_dir) / "last.pt")
+
+
+@torch.no_grad()
+def resume(cfg, trained, opt, same):
+    """With cfg.resume: parameters, optimiser and random numbers as save_last left them. -> what it kept; {} in a new run."""
+    path = Path(cfg.out_dir) / "last.pt"
+    if not cfg.resume:
+        return {}
+    if not path.exists():
+        raise UserError(f"{path} does not exist, so there is nothing to resume; check --out_dir, or start without --resume")
+    last = load_torch(path)
+    for what, now in same.items():
+        check_same(what.replace("_", " "), last[what], now, path)
+    check_same("set of trained parameters", *({n: list(p.shape) for n, p in ps.items()} for ps in (last["model"], trained)), path)
+    for name, p in trained.items():
+        p.copy_(last["model"][name])
+    opt.load_state_dict(last["optimizer"])
+    torch.set_rng_state(last["rng"])
+    print0(f"resumed {path} at step {last['step']}")
+    return last
+
+
+def stopped(cfg, done, max_steps):
+    """After a signal: say how to go on, and leave with the status that shells expect."""
+    print0(f"saved {Path(cfg.out_dir) / 'last.pt'} at step {done}/{max_steps}; go on with the same command and --resume")
+    sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,6 +443,7 @@ class Metrics:
 
     def __init__(self, cfg, run, from_step=0):
         self.path, self.backend, self.rows, self.t0 = Path(cfg.out_dir) / "metrics.jsonl", None, [], time.time()
+        self.from_step, self.tokens = from_step, 0
         self.active = run.main
         if not self.active:
             return
@@ -413,6 +483,15 @@ class Metrics:
             raise UserError(f"cannot write {self.path}: {e.strerror}; free some space, then --resume") from e
         if self.backend:
             self.backend(values, step=step)
+
+    def progress(self, done, max_steps, *, loss, lr, grad_norm, **values):
+        """log, and a line on the screen; tokens/s and the time left from self.tokens, to which the loop adds."""
+        seconds = (time.time() - self.t0) / max(done - self.from_step, 1)
+        speed = self.tokens / max(time.time() - self.t0, 1e-9)
+        self.log(done, loss=loss, lr=lr, grad_norm=float(grad_norm), tokens_per_s=speed, **values)
+        print0(f"step {done}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {float(grad_norm):.2f} | "
+               f"{speed:,.0f} tokens/s | {duration(seconds * (max_steps - done))} left"
+               + "".join(f" | {k} {v:.4f}" for k, v in values.items()))
 
     def plot(self, *names):
         """metrics.png: the named series over steps."""

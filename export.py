@@ -5,6 +5,8 @@
     python export.py convert --model=a.pth --out=b.safetensors --dtype=bfloat16            no --dtype: bit for bit
     python export.py hub --model=a.pth --out=folder                                        RWKV-7 for transformers, fla
     python export.py hub --model=folder --out=a.pth                                        and back
+    python export.py state --state=a.pth --out=a.st --to=web-rwkv                          a tuned state for Ai00, web-rwkv
+    python export.py state --state=list.pth --out=b.pth --from=statetuning                 RWKV-StateTuning's list of tensors
     python export.py inspect a.pth                                                         what it is, and what is odd
 
 Each command has its own --help. Nothing is overwritten without --overwrite; a file appears whole or not at all.
@@ -20,7 +22,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -29,7 +31,7 @@ from safetensors import safe_open
 import common
 import prepare
 from common import UserError
-from model import NEVER_TRAINED, RWKV, RWKVConfig, config_of, fp32, read_weights, write_weights
+from model import NEVER_TRAINED, RWKV, RWKVConfig, config_of, fp32, read_state, read_weights, write_state, write_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading, checking, writing
@@ -168,6 +170,50 @@ def convert(cfg):
         print(f"warning: a .pth cannot carry this LoRA's alpha={metadata['alpha']}, rslora={metadata.get('rslora')}; "
               "write them down, merging it will ask", file=sys.stderr)
     write(weights, cfg.out, metadata or None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tuned states
+
+@dataclass
+class StateConfig:
+    state: str                   # the file to read
+    out: str                     # the file to write: .pth, for web-rwkv .st
+    from_: Annotated[Literal["rwkv", "web-rwkv", "statetuning"], tyro.conf.arg(name="from")] = "rwkv"  # what it is
+    to: Literal["rwkv", "web-rwkv"] = "rwkv"  # rwkv: gosling's own, RWKV-PEFT, RWKV-Runner, the rwkv package
+    overwrite: bool = False      # replace --out if it is there
+
+
+def state(cfg):
+    """rwkv: blocks.{i}.att.time_state [H, value, key], .pth. web-rwkv: the same names, [H, key, value] in float16, .st.
+    statetuning: a list of att shift [C], state [H, value, key], ffn shift [C] of each layer; its shifts go to the .json
+    beside, which gosling alone reads. The rwkv package's own state is [value, key] in RWKV-7 and [key, value] in RWKV-6:
+    code that hands a file's tensors to an RWKV-6 there transposes them."""
+    if Path(cfg.out).exists() and not cfg.overwrite:
+        raise UserError(f"{cfg.out} is already there; choose another --out, or give --overwrite")
+    if Path(cfg.out).suffix != (want := ".st" if cfg.to == "web-rwkv" else ".pth"):
+        raise UserError(f"--out={cfg.out}: expected a name in {want} for --to={cfg.to}")
+    about = {}
+    if cfg.from_ == "statetuning":
+        tensors = common.load_torch(cfg.state)
+        if not isinstance(tensors, list) or len(tensors) % 3 or not all(isinstance(w, torch.Tensor) for w in tensors) or \
+                [w.dim() for w in tensors[1::3]] != [3] * (len(tensors) // 3):
+            raise UserError(f"{cfg.state} is not RWKV-StateTuning's list of shift, state, shift for each layer")
+        att, wkv, ffn = (torch.stack([w.detach().float().cpu() for w in tensors[i::3]]) for i in range(3))
+        value = {"wkv": wkv[:, None], "att_shift": att.flatten(1)[:, None], "ffn_shift": ffn.flatten(1)[:, None]}
+    else:
+        value, about = read_state(cfg.state)
+        if cfg.from_ == "web-rwkv":
+            value["wkv"] = value["wkv"].mT
+    L, _, H, N, _ = value["wkv"].shape
+    if cfg.to == "web-rwkv":
+        if value["att_shift"].any() or value["ffn_shift"].any():
+            print("warning: web-rwkv does not read shift vectors; they are left out", file=sys.stderr)
+        weights = {f"blocks.{i}.att.time_state": w.mT for i, w in enumerate(value["wkv"][:, 0])}
+        write_weights({name: w.contiguous() for name, w in cast(weights, "float16").items()}, cfg.out)
+    else:
+        write_state(value, cfg.out, **about)
+    print(f"{cfg.out}: a state of {L} layers, {H} heads of {N}, for {cfg.to}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,7 +362,7 @@ def inspect(cfg):
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"merge": (MergeConfig, merge), "convert": (Config, convert), "hub": (HubConfig, hub),
-                "inspect": (InspectConfig, inspect)}
+                "state": (StateConfig, state), "inspect": (InspectConfig, inspect)}
     if not argv or argv[0] in ("-h", "--help"):
         return print(__doc__)
     if argv[0] not in commands:

@@ -15,6 +15,8 @@ every weight is cast where it is used. The decay and the state stay float32.
 """
 import contextlib
 import errno
+import hashlib
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -51,7 +53,10 @@ class RWKVConfig:
     def __post_init__(self):
         if self.version not in ("x060", "x070"):
             raise UserError(f"version={self.version!r}: expected x060 (RWKV-6) or x070 (RWKV-7)")
-        if self.n_embd % self.head_size or self.n_embd < 1:
+        for name, value in (("n_layer", self.n_layer), ("n_embd", self.n_embd), ("head_size", self.head_size)):
+            if value < 1:
+                raise UserError(f"{name}={value}: expected a number above 0")
+        if self.n_embd % self.head_size:
             raise UserError(f"n_embd={self.n_embd} is not a multiple of head_size={self.head_size}; "
                             f"try n_embd={-(-self.n_embd // self.head_size) * self.head_size}")
         C, v7 = self.n_embd, self.version == "x070"
@@ -143,6 +148,7 @@ def low_rank(x, down, up, activation=None):
 
 def token_shift(x, last, packing):
     """x [B, T, C], last [B or D, C], the input before the first token -> (x of the token before [B, T, C], new last)."""
+    last = last.to(x.dtype)  # a state may come from a run in another precision
     if packing is None:
         return torch.cat([last[:, None], x[:, :-1]], 1), x[:, -1]
     before = torch.cat([x[:, :1], x[:, :-1]], 1).index_copy(1, packing.first, last[None, packing.filled])
@@ -268,6 +274,35 @@ class Block(nn.Module):
         return x + h, v_first, att_shift, ffn_shift, wkv
 
 
+class TunedState(nn.Module):
+    """A learned start in place of the zero state: wkv, of each layer [H, N, N], and with `shift` both inputs "before the
+    first token", [L, C]. encoder: a module whose output [L, H, N, N] is added to wkv (train_state.py has one)."""
+
+    def __init__(self, c, shift=False, layers=()):
+        super().__init__()
+        H, N, L = c.n_embd // c.head_size, c.head_size, c.n_layer
+        if not set(layers) <= set(range(L)):
+            raise UserError(f"layers={layers}: expected numbers from 0 to {L - 1}")
+        self.wkv = nn.ParameterList(nn.Parameter(torch.zeros(H, N, N), i in layers or not layers) for i in range(L))
+        self.att_shift, self.ffn_shift = (nn.Parameter(torch.zeros(L, c.n_embd), shift) for _ in range(2))
+        self.encoder = None
+
+    def forward(self):
+        """-> {"wkv": [L, H, N, N], "att_shift", "ffn_shift": [L, C]}"""
+        wkv = torch.stack(list(self.wkv))
+        return {"wkv": wkv if self.encoder is None else wkv + self.encoder(), "att_shift": self.att_shift,
+                "ffn_shift": self.ffn_shift}
+
+    @torch.no_grad()
+    def load(self, state):
+        """Start from a state [L, 1, …], as read_state and forward give it; the shifts only where they are trained."""
+        for p, value in zip(self.wkv, state["wkv"][:, 0]):
+            p.copy_(value)
+        for p, key in ((self.att_shift, "att_shift"), (self.ffn_shift, "ffn_shift")):
+            if p.requires_grad:
+                p.copy_(state[key][:, 0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the head, scored without ever holding [B, T, V]
 
@@ -346,14 +381,25 @@ class RWKV(nn.Module):
         self.grad_cp = False       # recompute each block in backward: less memory, about a third more time
         self.adapter_info = None   # how the LoRA was made; None: there is none
         self.before_tuning = []    # (parameter, its value before) of extra parameters trained with a LoRA
+        self.tuned = nn.ModuleList()  # learned initial states: one, or one for each of several tasks
+        self.tuned_on, self.task = True, 0
         for name, p in self.named_parameters():
             if not p.is_meta:
                 init_parameter(name, p.data, c)
             # the first layer has no layer below to take values from, so these never get a gradient
             p.requires_grad = name not in NEVER_TRAINED
 
+    def initial_state(self, sequences, tasks=None):
+        """The state before the first token, for this many sequences: zeros, or the tuned state; tasks [B or D]: of several
+        tuned states, the one that each sequence starts from; None = self.task for all."""
+        if not self.tuned or not self.tuned_on:
+            return self.zero_state(sequences)
+        if tasks is None:
+            tasks = torch.full((sequences,), self.task, device=self.emb.weight.device)
+        values = [tuned() for tuned in self.tuned]
+        return {key: torch.stack([v[key] for v in values], 1).index_select(1, tasks) for key in values[0]}
+
     def zero_state(self, sequences):
-        """The state before the first token, for this many sequences."""
         c, weight = self.config, self.emb.weight
         shift = torch.zeros(c.n_layer, sequences, c.n_embd, dtype=self.compute_dtype or weight.dtype, device=weight.device)
         H = c.n_embd // c.head_size
@@ -361,16 +407,17 @@ class RWKV(nn.Module):
                           dtype=torch.promote_types(weight.dtype, torch.float32))
         return {"wkv": wkv, "att_shift": shift, "ffn_shift": shift.clone()}
 
-    def forward(self, idx, state=None, *, cu_seqlens=None, targets=None, temperature=1.0, l2wrap=0.0, last_only=False):
-        """idx [B, T] integers, T >= 1, state as in the glossary or None for zeros -> (logits [B, T, V], state).
+    def forward(self, idx, state=None, *, cu_seqlens=None, tasks=None, targets=None, temperature=1.0, l2wrap=0.0,
+                last_only=False):
+        """idx [B, T] integers, T >= 1, state as in the glossary or None for the initial one -> (logits [B, T, V], state).
 
-        cu_seqlens [D + 1]: B = 1 and D documents end to end, each with its own state.
+        cu_seqlens [D + 1]: B = 1 and D documents end to end, each with its own state. tasks: as in `initial_state`.
         targets [B, T]: -> (TokenScores, state) of the distribution at this temperature, without [B, T, V] in memory.
         last_only: logits [B or D, 1, V] of each sequence's last token.
         """
         packing = Packing.of(cu_seqlens, idx.device)
         sequences = len(idx) if packing is None else len(packing.cu_seqlens) - 1
-        state = state or self.zero_state(sequences)
+        state = state or self.initial_state(sequences, tasks)
         x = self.emb(idx).to(self.compute_dtype or self.emb.weight.dtype)
         v_first, new = None, {"att_shift": [], "ffn_shift": [], "wkv": []}
         for layer, block in enumerate(self.blocks):
@@ -398,11 +445,12 @@ class RWKV(nn.Module):
     # -----------------------------------------------------------------------------------------------------------------
     # what trains
 
-    def set_tune(self, tune, **options):
-        """What trains: "full" = every weight; "lora" = an adapter beside the large matrices, `options` as in `_lora`.
-        Everything else gets requires_grad = False and keeps its dtype; what trains is float32. An adapter that was there
-        goes."""
-        self.adapter_info, self.before_tuning = None, []
+    def set_tune(self, tune, tasks=1, **options):
+        """What trains: "full" = every weight; "lora" = an adapter beside the large matrices, `options` as in `_lora`;
+        "state" = the state that sequences start from, `options` as in TunedState, and tasks = how many of them.
+        Everything else gets requires_grad = False and keeps its dtype; what trains is float32. An adapter or a state that
+        was there goes."""
+        self.adapter_info, self.before_tuning, self.tuned = None, [], nn.ModuleList()
         for m in self.modules():
             if isinstance(m, Linear):
                 m.lora_A = m.lora_B = None
@@ -412,17 +460,23 @@ class RWKV(nn.Module):
         elif tune == "lora":
             self.requires_grad_(False)
             self._lora(**options)
+        elif tune == "state":
+            self.requires_grad_(False)
+            dtype = torch.promote_types(self.emb.weight.dtype, torch.float32)
+            self.tuned.extend(TunedState(self.config, **options).to(self.emb.weight.device, dtype) for _ in range(tasks))
         else:
-            raise UserError(f"tune={tune!r}: expected full or lora")
+            raise UserError(f"tune={tune!r}: expected full, lora or state")
 
     def _lora(self, r=32, alpha=64.0, dropout=0.0, rslora=False, targets=(), extra=()):
         """r: rank; the update is scaled by alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732). targets: names of
         matrices, "key" for all of that name or "att.key" for one kind; none = all of att and ffn. extra: further
         parameters to train, by parts of their names ("ln", "x_"); they are saved with the adapter."""
+        if r < 1:
+            raise UserError(f"lora_r={r}: expected a number above 0")
         linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear)}
         kinds = {name: re.sub(r"blocks\.\d+\.", "", name) for name in linears}
         chosen = set()
-        for target in targets or ("att", "ffn"):
+        for target in ((targets,) if isinstance(targets, str) else targets) or ("att", "ffn"):
             hits = {name for name, kind in kinds.items() if target in (kind, kind.split(".")[0], kind.split(".")[-1])}
             if not hits:
                 raise UserError(f"LoRA target {target!r} is not a matrix of {self.config.version}; there are "
@@ -430,7 +484,7 @@ class RWKV(nn.Module):
             chosen |= hits
         for name in sorted(chosen):  # a set's own order differs from process to process, and A is random
             linears[name].add_lora(r, alpha / (math.sqrt(r) if rslora else r), dropout)
-        for part in extra:
+        for part in (extra,) if isinstance(extra, str) else extra:
             hits = [p for name, p in self.named_parameters() if part in name and ".lora_" not in name]
             if not hits:
                 raise UserError(f"extra={part!r}: no parameter has that in its name")
@@ -441,8 +495,10 @@ class RWKV(nn.Module):
 
     @contextlib.contextmanager
     def reference(self):
-        """The same network with its adapter off (and extra trained parameters as they were): the reference of DPO, GRPO."""
+        """The same network with its adapter or tuned state off (and extra trained parameters as they were): the reference
+        of DPO and GRPO."""
         def switch(on):
+            self.tuned_on = on
             for m in self.modules():
                 if isinstance(m, Linear):
                     m.lora_on = on
@@ -509,8 +565,26 @@ class RWKV(nn.Module):
 
     def save_pretrained(self, path, dtype=None):
         """Official names and shapes, `.pth` or `.safetensors` by the path's ending, atomically. dtype None: as they are."""
-        write_weights({name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in self.named_parameters()
-                       if ".lora_" not in name}, path)
+        write_weights({name: p.to("cpu", dtype or p.dtype).contiguous() for name, p in self.base_weights()}, path)
+
+    def base_weights(self):
+        """(official name, tensor) of every weight, without adapter and tuned state."""
+        return [(name, p.detach()) for name, p in self.named_parameters()
+                if ".lora_" not in name and not name.startswith("tuned.")]
+
+    def fingerprint(self):
+        """Hexadecimal digest of the weights as bfloat16: the same whatever the file's format and the precision it is loaded in."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, p in sorted(self.base_weights()):
+            if name not in NEVER_TRAINED:
+                digest.update(f"{name} {list(p.shape)}".encode())
+                digest.update(p.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def save_state(self, path, task=0, **about):
+        """A tuned state for every engine: blocks.{i}.att.time_state [H, N, N] in `path`, `about` and the rest beside it."""
+        write_state({key: v[:, None] for key, v in self.tuned[task]().items()}, path, **about)
 
     def save_adapter(self, path):
         """The trained parameters alone: RWKV-PEFT's keys, ….lora_A [r, in] and ….lora_B [out, r], and extra ones under
@@ -530,9 +604,96 @@ class RWKV(nn.Module):
             own[name].copy_(saved[name])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# batches of documents, (ids, mask) pairs, and the gradient in chunks of time
+
+def pack(documents, device="cpu"):
+    """[(ids, mask), …] -> x, y [1, T], weight [1, T] float32, cu_seqlens [D + 1]: the next-token pairs of each document,
+    end to end; a position's weight is the mask of its target."""
+    x, y, w = [], [], []
+    for ids, mask in documents:
+        x += ids[:-1]
+        y += ids[1:]
+        w += mask[1:]
+    borders = torch.tensor([0, *(len(ids) - 1 for ids, _ in documents)]).cumsum(0)
+    return *(torch.tensor([part], device=device) for part in (x, y)), torch.tensor([w], dtype=torch.float32, device=device), borders
+
+
+def pad(documents, device="cpu"):
+    """The same as rows, right padded: x, y, weight [D, T], and None for cu_seqlens. A causal network never sees what
+    lies to the right, and the padding weighs 0."""
+    x, y, w = ([torch.tensor(part) for part in parts] for parts in
+               zip(*((ids[:-1], ids[1:], mask[1:]) for ids, mask in documents)))
+    rows = [torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device) for part in (x, y, w)]
+    return rows[0], rows[1], rows[2].float(), None
+
+
+def pieces(T, cu_seqlens, chunk_len):
+    """[(a, b, cu_seqlens of tokens a..b), …]: a packed row in chunks. A document that a chunk holds nothing of has length
+    0 there and hands its state through; chunk_len = 0 is one chunk."""
+    step = chunk_len or T
+    return [(a, min(a + step, T), cu_seqlens if cu_seqlens is None else cu_seqlens.clamp(a, min(a + step, T)) - a)
+            for a in range(0, T, step)]
+
+
+def backward(model, x, y, weight, cu_seqlens, chunk_len=0, bptt="full", sync=contextlib.nullcontext,
+             no_sync=contextlib.nullcontext, tasks=None):
+    """Add the gradient of  loss = -(weight * log p(y | x)).sum()  to the parameters' .grad; -> (each token's
+    share of the loss, its weight if it was the likeliest), like x.
+
+    In chunks of chunk_len tokens, memory is one chunk's activations and one state per chunk. "full": run forward keeping
+    the state at each border, then from the last chunk to the first run again with that state as a leaf, backward with the
+    gradient of the state that goes out, and keep the gradient of the state that came in. Equal to the whole to rounding.
+    "truncated": the state goes on, its gradient does not. model: may be a DDP wrapper; its last backward is in `sync`.
+    tasks: as in RWKV.initial_state.
+    """
+    parts = pieces(x.shape[1], cu_seqlens, chunk_len)
+    states = [None] * len(parts)
+    if bptt == "full":
+        with torch.no_grad():
+            for i, (a, b, cu) in enumerate(parts[:-1]):
+                states[i + 1] = getattr(model, "module", model)(x[:, a:b], states[i], cu_seqlens=cu, tasks=tasks,
+                                                                      last_only=True)[1]
+    losses, hits, grads, out = [None] * len(parts), [None] * len(parts), None, None
+    order = list(range(len(parts)))
+    for i in reversed(order) if bptt == "full" else order:
+        a, b, cu = parts[i]
+        came_in = states[i] if bptt == "full" else out
+        if came_in is not None:
+            came_in = {k: v.detach().requires_grad_(bptt == "full") for k, v in came_in.items()}
+        states[i] = None
+        with sync() if i == (0 if bptt == "full" else order[-1]) else no_sync():
+            scores, out = model(x[:, a:b], came_in, cu_seqlens=cu, tasks=tasks, targets=y[:, a:b])
+            losses[i], hits[i] = -weight[:, a:b] * scores.logps, weight[:, a:b] * scores.hits
+            ends = [k for k, g in (grads or {}).items() if g is not None and out[k].requires_grad]
+            torch.autograd.backward([losses[i].sum(), *(out[k] for k in ends)], [None, *(grads[k] for k in ends)])
+        losses[i] = losses[i].detach()
+        grads = {k: v.grad for k, v in came_in.items()} if came_in and bptt == "full" else None
+    return torch.cat(losses, 1), torch.cat(hits, 1)
+
+
+@torch.no_grad()
+def evaluate(model, documents, cfg, run):
+    """{"val_loss": nats per trained token, "val_accuracy": share of them that are the likeliest}, over all processes."""
+    mine, nll, hits, n = documents[run.rank::run.world], 0.0, 0.0, 0.0
+    for i in range(0, len(mine), cfg.micro_bsz):
+        x, y, weight, borders = pack(mine[i:i + cfg.micro_bsz], run.device)
+        state = None
+        for a, b, cu in pieces(x.shape[1], borders, cfg.chunk_len):
+            scores, state = model(x[:, a:b], state, cu_seqlens=cu, targets=y[:, a:b])
+            nll -= (weight[:, a:b] * scores.logps).sum().item()
+            hits += (weight[:, a:b] * scores.hits).sum().item()
+        n += weight.sum().item()
+    nll, hits, n = common.all_sum(nll, hits, n)
+    return {"val_loss": nll / n, "val_accuracy": hits / n}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
 def read_weights(path):
     """{name: tensor} of a `.pth` or `.safetensors` file."""
-    if Path(path).suffix != ".safetensors":
+    if Path(path).suffix not in (".safetensors", ".st"):
         weights = common.load_torch(path)
         if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
             raise UserError(f"{path} is not a file of weights (a flat dict of tensors); "
@@ -548,7 +709,7 @@ def read_weights(path):
 
 def write_weights(weights, path, metadata=None):
     """`.pth` or `.safetensors` by the path's ending, atomically. metadata {str: str}: .safetensors only."""
-    if Path(path).suffix == ".safetensors":
+    if Path(path).suffix in (".safetensors", ".st"):
         from safetensors import SafetensorError
         from safetensors.torch import save_file
         with common.atomic_write(path) as tmp:
@@ -558,6 +719,40 @@ def write_weights(weights, path, metadata=None):
                 raise OSError(errno.EIO, str(e)) from e
     else:
         common.save_torch(weights, path)
+
+
+def write_state(state, path, **about):
+    """One sequence's state [L, 1, …] as `path`, .pth, exactly what other engines read: blocks.{i}.att.time_state [H, N, N],
+    rows = value. Shift vectors that are not zero and `about` go to a .json of the same name."""
+    shifts = {key: state[key][:, 0].float().tolist() for key in ("att_shift", "ffn_shift") if state[key].any()}
+    with common.atomic_write(Path(path).with_suffix(".json")) as tmp:
+        tmp.write_text(json.dumps({**about, **shifts}) + "\n")
+    common.save_torch({f"blocks.{i}.att.time_state": w.float().cpu().clone() for i, w in enumerate(state["wkv"][:, 0])}, path)
+
+
+def read_state(path, config=None):
+    """A state file -> (state [L, 1, …], what the .json beside it says or {}). With `config`, an error unless it fits."""
+    weights, about = read_weights(path), {}
+    L = len(weights)
+    sizes = sorted({tuple(w.shape) for w in weights.values()})
+    if set(weights) != {f"blocks.{i}.att.time_state" for i in range(L)} or len(sizes) != 1 or len(sizes[0]) != 3 or \
+            sizes[0][1] != sizes[0][2]:
+        raise UserError(f"{path} is not a tuned state: expected blocks.{{i}}.att.time_state [H, N, N] for each layer and "
+                        f"nothing else; it has {L} tensors, {', '.join(list(weights)[:2])} …"
+                        + ("; it looks like a whole model: give it as the model" if "emb.weight" in weights else ""))
+    H, N, _ = sizes[0]
+    if config and (L, H, N) != (have := (config.n_layer, config.n_embd // config.head_size, config.head_size)):
+        raise UserError(f"{path} is a state of another model: {L} layers, {H} heads of {N}; "
+                        f"this one has {have[0]} layers, {have[1]} heads of {have[2]}")
+    wkv = torch.stack([weights[f"blocks.{i}.att.time_state"].float() for i in range(L)])[:, None]
+    with contextlib.suppress(FileNotFoundError):
+        about = json.loads(Path(path).with_suffix(".json").read_text())
+    shifts = {key: torch.tensor(about.pop(key, [[0.0] * H * N] * L))[:, None] for key in ("att_shift", "ffn_shift")}
+    state = {"wkv": wkv, **shifts}
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path} has {int((~value.isfinite()).sum())} values in {key} that are NaN or infinite")
+    return state, about
 
 
 def config_of(weights, path="the file"):

@@ -383,7 +383,7 @@ def TokenFileWriter(prefix, dtype):
 
     with atomic_write(f"{prefix}.idx") as index, atomic_write(f"{prefix}.bin") as binary:
         with open(binary, "wb") as f:
-            yield types.SimpleNamespace(add=add, sizes=sizes)
+            yield types.SimpleNamespace(add=add, sizes=sizes, flush=f.flush)
         n, lengths, code = len(sizes), np.array(sizes, "<i4"), {np.dtype(t): c for c, t in DTYPES.items()}[dtype]
         offsets = (np.cumsum(lengths, dtype="<i8") - lengths) * dtype.itemsize
         index.write_bytes(HEADER.pack(MAGIC, 1, code, n, n + 1) + lengths.tobytes() + offsets.tobytes()
@@ -535,6 +535,8 @@ def prepare(cfg):
                 text_bytes[split] += len(text.encode())
                 if split == "val" and text_bytes["val"] <= 1 << 26:  # to run xz -9 on, for comparison
                     val_text += text.encode()
+        for writer in writers.values():
+            writer.flush()  # a full disk shows here, while the old sidecars still stand
         for split in ("train", "val"):  # the sidecar of an earlier run would not fit the new tokenizer
             Path(f"{out}_{split}.json").unlink(missing_ok=True)
     entry = save_tokenizer(tokenizer, out.parent, prefix=f"{out.name}.")

@@ -3,11 +3,15 @@
     python sample.py --model=out/pretrain_tiny/rwkv-final.pth --prompt="def "
     python sample.py --model=RWKV-x070-World-0.1B.pth --chat
     python sample.py --model=... --prompts=prompts.txt --n=4 --temperature=0.8 --top_p=0.9
+    python sample.py --state=none --state=out/state/state-final.pth --prompt="..."      base against tuned state
+    python sample.py --model=... --prompt="a long text" --save_state=cache.pth          then --state=cache.pth goes on
 
 One constant-size state per sequence; a prompt is read once and forked into its n samples. `generate` below is the engine
 that everything else uses too. No compiler is needed, and a CPU is enough.
 """
+import contextlib
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +19,25 @@ from typing import Literal
 
 import numpy as np
 import torch
+import tyro
 
 import common
 import prepare
 from common import UserError
-from model import RWKV
+from model import RWKV, read_state, write_state
 
 PREFILL = 4096  # prompt tokens read at a time: bounds the memory of long and of many prompts
 
 
 @dataclass
 class Config:
-    model: str = ""              # weights, .pth or .safetensors
+    model: str = ""              # weights, .pth or .safetensors; empty = the one that the state was tuned on
     prompt: str = ""             # text to continue
     prompts: str = ""            # file with a prompt a line, or .jsonl with {"prompt": …} lines
     chat: bool = False           # talk: a turn a line, an empty line or Ctrl-D ends
     system: str = ""             # chat: a system turn to begin with
+    state: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # tuned state; repeated: side by side; "none" is one too
+    save_state: str = ""         # keep the state after the prompt in this file, and stop
     n: int = 1                   # samples of each prompt
     max_new_tokens: int = 256    # at most so many tokens of a sample
     temperature: float = 1.0     # 0 = greedy
@@ -61,7 +68,7 @@ def prefill(model, prompts, state=None):
     """
     if not all(prompts):
         raise UserError("a prompt is empty; begin with the tokenizer's end id, which starts a document")
-    state = state or model.zero_state(len(prompts))
+    state = state or model.initial_state(len(prompts))
     device = model.emb.weight.device
     logits, states, i = [], [], 0
     while i < len(prompts):
@@ -109,8 +116,11 @@ def stream(model, prompts, *, rows=None, max_new_tokens=256, temperature=1.0, to
     """Yield (row, Completion so far) for every new token, step by step, of the samples `rows`, pairs (prompt index,
     sample index); None: one of each prompt. The other arguments as in `generate`."""
     stop_ids = {tokenizer.end_id} if stop_ids is None and tokenizer else set(stop_ids or ())
+    stop = (stop,) if isinstance(stop, str) else stop
     if stop and tokenizer is None:
         raise ValueError("stop texts need a tokenizer")
+    if temperature < 0 or seed is not None and seed < 0:
+        raise UserError(f"temperature={temperature}, seed={seed}: expected numbers from 0")
     rows = rows or [(p, 0) for p in range(len(prompts))]
     used = sorted({p for p, _ in rows})
     if state is not None:
@@ -166,16 +176,54 @@ def generate(model, prompts, *, n=1, batch_size=None, seed=None, state=None, **o
     return out
 
 
+def show_answers(model, documents, tokenizer, n, off=False):
+    """Print what the model answers, greedily, where the last reply of the first n held-out documents begins; off: also
+    what it answers without its adapter or tuned state."""
+    cuts = []
+    for ids, mask in documents[:n]:
+        end = len(mask) - mask[::-1].index(1)
+        start = end - (mask[:end][::-1].index(0) if 0 in mask[:end] else end)
+        cuts.append((ids[:start], ids[start:end]))
+    if not all(prompt for prompt, _ in cuts):
+        return
+    options = dict(max_new_tokens=128, temperature=0, tokenizer=tokenizer, stop=("\n\nUser:",))
+    answers = generate(model, [prompt for prompt, _ in cuts], **options)
+    with model.reference() if off else contextlib.nullcontext():
+        without = generate(model, [prompt for prompt, _ in cuts], **options) if off else answers
+    for (prompt, want), got, base in zip(cuts, answers, without):
+        common.print0(f"  {tokenizer.decode(prompt)[-200:]!r}\n    model: {got.text!r}\n"
+                      + f"    off:   {base.text!r}\n" * off + f"    data:  {tokenizer.decode(want)!r}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
 
 def load(cfg):
-    """-> (model, tokenizer) of the command line."""
-    if not cfg.model:
-        raise UserError("which model? --model=FILE, a .pth or .safetensors")
-    run = common.pick_device(cfg)
-    model = RWKV.from_pretrained(cfg.model, *run).eval()
-    return model, prepare.tokenizer_of(cfg.model, model.config.vocab_size, cfg.tokenizer)
+    """-> (model, tokenizer, {name: state or None}) of the command line; a state's .json says which model it belongs to."""
+    states, abouts = {}, []
+    for path in cfg.state or ("none",):
+        states[path], about = (None, {}) if path == "none" else read_state(path)
+        abouts.append((path, about))
+    path, about = next(((path, about) for path, about in abouts if about), ("", {}))
+    places = [Path(path).parent / str(about.get("model")), Path(path).parent / Path(str(about.get("model"))).name]
+    weights = cfg.model or next((str(p) for p in places if p.is_file()), None)
+    if weights and Path(weights).is_dir():
+        raise UserError(f"{weights} is a folder; give a file in it: --model={weights}/rwkv-final.pth")
+    if not weights:
+        raise UserError("which model? --model=FILE, a .pth or .safetensors" + (
+            f"; {places[0]}, which {path} was tuned on, is not there" if about else
+            f"; no .json beside {cfg.state[0]} says which one it was tuned on" if cfg.state else ""))
+    device, dtype = common.pick_device(cfg)
+    model = RWKV.from_pretrained(weights, device, dtype).eval()
+    for path, about in abouts:
+        if states[path]:
+            states[path] = {k: v.to(device) for k, v in read_state(path, model.config)[0].items()}  # now checked
+            if about.get("fingerprint") not in (None, model.fingerprint()):
+                print(f"warning: {path} was tuned on {about.get('model')}, and {weights} has other weights", file=sys.stderr)
+    name = cfg.tokenizer or str(about.get("tokenizer", ""))
+    beside = Path(path).parent / name
+    tokenizer = prepare.tokenizer_of(weights, model.config.vocab_size, str(beside) if name and beside.is_file() else name)
+    return model, tokenizer, states, weights
 
 
 def read_prompts(path):
@@ -206,10 +254,10 @@ def print_stream(pieces, tokenizer):
     return c
 
 
-def chat(model, tokenizer, cfg, options):
+def chat(model, tokenizer, cfg, options, state=None):
     """Turns in, turns out. The state behind the conversation so far is kept; only what is new is read."""
     messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    read, state = 0, None
+    read = 0
     while True:
         try:
             line = input("User: ").strip()
@@ -229,19 +277,29 @@ def chat(model, tokenizer, cfg, options):
 
 
 def main(cfg):
-    model, tokenizer = load(cfg)
+    model, tokenizer, states, weights = load(cfg)
     options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
                    seed=cfg.seed, tokenizer=tokenizer)
-    if cfg.chat:
-        return chat(model, tokenizer, cfg, options)
     texts = read_prompts(cfg.prompts) if cfg.prompts else [cfg.prompt]
     prompts = [tokenizer.encode(text) or [tokenizer.end_id] for text in texts]
-    if len(prompts) * cfg.n == 1:
-        print(texts[0], end="", flush=True)
-        print_stream(stream(model, prompts, **options), tokenizer)
-        return
-    for i, c in enumerate(generate(model, prompts, n=cfg.n, **options)):
-        print(f"--- prompt {i // cfg.n + 1}, sample {i % cfg.n + 1}, {c.finish_reason}\n{texts[i // cfg.n]}{c.text}", flush=True)
+    if (cfg.chat or cfg.save_state) and (len(states) > 1 or len(prompts) > 1):
+        raise UserError("--chat and --save_state take one prompt and one --state")
+    if cfg.save_state:
+        _, state = prefill(model, prompts, *states.values())
+        write_state(state, cfg.save_state, model=os.path.relpath(weights, Path(cfg.save_state).parent),
+                    fingerprint=model.fingerprint(), tokenizer=cfg.tokenizer, prompt=texts[0])
+        return print(f"{cfg.save_state}: the state after {len(prompts[0])} tokens")
+    if cfg.chat:
+        return chat(model, tokenizer, cfg, options, *states.values())
+    for name, state in states.items():
+        if len(states) > 1:
+            print(f"=== state {name}")
+        if len(prompts) * cfg.n == 1:
+            print(texts[0], end="", flush=True)
+            print_stream(stream(model, prompts, state=state, **options), tokenizer)
+            continue
+        for i, c in enumerate(generate(model, prompts, n=cfg.n, state=state, **options)):
+            print(f"--- prompt {i // cfg.n + 1}, sample {i % cfg.n + 1}, {c.finish_reason}\n{texts[i // cfg.n]}{c.text}", flush=True)
 
 
 if __name__ == "__main__":

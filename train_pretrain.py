@@ -14,7 +14,6 @@ eps at 1e-8 (upstream: 1e-18), a warm-up that starts again on resume, a mean of 
 import dataclasses
 import functools
 import math
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import prepare
@@ -148,6 +146,8 @@ def train(cfg, run):
     data = prepare.TokenFile(cfg.data)
     val = prepare.TokenFile(cfg.val_data) if cfg.val_data else None
     tokens = data.tokens
+    if cfg.ctx_len < 1:
+        raise UserError(f"ctx_len={cfg.ctx_len}: expected a number above 0")
     n_windows = (len(tokens) - 1) // cfg.ctx_len
     if n_windows < 1:
         raise UserError(f"{cfg.data} holds {len(tokens):,} tokens, fewer than ctx_len + 1 = {cfg.ctx_len + 1}; "
@@ -178,27 +178,16 @@ def train(cfg, run):
     model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
 
     # ---- optimiser: upstream's groups, printed
-    groups = model.param_groups(cfg.lr, cfg.weight_decay)
-    base_lrs = [g["lr"] for g in groups]
-    opt = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=run.device.type in ("cpu", "cuda"))
-    print0(f"model: {arch['version']}, {arch['n_layer']} layers x {arch['n_embd']}, vocabulary {arch['vocab_size']}, "
-           f"{sum(p.numel() for p in model.parameters()):,} parameters; groups: {common.describe_groups(groups)}")
+    opt = common.make_optimizer(model, cfg, run)
     print0(f"data: {len(tokens):,} tokens, {n_windows:,} windows of {cfg.ctx_len}; {max_steps:,} steps of {cfg.global_bsz} "
            f"windows = {max_steps * cfg.global_bsz / n_windows:.2f} epochs")
 
     # ---- a new run, or on from last.pt
-    out, step0, best = Path(cfg.out_dir), 0, math.inf
-    data_order = dict(seed=cfg.seed, order=cfg.order, ctx_len=cfg.ctx_len, global_bsz=cfg.global_bsz, tokens=len(tokens))
-    if cfg.resume:
-        last = common.load_torch(out / "last.pt")
-        common.check_same("architecture", last["arch"], arch, out / "last.pt")
-        common.check_same("data order", last["data_order"], data_order, out / "last.pt")
-        model.load_state_dict(last["model"])
-        opt.load_state_dict(last["optimizer"])
-        torch.set_rng_state(last["rng"])
-        step0, best = last["step"], last["best"]
-        print0(f"resumed {out / 'last.pt'} at step {step0}")
-        del last
+    out, trained = Path(cfg.out_dir), {name: p for name, p in model.named_parameters() if p.requires_grad}
+    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, order=cfg.order, ctx_len=cfg.ctx_len,
+                                                   global_bsz=cfg.global_bsz, tokens=len(tokens)))
+    last = common.resume(cfg, trained, opt, same)
+    step0, best = last.get("step", 0), last.get("best", math.inf)
     common.open_out_dir(cfg, run, arch=arch, tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), max_steps=max_steps)
     metrics = common.Metrics(cfg, run, from_step=step0)
 
@@ -207,19 +196,15 @@ def train(cfg, run):
             if name:
                 model.save_pretrained(out / name, dtype=run.dtype)
                 common.prune(out, "rwkv-*.pth", cfg.keep_last)
-            common.save_torch(dict(model=model.state_dict(), optimizer=opt.state_dict(), step=step, best=best, arch=arch,
-                                   data_order=data_order, rng=torch.get_rng_state()), out / "last.pt")
+            common.save_last(cfg, step, trained, opt, same, best=best)
+        metrics.plot("loss", "val_loss")
 
     # ---- the loop
-    wrapped = model
-    if run.world > 1:
-        wrapped = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
-    t0, steps_timed = time.time(), 0
+    wrapped, no_sync = common.wrap(model, run)
     with common.catch_signals() as signals:
         for step in range(step0, max_steps):
             lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            for group, base in zip(opt.param_groups, base_lrs):
-                group["lr"] = base * lr / cfg.lr
+            common.set_lr(opt, lr)
 
             samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
             nll = 0.0
@@ -228,19 +213,18 @@ def train(cfg, run):
                                        cfg.order, cfg.seed)
                 x, y = batch_at(tokens, starts, cfg.ctx_len, run.device)
                 # the sum over the whole batch's tokens, not a mean of means; x world because DDP averages gradients
-                with wrapped.no_sync() if run.world > 1 and i < accumulation - 1 else nullcontext():
+                with no_sync() if i < accumulation - 1 else nullcontext():
                     scores, _ = wrapped(x, targets=y, l2wrap=cfg.l2wrap)
                     loss = -scores.logps.sum() / tokens_per_step
                     (loss * run.world).backward()
                 nll += loss.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
             loss, stop = common.all_sum(nll, len(signals))
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {float(grad_norm)}; stopped before this step "
-                                f"touched the weights. The last checkpoint in {out} stands; try a lower --lr or --dtype=float32")
+            common.check_finite(cfg, step, loss, grad_norm)
             opt.step()
             opt.zero_grad()
-            done, steps_timed, values = step + 1, steps_timed + 1, {}
+            done, values = step + 1, {}
+            metrics.tokens += tokens_per_step
 
             if val is not None and (done == max_steps or (cfg.eval_every and done % cfg.eval_every == 0)):
                 values["val_loss"] = evaluate(model, val.tokens, cfg, run)
@@ -251,27 +235,18 @@ def train(cfg, run):
                     if run.main:
                         model.save_pretrained(out / "best.pth", dtype=run.dtype)
             if values or done % cfg.log_every == 0 or done in (1, max_steps):
-                seconds = (time.time() - t0) / steps_timed
-                values = dict(loss=loss, lr=lr, grad_norm=float(grad_norm), tokens_per_s=tokens_per_step / seconds, **values)
-                metrics.log(done, **values)
-                print0(f"step {done}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {float(grad_norm):.2f} | "
-                       f"{tokens_per_step / seconds:,.0f} tokens/s | {common.duration(seconds * (max_steps - done))} left"
-                       + "".join(f" | {k} {values[k]:.4f}" for k in ("val_loss", "val_bpb") if k in values))
+                metrics.progress(done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, **values)
             if done == max_steps:
                 save(done, "rwkv-final.pth")
             elif cfg.save_every and done % cfg.save_every == 0:
                 save(done, f"rwkv-{done}.pth")
-                metrics.plot("loss", "val_loss")
             if stop and done < max_steps:
                 save(done)
-                metrics.plot("loss", "val_loss")
-                print0(f"saved {out / 'last.pt'} at step {done}/{max_steps}; go on with the same command and --resume")
-                sys.exit(130)
-    metrics.plot("loss", "val_loss")
+                common.stopped(cfg, done, max_steps)
     if step0 >= max_steps:
         print0(f"{out} is already at step {step0} of {max_steps}; give a larger --max_steps to go on")
         return
-    print0(f"done in {common.duration(time.time() - t0)}: {out / 'rwkv-final.pth'}, {out / 'metrics.png'}")
+    print0(f"done in {common.duration(time.time() - metrics.t0)}: {out / 'rwkv-final.pth'}, {out / 'metrics.png'}")
     if val is not None and run.main:
         xz = val.meta.get("xz_bits_per_byte")
         print0(f"validation: {values['val_loss']:.4f} nats per token" + (f", {values['val_bpb']:.3f} bits per byte"

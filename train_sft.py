@@ -15,7 +15,6 @@ after which the model never stops; padding, which a recurrence feels. LoRA: arXi
 """
 import dataclasses
 import math
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,13 +22,12 @@ from pathlib import Path
 from typing import Callable, Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import prepare
 import sample
 from common import UserError, load_config, print0
-from model import RWKV
+from model import RWKV, backward, evaluate, pack, pad
 
 
 @dataclass
@@ -86,99 +84,6 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the method: batches of documents, and the gradient in chunks of time
-
-def pack(documents, device="cpu"):
-    """[(ids, mask), …] -> x, y [1, T], weight [1, T] float32, cu_seqlens [D + 1]: the next-token pairs of each document,
-    end to end; a position's weight is the mask of its target."""
-    x, y, w = [], [], []
-    for ids, mask in documents:
-        x += ids[:-1]
-        y += ids[1:]
-        w += mask[1:]
-    borders = torch.tensor([0, *(len(ids) - 1 for ids, _ in documents)]).cumsum(0)
-    return *(torch.tensor([part], device=device) for part in (x, y)), torch.tensor([w], dtype=torch.float32, device=device), borders
-
-
-def pad(documents, device="cpu"):
-    """The same as rows, right padded: x, y, weight [D, T], and None for cu_seqlens. A causal network never sees what
-    lies to the right, and the padding weighs 0."""
-    x, y, w = ([torch.tensor(part) for part in parts] for parts in
-               zip(*((ids[:-1], ids[1:], mask[1:]) for ids, mask in documents)))
-    rows = [torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device) for part in (x, y, w)]
-    return rows[0], rows[1], rows[2].float(), None
-
-
-def pieces(T, cu_seqlens, chunk_len):
-    """[(a, b, cu_seqlens of tokens a..b), …]: a packed row in chunks. A document that a chunk holds nothing of has length
-    0 there and hands its state through; chunk_len = 0 is one chunk."""
-    step = chunk_len or T
-    return [(a, min(a + step, T), cu_seqlens if cu_seqlens is None else cu_seqlens.clamp(a, min(a + step, T)) - a)
-            for a in range(0, T, step)]
-
-
-def backward(model, x, y, weight, cu_seqlens, chunk_len=0, bptt="full", sync=nullcontext, no_sync=nullcontext):
-    """Add the gradient of  loss = -(weight * log p(y | x)).sum()  to the parameters' .grad; -> (loss, weighted hits).
-
-    In chunks of chunk_len tokens, memory is one chunk's activations and one state per chunk. "full": run forward keeping
-    the state at each border, then from the last chunk to the first run again with that state as a leaf, backward with the
-    gradient of the state that goes out, and keep the gradient of the state that came in. Equal to the whole to rounding.
-    "truncated": the state goes on, its gradient does not. model: may be a DDP wrapper; its last backward is in `sync`.
-    """
-    parts = pieces(x.shape[1], cu_seqlens, chunk_len)
-    states = [None] * len(parts)
-    if bptt == "full":
-        with torch.no_grad():
-            for i, (a, b, cu) in enumerate(parts[:-1]):
-                states[i + 1] = getattr(model, "module", model)(x[:, a:b], states[i], cu_seqlens=cu, last_only=True)[1]
-    loss_sum, hits, grads, out = 0.0, 0.0, None, None
-    order = list(range(len(parts)))
-    for i in reversed(order) if bptt == "full" else order:
-        a, b, cu = parts[i]
-        came_in = states[i] if bptt == "full" else out
-        if came_in is not None:
-            came_in = {k: v.detach().requires_grad_(bptt == "full") for k, v in came_in.items()}
-        states[i] = None
-        with sync() if i == (0 if bptt == "full" else order[-1]) else no_sync():
-            scores, out = model(x[:, a:b], came_in, cu_seqlens=cu, targets=y[:, a:b])
-            loss = -(weight[:, a:b] * scores.logps).sum()
-            extra = list(out.values()) if grads else []
-            torch.autograd.backward([loss, *extra], [None, *(grads or [])])
-        grads = [v.grad for v in came_in.values()] if came_in and bptt == "full" else None
-        loss_sum, hits = loss_sum + loss.detach(), hits + (weight[:, a:b] * scores.hits).sum()
-    return loss_sum, hits
-
-
-@torch.no_grad()
-def evaluate(model, documents, cfg, run):
-    """{"val_loss": nats per trained token, "val_accuracy": share of them that are the likeliest}, over all processes."""
-    mine, nll, hits, n = documents[run.rank::run.world], 0.0, 0.0, 0.0
-    for i in range(0, len(mine), cfg.micro_bsz):
-        x, y, weight, borders = pack(mine[i:i + cfg.micro_bsz], run.device)
-        state = None
-        for a, b, cu in pieces(x.shape[1], borders, cfg.chunk_len):
-            scores, state = model(x[:, a:b], state, cu_seqlens=cu, targets=y[:, a:b])
-            nll -= (weight[:, a:b] * scores.logps).sum().item()
-            hits += (weight[:, a:b] * scores.hits).sum().item()
-        n += weight.sum().item()
-    nll, hits, n = common.all_sum(nll, hits, n)
-    return {"val_loss": nll / n, "val_accuracy": hits / n}
-
-
-def show_answers(model, documents, tokenizer, n):
-    """Print what the model answers, greedily, where the last reply of the first n held-out documents begins."""
-    cuts = []
-    for ids, mask in documents[:n]:
-        end = len(mask) - mask[::-1].index(1)
-        start = end - (mask[:end][::-1].index(0) if 0 in mask[:end] else end)
-        cuts.append((ids[:start], ids[start:end]))
-    answers = sample.generate(model, [prompt for prompt, _ in cuts], max_new_tokens=128, temperature=0, tokenizer=tokenizer,
-                              stop=("\n\nUser:",)) if all(prompt for prompt, _ in cuts) else []
-    for (prompt, want), got in zip(cuts, answers):
-        print0(f"  {tokenizer.decode(prompt)[-200:]!r}\n    model: {got.text!r}\n    data:  {tokenizer.decode(want)!r}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def main(cfg):
     run = common.start(cfg)
@@ -220,32 +125,16 @@ def train(cfg, run):
     max_steps, accumulation = common.plan_steps(cfg, run, len(data))
 
     # ---- optimiser: upstream's groups, printed
-    groups = model.param_groups(cfg.lr, cfg.weight_decay)
-    base_lrs = [g["lr"] for g in groups]
-    opt = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=run.device.type in ("cpu", "cuda"))
-    print0(f"model: {arch['version']}, {arch['n_layer']} layers x {arch['n_embd']}, vocabulary {arch['vocab_size']}, "
-           f"{sum(p.numel() for p in model.parameters()):,} parameters; groups: {common.describe_groups(groups)}")
+    opt = common.make_optimizer(model, cfg, run)
     print0(f"data: {len(data):,} documents, {sum(len(ids) for ids, _ in data):,} tokens, {sum(sum(m) for _, m in data):,} "
            f"trained; {max_steps:,} steps of {cfg.global_bsz} documents = {max_steps * cfg.global_bsz / len(data):.2f} epochs")
 
     # ---- a new run, or on from last.pt
-    out, step0, best = Path(cfg.out_dir), 0, math.inf
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    data_order = dict(seed=cfg.seed, ctx_len=cfg.ctx_len, global_bsz=cfg.global_bsz, documents=len(data))
-    if cfg.resume:
-        last = common.load_torch(out / "last.pt")
-        common.check_same("architecture", last["arch"], arch, out / "last.pt")
-        common.check_same("data order", last["data_order"], data_order, out / "last.pt")
-        common.check_same("set of trained parameters", {n: list(p.shape) for n, p in last["model"].items()},
-                          {n: list(p.shape) for n, p in trained.items()}, out / "last.pt")
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(last["model"][name])
-        opt.load_state_dict(last["optimizer"])
-        torch.set_rng_state(last["rng"])
-        step0, best = last["step"], last["best"]
-        print0(f"resumed {out / 'last.pt'} at step {step0}")
-        del last
+    out, trained = Path(cfg.out_dir), {name: p for name, p in model.named_parameters() if p.requires_grad}
+    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, ctx_len=cfg.ctx_len, global_bsz=cfg.global_bsz,
+                                                   documents=len(data)))
+    last = common.resume(cfg, trained, opt, same)
+    step0, best = last.get("step", 0), last.get("best", math.inf)
     common.open_out_dir(cfg, run, arch=arch, tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), max_steps=max_steps)
     metrics = common.Metrics(cfg, run, from_step=step0)
 
@@ -260,8 +149,8 @@ def train(cfg, run):
             if name:
                 save_weights(("rwkv-" if full else "lora-") + name)
                 common.prune(out, "rwkv-*.pth" if full else "lora-*.safetensors", cfg.keep_last)
-            common.save_torch(dict(model={n: p.detach() for n, p in trained.items()}, optimizer=opt.state_dict(), step=step,
-                                   best=best, arch=arch, data_order=data_order, rng=torch.get_rng_state()), out / "last.pt")
+            common.save_last(cfg, step, trained, opt, same, best=best)
+        metrics.plot("loss", "val_loss")
 
     def validate():
         """{name: number} on held-out data, and the best checkpoint"""
@@ -270,7 +159,7 @@ def train(cfg, run):
         values = {}
         if val is not None:
             values = evaluate(model, val, cfg, run)
-            show_answers(model, val, tokenizer, cfg.eval_samples if run.main else 0)
+            sample.show_answers(model, val, tokenizer, cfg.eval_samples if run.main else 0)
         if cfg.eval_fn is not None:
             values.update(cfg.eval_fn(model, tokenizer))
         if values.get("val_loss", math.inf) < best:
@@ -283,16 +172,12 @@ def train(cfg, run):
     if step0 == 0 and (values := validate()):
         metrics.log(0, **values)
         print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
-    wrapped = model
-    if run.world > 1:
-        wrapped = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
-    no_sync = wrapped.no_sync if run.world > 1 else nullcontext
-    t0, steps_timed, tokens_seen = time.time(), 0, 0
+    wrapped, no_sync = common.wrap(model, run)
+    metrics.t0 = time.time()
     with common.catch_signals() as signals:
         for step in range(step0, max_steps):
             lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            for group, base in zip(opt.param_groups, base_lrs):
-                group["lr"] = base * lr / cfg.lr
+            common.set_lr(opt, lr)
 
             samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
             batch = [data[i] for i in common.shuffled(samples, len(data), cfg.seed)]
@@ -305,42 +190,30 @@ def train(cfg, run):
                 x, y, weight, borders = (pack if cfg.packing else pad)(documents, run.device)
                 loss, right = backward(wrapped, x, y, weight * (run.world / n), borders, cfg.chunk_len, cfg.bptt,
                                        nullcontext if i == accumulation - 1 else no_sync, no_sync)
-                nll, hits = nll + loss / run.world, hits + right / run.world
+                nll, hits = nll + loss.sum() / run.world, hits + right.sum() / run.world
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
             loss, accuracy, stop = common.all_sum(nll, hits, len(signals))
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                raise UserError(f"step {step + 1}: loss {loss}, gradient norm {float(grad_norm)}; stopped before this step "
-                                f"touched the weights. The last checkpoint in {out} stands; try a lower --lr or --dtype=float32")
+            common.check_finite(cfg, step, loss, grad_norm)
             opt.step()
             opt.zero_grad()
-            done, steps_timed, tokens_seen, values = step + 1, steps_timed + 1, tokens_seen + n_tokens, {}
+            done, values = step + 1, {}
+            metrics.tokens += n_tokens
 
             if done == max_steps or (cfg.eval_every and done % cfg.eval_every == 0):
                 values = validate()
             if values or done % cfg.log_every == 0 or done in (1, max_steps):
-                seconds = (time.time() - t0) / steps_timed
-                values = dict(loss=loss, accuracy=accuracy, lr=lr, grad_norm=float(grad_norm),
-                              tokens_per_s=tokens_seen / steps_timed / seconds, **values)
-                metrics.log(done, **values)
-                print0(f"step {done}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {float(grad_norm):.2f} | "
-                       f"{values['tokens_per_s']:,.0f} tokens/s | {common.duration(seconds * (max_steps - done))} left"
-                       + "".join(f" | {k} {v:.4f}" for k, v in values.items() if k not in (
-                           "loss", "lr", "grad_norm", "tokens_per_s")))
+                metrics.progress(done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, accuracy=accuracy, **values)
             if done == max_steps:
                 save(done, "final")
             elif cfg.save_every and done % cfg.save_every == 0:
                 save(done, str(done))
-                metrics.plot("loss", "val_loss")
             if stop and done < max_steps:
                 save(done)
-                metrics.plot("loss", "val_loss")
-                print0(f"saved {out / 'last.pt'} at step {done}/{max_steps}; go on with the same command and --resume")
-                sys.exit(130)
-    metrics.plot("loss", "val_loss")
+                common.stopped(cfg, done, max_steps)
     if step0 >= max_steps:
         print0(f"{out} is already at step {step0} of {max_steps}; give a larger --max_steps to go on")
         return
-    print0(f"done in {common.duration(time.time() - t0)}: "
+    print0(f"done in {common.duration(time.time() - metrics.t0)}: "
            f"{out / ('rwkv-final.pth' if full else 'lora-final.safetensors')}, {out / 'metrics.png'}")
 
 

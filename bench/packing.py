@@ -14,8 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
-from model import RWKV, RWKVConfig  # noqa: E402
-from train_sft import backward, pack, pad  # noqa: E402
+from model import RWKV, RWKVConfig, backward, pack, pad  # noqa: E402
 
 
 @dataclass

@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -140,3 +141,24 @@ def test_nothing_is_built_or_loaded_at_import():
     code = "import train_pretrain, sample, sys; print([m for m in ('wandb', 'matplotlib', 'torch.utils.cpp_extension') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr or done.stdout
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    ("train_pretrain.py", ["--data=DATA", "--ctx_len=0"], "ctx_len=0: expected"),
+    ("train_pretrain.py", ["--data=DATA", "--n_layer=0", "--ctx_len=4"], "n_layer=0: expected"),
+    ("train_pretrain.py", ["broken.py"], "broken.py does not run: SyntaxError"),
+    ("train_pretrain.py", ["--data=DATA", "--ctx_len=4", "--micro_bsz=1", "--global_bsz=1", "--n_layer=1", "--n_embd=64",
+                           "--out_dir=/proc/none", "--device=cpu"], "out_dir=/proc/none cannot be made"),
+    ("train_pretrain.py", ["--data=DATA", "--ctx_len=4", "--micro_bsz=1", "--global_bsz=1", "--n_layer=1", "--n_embd=64",
+                           "--out_dir=new", "--resume", "--device=cpu"], "nothing to resume"),
+    ("sample.py", ["--model=."], "is a folder; give a file in it"),
+])
+def test_a_mistake_at_the_terminal_is_one_line(script, flags, words, tmp_path):
+    (tmp_path / "broken.py").write_text("lr = = 3\n")
+    (tmp_path / "t.txt").write_text("some words to train on, and some more\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, ROOT / "prepare.py", "t.txt", "--out=t", "--tokenizer=bytes"], cwd=tmp_path, env=env, check=True,
+                   capture_output=True)
+    done = subprocess.run([sys.executable, ROOT / script, *(f.replace("DATA", "t_train") for f in flags)], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

@@ -40,7 +40,7 @@ def wkv6(r, logw, k, v, u, state=None, *, cu_seqlens=None, backend=None):
 
 
 def _check(r, others, state, cu_seqlens):
-    """Shapes; -> the state, zeros where None was given."""
+    """Shapes; -> the state, zeros where None was given, in float32 or float64 inputs' own."""
     B, T, H, N = r.shape
     for x in others:
         if x.shape != r.shape:
@@ -50,11 +50,12 @@ def _check(r, others, state, cu_seqlens):
         if B != 1 or borders[0] != 0 or borders[-1] != T or any(i > j for i, j in zip(borders, borders[1:])):
             raise ValueError(f"cu_seqlens wants B = 1 and borders rising from 0 to T = {T}; got B = {B}, {borders[:8]}…")
         B = len(borders) - 1
+    dtype = torch.promote_types(r.dtype, torch.float32)
     if state is None:
-        return r.new_zeros(B, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32))
+        return r.new_zeros(B, H, N, N, dtype=dtype)
     if state.shape != (B, H, N, N):
         raise ValueError(f"state is {tuple(state.shape)}, expected [sequences, H, N, N] = {(B, H, N, N)}")
-    return state
+    return state.to(dtype)
 
 
 def _run(version, backend, inputs, state, cu_seqlens):

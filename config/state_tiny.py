@@ -1,0 +1,26 @@
+# The skill that SFT never saw, as a learned start of the small model of tasks.py: 200 rows. First: config/sft_tiny.py.
+import prepare
+import sample
+import tasks
+
+data = "data/tasks_unseen.jsonl"
+init_from = "out/sft_tiny/rwkv-final.pth"
+out_dir = "out/state_tiny"
+ctx_len = 128
+micro_bsz = 32
+global_bsz = 32
+lr = 5e-2
+lr_final = 1e-2
+layers = (0, 1, 2, 3)  # 16,384 numbers; all five are not better
+max_steps = 200
+eval_every = 0
+save_every = 0
+
+
+def eval_fn(model, tokenizer):
+    """Exact match of greedy answers to 1,000 held-out tasks of the unseen skill."""
+    rows = tasks.prompts(1000, "heldout 0", [tasks.UNSEEN], held_out=True)
+    ids = [prepare.render_chat(row["prompt"], tokenizer, generation_prompt=True)[0] for row in rows]
+    answers = sample.generate(model, ids, max_new_tokens=20, temperature=0, tokenizer=tokenizer, batch_size=250)
+    right = [tasks.check(row["prompt"][-1]["content"], answer.text) for row, answer in zip(rows, answers)]
+    return {"exact_match": sum(right) / len(right)}
