@@ -192,14 +192,17 @@ def print0(*args):
         print(*args, flush=True)
 
 
+def all_reduce(x):
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        x = x.to(torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu"))
+        dist.all_reduce(x)
+    return x
+
+
 def all_sum(*values):
     """Sum python numbers or scalar tensors over all processes; -> list of float, in float64."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])
-    if dist.is_initialized():
-        on = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        total = total.to(on)
-        dist.all_reduce(total)
-    return total.tolist()
+    return all_reduce(torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])).tolist()
 
 
 @contextlib.contextmanager
@@ -384,6 +387,13 @@ def open_out_dir(cfg, run, **resolved):
                                        "compute_dtype": str(run.dtype)}, indent=1) + "\n")
     if run.world > 1:
         dist.barrier()
+
+
+def origin(cfg, model, **more):
+    """What the file of an adapter or a state says of itself: the base's path from out_dir, its fingerprint, the tokenizer."""
+    if getattr(cfg, "tune", "state") in ("full", "head"):
+        return {}
+    return dict(model=os.path.relpath(cfg.init_from, cfg.out_dir), fingerprint=model.fingerprint(), **more)
 
 
 def config_dict(cfg):

@@ -26,12 +26,11 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from safetensors import safe_open
 
 import common
 import prepare
 from common import UserError
-from model import NEVER_TRAINED, RWKV, RWKVConfig, config_of, fp32, read_state, read_weights, write_state, write_weights
+from model import NEVER_TRAINED, RWKV, RWKVConfig, config_of, fp32, read_metadata, read_state, read_weights, write_state, write_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading, checking, writing
@@ -74,14 +73,6 @@ def total(weights):
     return f"{sum(w.numel() for w in weights.values()):,} parameters, {', '.join(dtypes)}, {size / 1e6:,.2f} MB"
 
 
-def metadata_of(path):
-    """The {str: str} that a .safetensors file carries beside its tensors."""
-    if Path(path).suffix != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as f:
-        return f.metadata() or {}
-
-
 def expected_shapes(config):
     """{official name: shape} of every parameter."""
     with torch.device("meta"):
@@ -98,10 +89,12 @@ def same_size(one, other):
 
 
 def problems(weights, expected):
-    """A phrase for each tensor that is missing, extra, or of another size than in `expected`, {name: shape}."""
+    """A phrase for each tensor that is missing, extra, or of another size than in `expected`, {name: shape}; a reward
+    model's score.weight is neither."""
     return [f"{name} is missing" for name in expected if name not in weights and name not in NEVER_TRAINED] + [
         f"{name} is {shape(w)}, expected {list(expected[name])}" if name in expected else f"{name} {shape(w)} is extra"
-        for name, w in weights.items() if name not in expected or not same_size(w.shape, expected[name])]
+        for name, w in weights.items() if name != "score.weight" and (
+            name not in expected or not same_size(w.shape, expected[name]))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,7 +110,7 @@ class MergeConfig(Config):
 
 def add_lora(weights, cfg):
     """W <- W + scale B A in `weights`, computed in float32, and the adapter's other tensors in place of the base's."""
-    adapter, says = read_weights(cfg.adapter), metadata_of(cfg.adapter)
+    adapter, says = read_weights(cfg.adapter), read_metadata(cfg.adapter)
     if not any(name.endswith(".lora_A") for name in adapter):
         raise UserError(f"{cfg.adapter} is not a LoRA, it has no lora_A but {', '.join(list(adapter)[:2])} …; "
                         "a tuned state goes to --state")
@@ -130,6 +123,9 @@ def add_lora(weights, cfg):
         matrix, old = name.removesuffix(".weight"), weights.get(name)
         A, B, extra = (adapter.get(n) for n in (f"{matrix}.lora_A", f"{matrix}.lora_B", name))
         a, b, x, there = (shape(w) for w in (A, B, extra, old))
+        if name == "score.weight":  # a reward model's head, which the base has not
+            weights[name] = extra
+            continue
         if there == "absent" or extra is not None and not same_size(x, there) or (
                 not a == b == "absent" and (a[1:], b) != (there[1:], [there[0], a[0]])):
             raise UserError(f"{cfg.adapter} belongs to another base, or is not whole: {name}, {there} in {cfg.model}, "
@@ -163,7 +159,7 @@ def merge(cfg):
 
 def convert(cfg):
     check_out(cfg)
-    weights, metadata = read_weights(cfg.model), metadata_of(cfg.model)
+    weights, metadata = read_weights(cfg.model), read_metadata(cfg.model)
     if cfg.dtype:
         cast(weights, cfg.dtype)
     if "alpha" in metadata and Path(cfg.out).suffix == ".pth":
@@ -291,6 +287,8 @@ def hub(cfg):
     if wrong := problems(weights, expected_shapes(c)):
         raise UserError(f"{cfg.model}: {'; '.join(wrong[:5])}{' …' * (len(wrong) > 5)}; hub wants a whole RWKV-7 "
                         "and nothing else")
+    if "score.weight" in weights:
+        raise UserError(f"{cfg.model} is a reward model; fla's RWKV-7 has no score.weight")
     weights = cast({name: weights[name].reshape(size) for name, size in expected_shapes(c).items()
                     if name not in NEVER_TRAINED}, cfg.dtype)
     if back:
@@ -345,7 +343,7 @@ def inspect(cfg):
     lora = [name for name in weights if name.endswith(".lora_A")]
     states = [name for name in weights if name.endswith(".time_state")]
     if lora:
-        says, ranks = metadata_of(cfg.file), {str(len(weights[name])) for name in lora}
+        says, ranks = read_metadata(cfg.file), {str(len(weights[name])) for name in lora}
         what = (f"a LoRA of rank {'/'.join(sorted(ranks))}, alpha {says.get('alpha', '?')}, rslora "
                 f"{says.get('rslora', '?')}, {len(lora)} matrices, {len(weights) - 2 * len(lora)} extra tensors")
     elif states and len(states) == len(weights):
@@ -353,6 +351,7 @@ def inspect(cfg):
     else:
         config = config_of(weights, cfg.file)
         what = f"RWKV-{config.version[2]}: " + ", ".join(f"{k} {v}" for k, v in vars(config).items() if v)
+        what += ", a reward model (score.weight)" * ("score.weight" in weights)
         if states:
             odd.append(f"a tuned state of {len(states)} layers is inside; the rwkv package ignores it in RWKV-7 files")
         odd += problems({name: w for name, w in weights.items() if name not in states}, expected_shapes(config))

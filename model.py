@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -377,6 +378,7 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.ln_out = LayerNorm(c.n_embd)
         self.head = Linear(c.n_embd, c.vocab_size)
+        self.score = None          # [1, C], of a reward model: add_score
         self.compute_dtype = None  # None: the embedding's own
         self.grad_cp = False       # recompute each block in backward: less memory, about a third more time
         self.adapter_info = None   # how the LoRA was made; None: there is none
@@ -388,6 +390,11 @@ class RWKV(nn.Module):
                 init_parameter(name, p.data, c)
             # the first layer has no layer below to take values from, so these never get a gradient
             p.requires_grad = name not in NEVER_TRAINED
+
+    def add_score(self):
+        """A scalar head that starts at zero and is kept in float32, for `forward(…, score=True)`."""
+        self.score = Linear(self.config.n_embd, 1).to(self.emb.weight.device, torch.promote_types(self.emb.weight.dtype, torch.float32))
+        nn.init.zeros_(self.score.weight)
 
     def initial_state(self, sequences, tasks=None):
         """The state before the first token, for this many sequences: zeros, or the tuned state; tasks [B or D]: of several
@@ -408,12 +415,12 @@ class RWKV(nn.Module):
         return {"wkv": wkv, "att_shift": shift, "ffn_shift": shift.clone()}
 
     def forward(self, idx, state=None, *, cu_seqlens=None, tasks=None, targets=None, temperature=1.0, l2wrap=0.0,
-                last_only=False):
+                last_only=False, score=False):
         """idx [B, T] integers, T >= 1, state as in the glossary or None for the initial one -> (logits [B, T, V], state).
 
         cu_seqlens [D + 1]: B = 1 and D documents end to end, each with its own state. tasks: as in `initial_state`.
         targets [B, T]: -> (TokenScores, state) of the distribution at this temperature, without [B, T, V] in memory.
-        last_only: logits [B or D, 1, V] of each sequence's last token.
+        last_only: logits [B or D, 1, V] of each sequence's last token. score: -> (scores [B or D] there, state).
         """
         packing = Packing.of(cu_seqlens, idx.device)
         sequences = len(idx) if packing is None else len(packing.cu_seqlens) - 1
@@ -430,9 +437,11 @@ class RWKV(nn.Module):
             for key, value in zip(new, out[2:]):
                 new[key].append(value)
         state = {key: torch.stack(values) for key, values in new.items()}
-        if last_only:
+        if last_only or score:
             x = x[:, -1:] if packing is None else x[0, packing.last][:, None]
         x = self.ln_out(x)
+        if score:
+            return self.score(fp32(x)).flatten(), state
         if targets is None:
             return self.head(x), state
         scores = ScoreTokens.apply(x.flatten(0, 1), self.head.weight, targets.flatten().long(), temperature, l2wrap)
@@ -447,25 +456,28 @@ class RWKV(nn.Module):
 
     def set_tune(self, tune, tasks=1, **options):
         """What trains: "full" = every weight; "lora" = an adapter beside the large matrices, `options` as in `_lora`;
-        "state" = the state that sequences start from, `options` as in TunedState, and tasks = how many of them.
+        "state" = the state that sequences start from, `options` as in TunedState, and tasks = how many of them; "head" =
+        nothing but the scalar head. A scalar head (add_score) trains with any of them, in place of the language model's.
         Everything else gets requires_grad = False and keeps its dtype; what trains is float32. An adapter or a state that
         was there goes."""
-        self.adapter_info, self.before_tuning, self.tuned = None, [], nn.ModuleList()
+        self.adapter_info, self.before_tuning, self.tuned, self.tune = None, [], nn.ModuleList(), tune
         for m in self.modules():
             if isinstance(m, Linear):
                 m.lora_A = m.lora_B = None
+        self.requires_grad_(False)
         if tune == "full":
             for name, p in self.named_parameters():
-                p.requires_grad, p.data = name not in NEVER_TRAINED, fp32(p.data)
+                p.requires_grad = name not in NEVER_TRAINED and (self.score is None or name != "head.weight")
+                p.data = fp32(p.data)
         elif tune == "lora":
-            self.requires_grad_(False)
             self._lora(**options)
         elif tune == "state":
-            self.requires_grad_(False)
             dtype = torch.promote_types(self.emb.weight.dtype, torch.float32)
             self.tuned.extend(TunedState(self.config, **options).to(self.emb.weight.device, dtype) for _ in range(tasks))
-        else:
-            raise UserError(f"tune={tune!r}: expected full, lora or state")
+        elif tune != "head" or self.score is None:
+            raise UserError(f"tune={tune!r}: expected full, lora or state, or for a reward model head")
+        if self.score is not None:
+            self.score.requires_grad_(True)
 
     def _lora(self, r=32, alpha=64.0, dropout=0.0, rslora=False, targets=(), extra=()):
         """r: rank; the update is scaled by alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732). targets: names of
@@ -473,11 +485,11 @@ class RWKV(nn.Module):
         parameters to train, by parts of their names ("ln", "x_"); they are saved with the adapter."""
         if r < 1:
             raise UserError(f"lora_r={r}: expected a number above 0")
-        linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear)}
+        linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear) and name != "score"}
         kinds = {name: re.sub(r"blocks\.\d+\.", "", name) for name in linears}
         chosen = set()
         for target in ((targets,) if isinstance(targets, str) else targets) or ("att", "ffn"):
-            hits = {name for name, kind in kinds.items() if target in (kind, kind.split(".")[0], kind.split(".")[-1])}
+            hits = {name for name, kind in kinds.items() if target in (name, kind, kind.split(".")[0], kind.split(".")[-1])}
             if not hits:
                 raise UserError(f"LoRA target {target!r} is not a matrix of {self.config.version}; there are "
                                 f"{', '.join(sorted(set(kinds.values())))}")
@@ -536,10 +548,16 @@ class RWKV(nn.Module):
         Vectors may be 1 x 1 x C or C, layer 0's v0/v1/v2 there or not. What is missing, extra or misshapen is named.
         Tensors are taken over one by one, so that the peak is about the model's own size.
         """
-        weights = read_weights(path)
+        return RWKV.from_weights(read_weights(path), path, device, dtype)
+
+    @staticmethod
+    def from_weights(weights, path, device="cpu", dtype=torch.float32):
+        """from_pretrained of a file that has been read; `weights` is emptied."""
         config = config_of(weights, path)
         with torch.device("meta"):
             model = RWKV(config)
+            if "score.weight" in weights:
+                model.add_score()
         missing, misshapen = [], []
         for name, p in list(model.named_parameters()):
             module, _, leaf = name.rpartition(".")
@@ -554,7 +572,7 @@ class RWKV(nn.Module):
             if [n for n in w.shape if n > 1] != [n for n in p.shape if n > 1]:
                 misshapen.append(f"{name} is {list(w.shape)}, expected {list(p.shape)}")
                 continue
-            w = w.to(device=device, dtype=dtype).reshape(p.shape)
+            w = w.to(device=device, dtype=torch.float32 if name == "score.weight" else dtype).reshape(p.shape)
             setattr(model.get_submodule(module), leaf, nn.Parameter(w, requires_grad=p.requires_grad))
         for what, names in (("missing", missing), ("misshapen", misshapen), ("extra", list(weights))):
             if names:
@@ -573,33 +591,51 @@ class RWKV(nn.Module):
                 if ".lora_" not in name and not name.startswith("tuned.")]
 
     def fingerprint(self):
-        """Hexadecimal digest of the weights as bfloat16: the same whatever the file's format and the precision it is loaded in."""
+        """Hexadecimal digest of the weights as bfloat16, without adapter, tuned state and scalar head: the same whatever the
+        file's format and the precision it is loaded in."""
         digest = hashlib.blake2b(digest_size=16)
         for name, p in sorted(self.base_weights()):
-            if name not in NEVER_TRAINED:
+            if name not in NEVER_TRAINED and name != "score.weight":
                 digest.update(f"{name} {list(p.shape)}".encode())
                 digest.update(p.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
         return digest.hexdigest()
 
-    @torch.no_grad()
     def save_state(self, path, task=0, **about):
         """A tuned state for every engine: blocks.{i}.att.time_state [H, N, N] in `path`, `about` and the rest beside it."""
-        write_state({key: v[:, None] for key, v in self.tuned[task]().items()}, path, **about)
+        with torch.no_grad():
+            score = {} if self.score is None else {"score": self.score.weight[0].tolist()}
+            write_state({key: v[:, None] for key, v in self.tuned[task]().items()}, path, **about, **score)
 
-    def save_adapter(self, path):
+    def save_tuned(self, folder, name, dtype=None, **about):
+        """What trains, as folder/rwkv-<name>.pth, lora-<name>.safetensors or state-<name>.pth, or best.* for "best"; about:
+        what an adapter's or a state's file should say, its base above all. -> the path"""
+        kind, end = {"lora": ("lora", "safetensors"), "state": ("state", "pth")}.get(self.tune, ("rwkv", "pth"))
+        path = Path(folder) / (f"best.{end}" if name == "best" else f"{kind}-{name}.{end}")
+        if kind == "rwkv":
+            self.save_pretrained(path, dtype)
+        else:
+            (self.save_adapter if kind == "lora" else self.save_state)(path, **about)
+        return path
+
+    def save_adapter(self, path, **about):
         """The trained parameters alone: RWKV-PEFT's keys, ….lora_A [r, in] and ….lora_B [out, r], and extra ones under
-        their own names. A .safetensors file also carries r, alpha and rslora."""
+        their own names. A .safetensors file also carries r, alpha, rslora and `about`."""
         write_weights({name: p.detach().cpu().contiguous() for name, p in self.named_parameters() if p.requires_grad}, path,
-                      {key: str(value) for key, value in self.adapter_info.items()})
+                      {key: str(value) for key, value in {**self.adapter_info, **about}.items()})
 
     @torch.no_grad()
-    def load_adapter(self, path):
-        """Values for the adapter that set_tune("lora", …) made; every name and size must fit."""
+    def load_tuned(self, path):
+        """Values for what trains, from a file of save_tuned; every name and size must fit."""
+        if self.tune == "state":
+            state, about = read_state(path, self.config)
+            if self.score is not None and "score" in about:
+                self.score.weight[0] = torch.tensor(about["score"])
+            return self.tuned[0].load(state)
         saved, own = read_weights(path), {name: p for name, p in self.named_parameters() if p.requires_grad}
-        for name in sorted(saved.keys() | own.keys()):
+        for name in sorted(saved.keys() | own.keys() if self.tune == "lora" else own.keys()):
             there, here = (list(w[name].shape) if name in w else "absent" for w in (saved, own))
             if there != here:
-                raise UserError(f"{path} is an adapter for another base or other settings: {name} is {there} in the file, "
+                raise UserError(f"{path} is of another base or other settings: {name} is {there} in the file, "
                                 f"{here} in the model; check --lora_r, --lora_targets and --init_from")
             own[name].copy_(saved[name])
 
@@ -631,45 +667,124 @@ def pad(documents, device="cpu"):
 def pieces(T, cu_seqlens, chunk_len):
     """[(a, b, cu_seqlens of tokens a..b), …]: a packed row in chunks. A document that a chunk holds nothing of has length
     0 there and hands its state through; chunk_len = 0 is one chunk."""
-    step = chunk_len or T
+    step = chunk_len or max(T, 1)
     return [(a, min(a + step, T), cu_seqlens if cu_seqlens is None else cu_seqlens.clamp(a, min(a + step, T)) - a)
             for a in range(0, T, step)]
 
 
 def backward(model, x, y, weight, cu_seqlens, chunk_len=0, bptt="full", sync=contextlib.nullcontext,
-             no_sync=contextlib.nullcontext, tasks=None):
-    """Add the gradient of  loss = -(weight * log p(y | x)).sum()  to the parameters' .grad; -> (each token's
-    share of the loss, its weight if it was the likeliest), like x.
+             no_sync=contextlib.nullcontext, tasks=None, temperature=1.0, state=None, grads=None):
+    """Add the gradient of  loss = -(weight * log p(y | x)).sum()  to the parameters' .grad; -> (each token's share of the
+    loss, its weight if it was the likeliest, both like x; the gradient of the loss with respect to `state`, a dict).
 
     In chunks of chunk_len tokens, memory is one chunk's activations and one state per chunk. "full": run forward keeping
     the state at each border, then from the last chunk to the first run again with that state as a leaf, backward with the
     gradient of the state that goes out, and keep the gradient of the state that came in. Equal to the whole to rounding.
     "truncated": the state goes on, its gradient does not. model: may be a DDP wrapper; its last backward is in `sync`.
-    tasks: as in RWKV.initial_state.
+    tasks: as in RWKV.initial_state. state: to start from, a leaf. y None: only what comes through `grads`, the gradient
+    of the loss with respect to the final state.
     """
     parts = pieces(x.shape[1], cu_seqlens, chunk_len)
-    states = [None] * len(parts)
+    states, losses, hits, out = [state, *[None] * (len(parts) - 1)], [], [], None
     if bptt == "full":
         with torch.no_grad():
             for i, (a, b, cu) in enumerate(parts[:-1]):
                 states[i + 1] = getattr(model, "module", model)(x[:, a:b], states[i], cu_seqlens=cu, tasks=tasks,
-                                                                      last_only=True)[1]
-    losses, hits, grads, out = [None] * len(parts), [None] * len(parts), None, None
+                                                                last_only=True)[1]
     order = list(range(len(parts)))
     for i in reversed(order) if bptt == "full" else order:
         a, b, cu = parts[i]
-        came_in = states[i] if bptt == "full" else out
+        came_in = states[i] if bptt == "full" else out or state
         if came_in is not None:
             came_in = {k: v.detach().requires_grad_(bptt == "full") for k, v in came_in.items()}
         states[i] = None
         with sync() if i == (0 if bptt == "full" else order[-1]) else no_sync():
-            scores, out = model(x[:, a:b], came_in, cu_seqlens=cu, tasks=tasks, targets=y[:, a:b])
-            losses[i], hits[i] = -weight[:, a:b] * scores.logps, weight[:, a:b] * scores.hits
-            ends = [k for k, g in (grads or {}).items() if g is not None and out[k].requires_grad]
-            torch.autograd.backward([losses[i].sum(), *(out[k] for k in ends)], [None, *(grads[k] for k in ends)])
-        losses[i] = losses[i].detach()
+            if y is None:
+                _, out = model(x[:, a:b], came_in, cu_seqlens=cu, tasks=tasks, last_only=True)
+                ends = {}
+            else:
+                scores, out = model(x[:, a:b], came_in, cu_seqlens=cu, tasks=tasks, targets=y[:, a:b], temperature=temperature)
+                losses.append(-weight[:, a:b] * scores.logps)
+                hits.append(weight[:, a:b] * scores.hits)
+                ends = {"loss": (losses[-1].sum(), None)}
+                losses[-1] = losses[-1].detach()
+            ends.update({k: (out[k], g) for k, g in (grads or {}).items() if g is not None and out[k].requires_grad})
+            torch.autograd.backward(*zip(*ends.values()))
         grads = {k: v.grad for k, v in came_in.items()} if came_in and bptt == "full" else None
-    return torch.cat(losses, 1), torch.cat(hits, 1)
+    if y is None:
+        return None, None, grads
+    turn = reversed if bptt == "full" else list
+    return torch.cat(list(turn(losses)), 1), torch.cat(list(turn(hits)), 1), grads
+
+
+class Forks(NamedTuple):
+    """Answers to shared prompts: every prompt runs once, its state is forked to its answers."""
+    x1: torch.Tensor        # [1, T1] all but the last token of each of P prompts, packed
+    borders1: torch.Tensor  # [P + 1]
+    owner: torch.Tensor     # [A] the prompt of each answer
+    x2: torch.Tensor        # [1, T2] the prompt's last token and the answer, packed
+    y2: torch.Tensor        # [1, T2] what follows each
+    borders2: torch.Tensor  # [A + 1]
+    row: torch.Tensor       # [T2] the answer that each token of x2 belongs to
+
+    def per_answer(self, values):
+        """values [1, T2] -> [A], summed over each answer."""
+        return values.new_zeros(len(self.owner)).index_add(0, self.row, values[0])
+
+
+def fork(groups, device="cpu", whole=False):
+    """[(prompt ids, [answer ids, …]), …] -> Forks. whole: also run over each answer's last token, where a score is read."""
+    def packed(rows):
+        return torch.tensor([sum(rows, [])], dtype=torch.long, device=device), torch.tensor([0, *map(len, rows)]).cumsum(0)
+    x1, borders1 = packed([prompt[:-1] for prompt, _ in groups])
+    pairs = [(prompt, answer) for prompt, answers in groups for answer in answers]
+    x2, borders2 = packed([prompt[-1:] + (answer if whole else answer[:-1]) for prompt, answer in pairs])
+    y2, _ = packed([answer + [0] * whole for _, answer in pairs])
+    owner = [i for i, (_, answers) in enumerate(groups) for _ in answers]
+    row = torch.arange(len(pairs)).repeat_interleave(borders2.diff()).to(device)
+    return Forks(x1, borders1, torch.tensor(owner, device=device), x2, y2, borders2, row)
+
+
+def forked(model, forks, chunk_len=0, temperature=1.0, score=False):
+    """-> TokenScores of the answers' tokens, each [1, T2]; score: the scalar head's score of each answer, [A]."""
+    net = getattr(model, "module", model)
+    state = net.initial_state(len(forks.borders1) - 1)
+    for a, b, cu in pieces(forks.x1.shape[1], forks.borders1, chunk_len):
+        _, state = model(forks.x1[:, a:b], state if a else None, cu_seqlens=cu, last_only=True)
+    state, out = {k: v[:, forks.owner] for k, v in state.items()}, []
+    if score:
+        return model(forks.x2, state, cu_seqlens=forks.borders2, score=True)[0]
+    for a, b, cu in pieces(forks.x2.shape[1], forks.borders2, chunk_len):
+        scores, state = model(forks.x2[:, a:b], state, cu_seqlens=cu, targets=forks.y2[:, a:b], temperature=temperature)
+        out.append(scores)
+    return TokenScores(*(torch.cat(parts, 1) for parts in zip(*out)))
+
+
+def forked_backward(model, forks, loss_of, chunk_len=0, temperature=1.0, sync=contextlib.nullcontext,
+                    no_sync=contextlib.nullcontext):
+    """loss_of(TokenScores) -> (loss, anything); adds the loss's gradient, also through the forked states, and returns that.
+
+    In chunks: the loss is a function of the log-probabilities, so they are computed without a graph, d loss / d logp is
+    taken on that small tensor, and `backward` runs the network with these as weights, answers first, then prompts."""
+    if not chunk_len or not forks.x1.shape[1]:
+        with sync():
+            loss, more = loss_of(forked(model, forks, temperature=temperature))
+            loss.backward()
+        return loss.detach(), more
+    net = getattr(model, "module", model)
+    with torch.no_grad():
+        scores = forked(net, forks, chunk_len, temperature)
+        state = None
+        for a, b, cu in pieces(forks.x1.shape[1], forks.borders1, chunk_len):
+            _, state = net(forks.x1[:, a:b], state, cu_seqlens=cu, last_only=True)
+    logps = scores.logps.requires_grad_()
+    loss, more = loss_of(scores._replace(logps=logps))
+    coef, = torch.autograd.grad(loss, logps)
+    _, _, grads = backward(model, forks.x2, forks.y2, -coef, forks.borders2, chunk_len, "full", no_sync, no_sync,
+                           temperature=temperature, state={k: v[:, forks.owner] for k, v in state.items()})
+    grads = {k: torch.zeros_like(state[k], dtype=g.dtype).index_add(1, forks.owner, g) for k, g in grads.items() if g is not None}
+    backward(model, forks.x1, None, None, forks.borders1, chunk_len, "full", sync, no_sync, grads=grads)
+    return loss.detach(), more
 
 
 @torch.no_grad()
@@ -690,6 +805,81 @@ def evaluate(model, documents, cfg, run):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
+
+def load_model(path, device="cpu", dtype=torch.float32, base=""):
+    """A network by any of its files -> (model, what the file says of itself): whole weights, or a LoRA or a tuned state,
+    which name their base (`base` overrides) and are put on."""
+    weights = read_weights(path)
+    lora = any(name.endswith(".lora_A") for name in weights)
+    if not lora and not all(name.endswith(".time_state") for name in weights):
+        return RWKV.from_weights(weights, path, device, dtype), {}
+    state, about = (None, read_metadata(path)) if lora else read_state(path)
+    base = base or base_of(path, about)
+    model = RWKV.from_pretrained(base, device, dtype)
+    if about.get("fingerprint") not in (None, model.fingerprint()):
+        warnings.warn(f"{path} was trained on {about.get('model')}, and {base} has other weights")
+    if lora:
+        if "alpha" not in about:
+            raise UserError(f"{path} does not say its alpha; merge it with export.py merge --alpha=…, and give that file")
+        if "score.weight" in weights:
+            model.add_score()
+        targets = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
+        extra = [name for name in weights if ".lora_" not in name and name != "score.weight"]
+        model.set_tune("lora", r=len(weights[targets[0] + ".lora_A"]), alpha=float(about["alpha"]),
+                       rslora=about.get("rslora") == "True", targets=targets, extra=extra)
+        model.load_tuned(path)
+    else:
+        read_state(path, model.config)  # the error, if it does not fit
+        if "score" in about:
+            model.add_score()
+            model.score.weight.data[0] = torch.tensor(about.pop("score"))
+        model.set_tune("state", shift=bool(state["att_shift"].any() or state["ffn_shift"].any()))
+        model.tuned[0].load(state)
+    return model.to(device), about
+
+
+def base_of(path, about):
+    """The file of the model that an adapter or a state belongs to: where `about` says, or of that name beside it."""
+    says = str(about.get("model", ""))
+    for place in (Path(path).parent / says, Path(path).parent / Path(says).name):
+        if says and place.is_file():
+            return str(place)
+    raise UserError("which model? --model=FILE, a .pth or .safetensors; " + (
+        f"{Path(path).parent / says}, which {path} was trained on, is not there" if says else
+        f"nothing in or beside {path} says which one it was trained on"))
+
+
+def load_to_tune(cfg, run, score=False):
+    """The model of a training script: cfg.init_from, on the device, with what cfg.tune says trainable and cfg.adapter, a
+    LoRA or a tuned state, loaded. Trained weights are float32, frozen ones in the run's dtype."""
+    if not cfg.init_from:
+        raise UserError("which model? --init_from=FILE, the .pth or .safetensors to start from")
+    model = RWKV.from_pretrained(cfg.init_from, dtype=torch.float32 if cfg.tune == "full" else run.dtype)
+    if score and model.score is None:
+        model.add_score()
+    elif not score:
+        model.score = None
+    lora = {} if cfg.tune != "lora" else dict(
+        r=cfg.lora_r, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout, rslora=cfg.lora_rslora, targets=cfg.lora_targets,
+        extra=cfg.lora_extra)
+    torch.manual_seed(cfg.seed)
+    model.set_tune(cfg.tune, **lora)
+    if cfg.adapter and cfg.tune not in ("lora", "state"):
+        raise UserError(f"adapter is for --tune=lora or state, not {cfg.tune}; merge it first (export.py merge)")
+    if cfg.adapter:
+        model.load_tuned(cfg.adapter)
+    model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
+    return model.to(run.device)
+
+
+def read_metadata(path):
+    """The {str: str} that a .safetensors file carries beside its tensors; {} for a .pth."""
+    if Path(path).suffix not in (".safetensors", ".st"):
+        return {}
+    from safetensors import safe_open
+    with safe_open(path, "pt") as f:
+        return f.metadata() or {}
+
 
 def read_weights(path):
     """{name: tensor} of a `.pth` or `.safetensors` file."""

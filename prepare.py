@@ -27,6 +27,7 @@ import struct
 import sys
 import sysconfig
 import types
+import typing
 from array import array
 from pathlib import Path
 
@@ -253,46 +254,117 @@ def render_row(row, tokenizer, last_reply_only=False):
     return render_chat(messages, tokenizer, last_reply_only=last_reply_only)
 
 
-def read_examples(path, tokenizer, ctx_len, template=None, last_reply_only=False):
-    """A JSONL file of fine-tuning data -> [(ids, mask), …], each at most ctx_len tokens and with a trained target.
-
-    template: a function (row, tokenizer) -> (ids, mask) in place of render_row. What is cut to ctx_len, and what is
-    dropped because nothing trained is left, is counted and printed. UserError names file and line.
-    """
+def read_jsonl(path, shapes):
+    """("file:line", row) of each line of a JSONL file of objects; empty lines do not count."""
     if not Path(path).is_file():
-        raise UserError(f"{path} does not exist; fine-tuning data is a JSONL file of {SHAPES}")
-    examples, cut, dropped = [], 0, 0
+        raise UserError(f"{path} does not exist; expected a JSONL file of {shapes}")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(row, dict):
-                    raise UserError("expected a JSON object")
-                ids, mask = template(row, tokenizer) if template else render_row(row, tokenizer, last_reply_only)
-                if len(ids) != len(mask):
-                    raise UserError(f"the template gave {len(ids)} ids and a mask of {len(mask)}")
-                if ids and max(ids) >= tokenizer.vocab_size:
-                    raise UserError(f"id {max(ids)} does not fit the tokenizer's {tokenizer.vocab_size} ids")
             except json.JSONDecodeError as e:
                 raise UserError(f"{path}:{number}: not JSON ({e.msg})") from None
             except UnicodeError as e:
                 raise UserError(f"{path}:{number}: not UTF-8 text ({e.reason})") from None
-            except UserError as e:
-                raise UserError(f"{path}:{number}: {e}") from None
-            cut += len(ids) > ctx_len
-            ids, mask = ids[:ctx_len], mask[:ctx_len]
-            if any(mask[1:]):  # the first token has nothing before it to be predicted from
-                examples.append((ids, mask))
-            else:
-                dropped += 1
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: expected a JSON object")
+            yield f"{path}:{number}", row
+
+
+def read_examples(path, tokenizer, ctx_len, template=None, last_reply_only=False):
+    """A JSONL file of fine-tuning data -> [(ids, mask), …], each at most ctx_len tokens and with a trained target.
+
+    template: a function (row, tokenizer) -> (ids, mask) in place of render_row. What is cut to ctx_len, and what is
+    dropped because nothing trained is left, is counted and printed. UserError names file and line.
+    """
+    examples, cut, dropped = [], 0, 0
+    for where, row in read_jsonl(path, SHAPES):
+        try:
+            ids, mask = template(row, tokenizer) if template else render_row(row, tokenizer, last_reply_only)
+            if len(ids) != len(mask):
+                raise UserError(f"the template gave {len(ids)} ids and a mask of {len(mask)}")
+            if ids and max(ids) >= tokenizer.vocab_size:
+                raise UserError(f"id {max(ids)} does not fit the tokenizer's {tokenizer.vocab_size} ids")
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+        cut += len(ids) > ctx_len
+        ids, mask = ids[:ctx_len], mask[:ctx_len]
+        if any(mask[1:]):  # the first token has nothing before it to be predicted from
+            examples.append((ids, mask))
+        else:
+            dropped += 1
     if cut or dropped:
         print0(f"{path}: {cut} documents cut to ctx_len={ctx_len} tokens, {dropped} dropped with nothing to train on; "
                f"{len(examples)} remain")
     if not examples:
         raise UserError(f"{path} holds nothing to train on")
     return examples
+
+
+PAIRS = '{"prompt", "chosen", "rejected"} (and "margin"), or {"prompt", "responses": [...], "scores": [...]}; a prompt is text or messages'
+
+
+class Preference(typing.NamedTuple):
+    """Answers to one prompt. Of a pair the first was chosen; `scores` are of K-wise rows, else None."""
+    prompt: list           # ids
+    answers: list          # K lists of ids, each with what ends it
+    scores: list | None    # K numbers
+    margin: float = 0.0    # by how much a pair's chosen answer should win
+
+
+def render_answer(prompt, answer, tokenizer):
+    """prompt, text or messages, and one answer, text or messages that end in the assistant's -> (prompt ids, answer ids).
+    Prompt and answer are tokenised apart, as they are when the answer is sampled; end_id belongs to the answer."""
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        answer = answer[-1].get("content")
+    if not isinstance(answer, str) or not answer.strip():
+        raise UserError(f"an answer is empty or no text: {answer!r:.60}")
+    if isinstance(prompt, str) and prompt:
+        return tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.end_id]
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) for m in prompt):
+        raise UserError(f'"prompt" is text or a list of messages, and not empty; got {prompt!r:.60}')
+    ids, _ = render_chat([*prompt, {"role": "assistant", "content": answer}], tokenizer)
+    start = len(render_chat(prompt, tokenizer, generation_prompt=True)[0])
+    return ids[:start], ids[start:]
+
+
+def read_preferences(path, tokenizer, ctx_len):
+    """A JSONL file of PAIRS -> [Preference, …]. What cannot teach is left out, counted and printed: answers that are the
+    same text or the same ids, and rows longer than ctx_len (an answer is never cut). UserError names file and line."""
+    rows, dropped = [], collections.Counter()
+    for where, row in read_jsonl(path, PAIRS):
+        try:
+            kwise = "responses" in row
+            answers, scores = (row["responses"], row["scores"]) if kwise else ([row["chosen"], row["rejected"]], None)
+            if kwise and not (isinstance(scores, list) and len(scores) == len(answers) >= 2 and all(
+                    isinstance(x, (int, float)) and math.isfinite(x) for x in scores)):
+                raise UserError(f'"responses" and "scores" go in pairs, at least two; got {len(answers)} and {scores!r:.60}')
+            rendered = [render_answer(row["prompt"], answer, tokenizer) for answer in answers]
+            margin = float(row.get("margin") or 0.0)
+        except KeyError as e:
+            raise UserError(f"{where}: {e} is missing; expected {PAIRS}") from None
+        except (TypeError, ValueError):
+            raise UserError(f"{where}: expected {PAIRS}; got {row!r:.80}") from None
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+        prompt, ids = rendered[0][0], [answer for _, answer in rendered]
+        if max(map(max, [prompt, *ids])) >= tokenizer.vocab_size:
+            raise UserError(f"{where}: an id does not fit the tokenizer's {tokenizer.vocab_size}")
+        if not kwise and ids[0] == ids[1]:
+            dropped["the same text" if answers[0] == answers[1] else "the same ids"] += 1
+        elif kwise and len(set(scores)) == 1:
+            dropped["scores that are all equal"] += 1
+        elif len(prompt) + max(map(len, ids)) > ctx_len:
+            dropped[f"more than ctx_len={ctx_len} tokens"] += 1
+        else:
+            rows.append(Preference(prompt, ids, scores, margin))
+    if dropped:
+        print0(f"{path}: dropped " + ", ".join(f"{n} rows of {why}" for why, n in dropped.items()) + f"; {len(rows)} remain")
+    if not rows:
+        raise UserError(f"{path} holds nothing to train on; expected rows of {PAIRS}")
+    return rows
 
 
 def tokenizer_of(weights, vocab_size, name=""):
@@ -610,9 +682,31 @@ def show(cfg):
           f"{sum(len(i) for i, _ in examples):,} tokens trained")
 
 
+@dataclasses.dataclass
+class PairsConfig:
+    file: tyro.conf.Positional[str]  # a JSONL file of preferences
+    tokenizer: str = "world"  # name or file
+    ctx_len: int = 4096  # rows with more tokens are dropped, as in training
+
+
+def pairs(cfg):
+    """Read preferences as training would, and print what they are."""
+    rows = read_preferences(cfg.file, load_tokenizer(cfg.tokenizer), cfg.ctx_len)
+    two, k = [row for row in rows if not row.scores], [row for row in rows if row.scores]
+    mean = lambda lengths: f"{sum(lengths) / max(len(lengths), 1):,.1f}"  # noqa: E731
+    print(f"{cfg.file}: {len(two):,} pairs, {len(k):,} rows of scored answers; prompts {mean([len(r.prompt) for r in rows])} "
+          f"tokens on average, the longest {max(len(r.prompt) for r in rows):,}; answers "
+          f"{mean([len(a) for r in rows for a in r.answers])}, the longest {max(len(a) for r in rows for a in r.answers):,}")
+    if two:
+        longer = [(len(a) > len(b), len(a) == len(b)) for a, b in (r.answers for r in two)]
+        print(f"chosen {mean([len(r.answers[0]) for r in two])} tokens, rejected {mean([len(r.answers[1]) for r in two])}; the "
+              f"longer one is the chosen one in {sum(x for x, _ in longer) / len(two):.1%}, equally long {sum(x for _, x in longer) / len(two):.1%}")
+
+
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"inspect": (InspectConfig, inspect), "vocab": (VocabConfig, make_vocab), "show": (ShowConfig, show)}
+    commands = {"inspect": (InspectConfig, inspect), "vocab": (VocabConfig, make_vocab), "show": (ShowConfig, show),
+                "pairs": (PairsConfig, pairs)}
     config, command = commands.get(" ".join(argv[:1]), (Config, prepare))
     command(read_flags(config, argv[command is not prepare:]))
 

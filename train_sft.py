@@ -27,7 +27,7 @@ import common
 import prepare
 import sample
 from common import UserError, load_config, print0
-from model import RWKV, backward, evaluate, pack, pad
+from model import backward, evaluate, load_to_tune, pack, pad
 
 
 @dataclass
@@ -95,22 +95,9 @@ def main(cfg):
 
 def train(cfg, run):
     # ---- model and tokenizer
-    if not cfg.init_from:
-        raise UserError("which model? --init_from=FILE, a .pth or .safetensors to fine-tune")
-    full = cfg.tune == "full"
-    model = RWKV.from_pretrained(cfg.init_from, dtype=torch.float32 if full else run.dtype)  # what trains is float32
+    model = load_to_tune(cfg, run)
     tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    torch.manual_seed(cfg.seed)
-    model.set_tune(cfg.tune, **({} if full else dict(
-        r=cfg.lora_r, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout, rslora=cfg.lora_rslora, targets=cfg.lora_targets,
-        extra=cfg.lora_extra)))
-    if cfg.adapter:
-        if full:
-            raise UserError("adapter is for --tune=lora; merge it first (export.py) to go on with full tuning")
-        model.load_adapter(cfg.adapter)
-    model.to(run.device)
-    model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
-    arch = dataclasses.asdict(model.config)
+    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model)
 
     # ---- data
     if cfg.chunk_len < 0:
@@ -138,17 +125,11 @@ def train(cfg, run):
     common.open_out_dir(cfg, run, arch=arch, tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), max_steps=max_steps)
     metrics = common.Metrics(cfg, run, from_step=step0)
 
-    def save_weights(stem):
-        if full:
-            model.save_pretrained(out / f"{stem}.pth", dtype=run.dtype)
-        else:
-            model.save_adapter(out / f"{stem}.safetensors")
-
     def save(step, name=None):
         if run.main:
             if name:
-                save_weights(("rwkv-" if full else "lora-") + name)
-                common.prune(out, "rwkv-*.pth" if full else "lora-*.safetensors", cfg.keep_last)
+                path = model.save_tuned(out, name, run.dtype, **about)
+                common.prune(out, f"{path.stem.split('-')[0]}-*{path.suffix}", cfg.keep_last)
             common.save_last(cfg, step, trained, opt, same, best=best)
         metrics.plot("loss", "val_loss")
 
@@ -165,7 +146,7 @@ def train(cfg, run):
         if values.get("val_loss", math.inf) < best:
             best = values["val_loss"]
             if run.main:
-                save_weights("best")
+                model.save_tuned(out, "best", run.dtype, **about)
         return values
 
     # ---- the loop
@@ -188,7 +169,7 @@ def train(cfg, run):
             for i in range(accumulation):
                 documents = batch[i * cfg.micro_bsz:(i + 1) * cfg.micro_bsz]
                 x, y, weight, borders = (pack if cfg.packing else pad)(documents, run.device)
-                loss, right = backward(wrapped, x, y, weight * (run.world / n), borders, cfg.chunk_len, cfg.bptt,
+                loss, right, _ = backward(wrapped, x, y, weight * (run.world / n), borders, cfg.chunk_len, cfg.bptt,
                                        nullcontext if i == accumulation - 1 else no_sync, no_sync)
                 nll, hits = nll + loss.sum() / run.world, hits + right.sum() / run.world
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
@@ -214,7 +195,7 @@ def train(cfg, run):
         print0(f"{out} is already at step {step0} of {max_steps}; give a larger --max_steps to go on")
         return
     print0(f"done in {common.duration(time.time() - metrics.t0)}: "
-           f"{out / ('rwkv-final.pth' if full else 'lora-final.safetensors')}, {out / 'metrics.png'}")
+           f"{out}/*-final.*, {out / 'metrics.png'}")
 
 
 if __name__ == "__main__":

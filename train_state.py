@@ -245,7 +245,7 @@ def train(cfg, run):
                 x, y, weight, borders = pack([row[:2] for row in documents], run.device)
                 tasks = torch.tensor([task for *_, task in documents], device=run.device)
                 weight, of_token = task_weights(weight, borders, tasks, counts / run.world)
-                loss, _ = backward(wrapped, x, y, weight, borders, cfg.chunk_len, "full",
+                loss, *_ = backward(wrapped, x, y, weight, borders, cfg.chunk_len, "full",
                                    nullcontext if i == accumulation - 1 else no_sync, no_sync, tasks)
                 losses.index_add_(0, of_token, loss[0] / run.world)
             present = [k for k, count in enumerate(counts) if count > 0]

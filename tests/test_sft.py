@@ -36,7 +36,7 @@ def documents(n, seed=0, longest=40, vocab=320):
 def gradient(model, docs, layout=pack, chunk_len=0, bptt="full", state=None):
     model.zero_grad()
     x, y, w, borders = layout(docs)
-    loss, hits = backward(model, x, y, w / sum(sum(m[1:]) for _, m in docs), borders, chunk_len, bptt)
+    loss, *_ = backward(model, x, y, w / sum(sum(m[1:]) for _, m in docs), borders, chunk_len, bptt)
     return float(loss.sum()), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
@@ -197,7 +197,7 @@ def test_extra_parameters_train_are_saved_and_have_a_reference(tmp_path):
     model.save_adapter(tmp_path / "a.safetensors")
     other = random_model("x070")
     other.set_tune("lora", r=2, targets=("ffn",), extra=("ln", "x_k"))
-    other.load_adapter(tmp_path / "a.safetensors")
+    other.load_tuned(tmp_path / "a.safetensors")
     assert torch.equal(other(idx)[0], tuned)
 
 
@@ -210,7 +210,7 @@ def test_lora_errors(tmp_path):
     other = random_model("x070", n_embd=192)
     other.set_tune("lora", r=4)
     with pytest.raises(UserError, match=r"a.safetensors is an adapter for another base.*\[4, 128\].*\[4, 192\]"):
-        other.load_adapter(tmp_path / "a.safetensors")
+        other.load_tuned(tmp_path / "a.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_overfits_32_conversations_and_stops_by_itself(tune, lr, base, tmp_path)
     else:
         model, tokenizer = RWKV.from_pretrained(base / "base.pth"), BYTES
         model.set_tune("lora", r=16, targets=("att", "ffn", "head"), extra=("emb", "ln"))
-        model.load_adapter(tmp_path / "lora/lora-final.safetensors")
+        model.load_tuned(tmp_path / "lora/lora-final.safetensors")
     chats = [json.loads(line)["messages"] for line in (base / "chats.jsonl").read_text().splitlines()]
     prompts = [prepare.render_chat(m[:1], tokenizer, generation_prompt=True)[0] for m in chats]
     answers = sample.generate(model.eval(), prompts, max_new_tokens=20, temperature=0, tokenizer=tokenizer)

@@ -41,7 +41,7 @@ def tune(model, tasks=1, scale=0.3, **options):
 def gradient(model, docs, chunk_len=0, tasks=None):
     model.zero_grad()
     x, y, w, borders = pack(docs)
-    loss, _ = backward(model, x, y, w / 10, borders, chunk_len, tasks=tasks)
+    loss, *_ = backward(model, x, y, w / 10, borders, chunk_len, tasks=tasks)
     return float(loss.sum()), torch.cat([p.grad.flatten() for p in model.tuned.parameters() if p.requires_grad])
 
 

@@ -1,0 +1,30 @@
+# DPO with an NLL term on pairs of the small model's own answers, one right and one wrong. First: config/sft_tiny.py, then
+#   python sample.py batch data/tasks_prompts.jsonl data/tasks_samples.jsonl --model=out/sft_tiny/rwkv-final.pth --n=8
+#   python tasks.py pairs data/tasks_samples.jsonl --out=data/tasks_pairs
+import prepare
+import sample
+import tasks
+
+data = "data/tasks_pairs.jsonl"
+val_data = "data/tasks_pairs_val.jsonl"
+init_from = "out/sft_tiny/rwkv-final.pth"
+out_dir = "out/dpo_tiny"
+nll_coef = 1.0
+ctx_len = 128
+micro_bsz = 64
+global_bsz = 64
+lr = 1e-4
+lr_final = 1e-5
+warmup_steps = 10
+max_steps = 200
+eval_every = 0
+save_every = 0
+
+
+def eval_fn(model, tokenizer):
+    """Exact match of greedy answers to 1,000 held-out tasks."""
+    rows = tasks.prompts(1000, "heldout 0", held_out=True)
+    ids = [prepare.render_chat(row["prompt"], tokenizer, generation_prompt=True)[0] for row in rows]
+    answers = sample.generate(model, ids, max_new_tokens=20, temperature=0, tokenizer=tokenizer, batch_size=250)
+    right = [tasks.check(row["prompt"][-1]["content"], answer.text) for row, answer in zip(rows, answers)]
+    return {"exact_match": sum(right) / len(right)}
