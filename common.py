@@ -164,7 +164,8 @@ def start(cfg):
     device, dtype = pick_device(cfg)
     owns_group = world > 1 and not dist.is_initialized()
     if owns_group:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=24))  # a reward may take long; torchrun sees a process that dies
     torch.manual_seed(cfg.seed)
     if rank == 0:
         print(f"device: {device} x {world}, {str(dtype)[6:]}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
@@ -203,6 +204,20 @@ def all_reduce(x):
 def all_sum(*values):
     """Sum python numbers or scalar tensors over all processes; -> list of float, in float64."""
     return all_reduce(torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])).tolist()
+
+
+def all_max(x):
+    """The largest of a number over all processes."""
+    return max(gather([float(x)]))
+
+
+def gather(items):
+    """A list of primitives from every process -> all of them, in the order of ranks, on every process."""
+    if not dist.is_initialized():
+        return list(items)
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, list(items))
+    return [item for part in lists for item in part]
 
 
 @contextlib.contextmanager

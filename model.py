@@ -116,7 +116,12 @@ class Linear(nn.Linear):
         self.lora_scale, self.lora_dropout = scale, dropout
 
     def forward(self, x):
-        y = F.linear(x, self.weight.to(x.dtype))
+        if x.shape[-2] == 1 and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and \
+                torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
+            # one token of each row, when generating; F.linear would take MKL, which on some CPUs needs half as long again as oneDNN
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        else:
+            y = F.linear(x, self.weight.to(x.dtype))
         if self.lora_A is None or not self.lora_on:
             return y
         h = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
@@ -415,12 +420,13 @@ class RWKV(nn.Module):
         return {"wkv": wkv, "att_shift": shift, "ffn_shift": shift.clone()}
 
     def forward(self, idx, state=None, *, cu_seqlens=None, tasks=None, targets=None, temperature=1.0, l2wrap=0.0,
-                last_only=False, score=False):
+                last_only=False, score=False, out=None):
         """idx [B, T] integers, T >= 1, state as in the glossary or None for the initial one -> (logits [B, T, V], state).
 
         cu_seqlens [D + 1]: B = 1 and D documents end to end, each with its own state. tasks: as in `initial_state`.
         targets [B, T]: -> (TokenScores, state) of the distribution at this temperature, without [B, T, V] in memory.
         last_only: logits [B or D, 1, V] of each sequence's last token. score: -> (scores [B or D] there, state).
+        out: a state to write the new one into, without gradient; `state` itself will do. Saves a large allocation per token.
         """
         packing = Packing.of(cu_seqlens, idx.device)
         sequences = len(idx) if packing is None else len(packing.cu_seqlens) - 1
@@ -430,13 +436,15 @@ class RWKV(nn.Module):
         for layer, block in enumerate(self.blocks):
             args = (x, v_first, state["att_shift"][layer], state["ffn_shift"][layer], state["wkv"][layer], packing)
             if self.grad_cp and torch.is_grad_enabled():
-                out = checkpoint(block, *args, use_reentrant=False)
+                x, v_first, *after = checkpoint(block, *args, use_reentrant=False)
             else:
-                out = block(*args)
-            x, v_first = out[:2]
-            for key, value in zip(new, out[2:]):
-                new[key].append(value)
-        state = {key: torch.stack(values) for key, values in new.items()}
+                x, v_first, *after = block(*args)
+            for key, value in zip(new, after):
+                if out is None:
+                    new[key].append(value)
+                else:
+                    out[key][layer].copy_(value)
+        state = out or {key: torch.stack(values) for key, values in new.items()}
         if last_only or score:
             x = x[:, -1:] if packing is None else x[0, packing.last][:, None]
         x = self.ln_out(x)

@@ -5,6 +5,7 @@
     python sample.py --model=... --prompts=prompts.txt --n=4 --temperature=0.8 --top_p=0.9
     python sample.py --state=none --state=out/state/state-final.pth --prompt="..."      base against tuned state
     python sample.py --model=... --prompt="a long text" --save_state=cache.pth          then --state=cache.pth goes on
+    python sample.py batch in.jsonl out.jsonl --model=... --n=4     each row again, with "completions"; run again, it goes on
 
 One constant-size state per sequence; a prompt is read once and forked into its n samples. `generate` below is the engine
 that everything else uses too. No compiler is needed, and a CPU is enough.
@@ -20,6 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 import common
 import prepare
@@ -27,6 +29,7 @@ from common import UserError
 from model import RWKV, read_state, write_state
 
 PREFILL = 4096  # prompt tokens read at a time: bounds the memory of long and of many prompts
+TURNS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")  # a reply that begins another turn is over
 
 
 @dataclass
@@ -43,136 +46,327 @@ class Config:
     temperature: float = 1.0     # 0 = greedy
     top_p: float = 1.0           # sample from the likeliest tokens that hold this much probability; 1 = all
     top_k: int = 0               # sample from so many likeliest tokens; 0 = all
+    min_p: float = 0.0           # leave out tokens less likely than this share of the likeliest one's probability
+    presence_penalty: float = 0.0    # taken off the logit of every token generated before, as in the RWKV runners
+    frequency_penalty: float = 0.0   # the same for each time that it was; blanks and digits do not count
+    penalty_decay: float = 1.0       # by which those counts shrink at every token; the runners have 0.996
+    repetition_penalty: float = 1.0  # logits of tokens of prompt and completion: / this if above 0, * this if below
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # text that ends a sample; repeated: any of them
+    batch_size: int | None = None    # sequences at a time; none = what fits in 2 GiB, or in a quarter of the GPU
     seed: int | None = None      # same seed, same text; none = another each time
     tokenizer: str = ""          # name or file; empty = what the model's folder says, or World if it has 65536 ids
     device: str = "auto"         # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and computation; auto = bfloat16 on CUDA
 
 
+@dataclass(kw_only=True)
+class BatchConfig(Config):
+    rows: tyro.conf.Positional[str]  # .jsonl, a row a line
+    out: tyro.conf.Positional[str]   # .jsonl, the same rows with "completions"; what it has already is not done again
+    column: str = "prompt"           # the column with the prompt: text, or a list of messages
+    logprobs: bool = False           # also write tokens and their log-probabilities
+
+
 @dataclass
 class Completion:
     tokens: list = field(default_factory=list)      # ids, with the stop id that ended them
-    text: str = ""                                  # decoded, without stop id and stop text
-    logprobs: list = field(default_factory=list)    # of each token under softmax(logits / temperature), before top-p/k
-    finish_reason: str = "length"                   # "stop" | "length"
+    text: str = ""                                  # decoded at the end, without stop id, cut at the stop text
+    logprobs: list = field(default_factory=list)    # of each token under softmax(logits / temperature), before all else
+    finish_reason: str | None = None                # "stop" | "length"; None: still growing
+    state: dict | None = None                       # on request, [L, 1, …]: after the prompt and tokens[:-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the engine
 
+@contextlib.contextmanager
+def inference(model):
+    """Dropout off; afterwards every module is as it was."""
+    training = [m for m in model.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def spans(lengths, most):
+    """[(i, j), …]: neighbours that fit in one packed pass, at most `most` of them; what is too long goes alone."""
+    out, i, total = [], 0, 0
+    for j, length in enumerate(lengths):
+        if j > i and (total + length > PREFILL or j - i >= most):
+            out.append((i, j))
+            i, total = j, 0
+        total += length
+    return out + [(i, len(lengths))] * bool(lengths)
+
+
+def check_ids(model, lists, what="prompt"):
+    for i, ids in enumerate(lists, 1):
+        if not ids:
+            raise UserError(f"{what} {i} of {len(lists)}: the {what} is empty; begin with the tokenizer's end id, "
+                            "which starts a document")
+        if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
+            raise UserError(f"{what} {i} of {len(lists)} has id {max(ids) if min(ids) >= 0 else min(ids)}; this model's go "
+                            f"from 0 to {model.config.vocab_size - 1}; is it another tokenizer's?")
+
+
 @torch.no_grad()
 def prefill(model, prompts, state=None):
-    """Read token lists, each from its row of `state` (or zeros) -> (logits [P, V] after the last token, state [.., P, ..]).
+    """Read token lists, each from its row of `state` (or the initial one) -> (logits [P, V] after the last token,
+    state [.., P, ..]).
 
     Short prompts are read together, packed end to end; a long one in pieces that hand the state on.
     """
-    if not all(prompts):
-        raise UserError("a prompt is empty; begin with the tokenizer's end id, which starts a document")
+    check_ids(model, prompts)
     state = state or model.initial_state(len(prompts))
     device = model.emb.weight.device
-    logits, states, i = [], [], 0
-    while i < len(prompts):
-        j = i + 1
-        while j < len(prompts) and sum(map(len, prompts[i:j + 1])) <= PREFILL:
-            j += 1
+    logits, states = [], []
+    for i, j in spans(list(map(len, prompts)), len(prompts)):
         s = {k: v[:, i:j] for k, v in state.items()}
         if j == i + 1:
             for at in range(0, len(prompts[i]), PREFILL):
                 out, s = model(torch.tensor([prompts[i][at:at + PREFILL]], device=device), s, last_only=True)
         else:
-            borders = np.cumsum([0, *map(len, prompts[i:j])])
-            ids = torch.tensor([sum(prompts[i:j], [])], device=device)
-            out, s = model(ids, s, cu_seqlens=torch.from_numpy(borders), last_only=True)
+            borders = torch.tensor([0, *map(len, prompts[i:j])]).cumsum(0)
+            ids = torch.tensor([[t for ids in prompts[i:j] for t in ids]], device=device)
+            out, s = model(ids, s, cu_seqlens=borders, last_only=True)
         logits.append(out[:, 0])
         states.append(s)
-        i = j
     return torch.cat(logits), {k: torch.cat([s[k] for s in states], 1) for k in state}
 
 
-def pick(logits, u, temperature, top_p, top_k):
-    """logits [B, V], u [B] uniform in [0, 1) -> (ids [B], log-probabilities [B] under the tempered distribution).
+def slots_for(model, memory=None):
+    """Sequences that fit in `memory` bytes (default: 2 GiB, on CUDA a quarter of the card): for each its state, one
+    of the prompts read ahead and one of those before, and half a dozen rows of the vocabulary. The machine's load plays no
+    part, so that runs repeat."""
+    c, device, size = model.config, model.emb.weight.device, (model.compute_dtype or model.emb.weight.dtype).itemsize
+    if memory is None:
+        memory = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 2 ** 31
+    return max(1, int(memory) // (3 * c.n_layer * c.n_embd * (4 * c.head_size + 2 * size) + 6 * 4 * c.vocab_size))
 
-    Inverse of the cumulative distribution, so that a row's choice depends on its own number alone."""
+
+def draw(p, u, top_p=1.0, top_k=0, min_p=0.0, width=256):
+    """Probabilities p [B, V], u [B] uniform in [0, 1) -> ids [B], by the inverse of the cumulative distribution, so that a
+    row's choice depends on its own numbers alone.
+
+    top_p, top_k and min_p (a share of the likeliest token's) each rule out tokens of p, the likeliest one never. Only the
+    `width` likeliest are sorted; rows that keep them all are done again with more.
+    """
+    order, c = None, p
+    if top_k or top_p < 1 or min_p:
+        width = min(top_k or width, p.shape[1])
+        c, order = p.topk(width)
+        keep = (c.cumsum(-1) - c < top_p) & (c >= min_p * c[:, :1])
+        c = c * keep
+    c = c.cumsum(-1)
+    # below the sum even when rounded: the last token might be one that was ruled out
+    target = torch.minimum(u[:, None] * c[:, -1:], c[:, -1:] * (1 - 2 ** -23))
+    ids = torch.searchsorted(c, target, right=True).clamp(max=c.shape[1] - 1)
+    if order is None:
+        return ids[:, 0]
+    ids = order.gather(-1, ids)[:, 0]
+    if width < (top_k or p.shape[1]) and (more := keep[:, -1]).any():
+        ids[more] = draw(p[more], u[more], top_p, top_k, min_p, 16 * width)
+    return ids
+
+
+def pick(logits, u, temperature, top_p=1.0, top_k=0, min_p=0.0, changed=None):
+    """logits [B, V], u [B] -> (ids [B], log-probabilities [B] under softmax(logits / temperature)). changed: the logits
+    after penalties and biases, which the choice is made from."""
     logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
-        ids = logp.argmax(-1)
-        return ids, logp.gather(-1, ids[:, None])[:, 0]
-    p, order = logp.exp(), None
-    if top_k or top_p < 1:
-        p, order = p.sort(-1, descending=True)
-        keep = p.cumsum(-1) - p < top_p  # the first token always stays
-        if top_k:
-            keep[:, top_k:] = False
-        p = p * keep
-    c = p.cumsum(-1)
-    ids = torch.searchsorted(c, u[:, None] * c[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
-    ids = ids if order is None else order.gather(-1, ids[:, None])[:, 0]
+    q = logp if changed is None else (changed / (temperature or 1.0)).log_softmax(-1)
+    ids = q.argmax(-1) if temperature == 0 else draw(q.exp(), u, top_p, top_k, min_p)
     return ids, logp.gather(-1, ids[:, None])[:, 0]
 
 
+def check_options(model, stop, stop_ids, tokenizer, **o):
+    V, o = model.config.vocab_size, {**o, "max_new_tokens": min(o.pop("limits"), default=1)}
+    for name, fits, want in (
+            ("n", o["n"] >= 1, "a number above 0"), ("temperature", 0 <= o["temperature"] < float("inf"), "0 (greedy) or more"),
+            ("top_p", 0 < o["top_p"] <= 1, "above 0, at most 1 (all)"), ("top_k", o["top_k"] >= 0, "0 (all) or more"),
+            ("min_p", 0 <= o["min_p"] <= 1, "a share from 0 to 1"), ("penalty_decay", 0 <= o["penalty_decay"] <= 1, "0 to 1"),
+            ("repetition_penalty", o["repetition_penalty"] > 0, "above 0; 1 = none"),
+            ("batch_size", o["batch_size"] is None or o["batch_size"] >= 1, "a number above 0, or none"),
+            ("max_new_tokens", o["max_new_tokens"] >= 1, "a number above 0"),
+            ("seed", o["seed"] is None or o["seed"] >= 0, "0 or more, or none")):
+        if not fits:
+            raise UserError(f"{name}={o[name]}: expected {want}")
+    for name, ids in (("stop_ids", stop_ids), ("logit_bias", o["logit_bias"] or ())):
+        if wrong := [i for i in ids if not 0 <= i < V]:
+            raise UserError(f"{name}: {wrong[0]} is not an id of this model; they go from 0 to {V - 1}")
+    for s in stop:
+        if not tokenizer:
+            raise UserError(f"stop={s!r}: stop texts need a tokenizer; give tokenizer=, or stop_ids")
+        try:
+            fits = bool(s) and bool(tokenizer.encode(s))
+        except UserError as e:
+            raise UserError(f"stop={s!r} can never be generated: {e}") from None
+        if not fits:
+            raise UserError(f"stop={s!r} is empty; leave it out")
+
+
 @torch.no_grad()
-def stream(model, prompts, *, rows=None, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0, stop_ids=None,
-           stop=(), tokenizer=None, seed=None, state=None):
-    """Yield (row, Completion so far) for every new token, step by step, of the samples `rows`, pairs (prompt index,
-    sample index); None: one of each prompt. The other arguments as in `generate`."""
-    stop_ids = {tokenizer.end_id} if stop_ids is None and tokenizer else set(stop_ids or ())
-    stop = (stop,) if isinstance(stop, str) else stop
-    if stop and tokenizer is None:
-        raise ValueError("stop texts need a tokenizer")
-    if temperature < 0 or seed is not None and seed < 0:
-        raise UserError(f"temperature={temperature}, seed={seed}: expected numbers from 0")
-    rows = rows or [(p, 0) for p in range(len(prompts))]
-    used = sorted({p for p, _ in rows})
-    if state is not None:
-        shared = state["wkv"].shape[1] == 1
-        state = {k: v[:, [0 if shared else p for p in used]] for k, v in state.items()}
-    logits, state = prefill(model, [prompts[p] for p in used], state)
-    fork = [used.index(p) for p, _ in rows]  # every prompt is read once
-    logits, state = logits[fork], {k: v[:, fork] for k, v in state.items()}
-    seed = seed if seed is not None else int(np.random.SeedSequence().entropy % 2 ** 63)
-    streams = [np.random.default_rng((seed, p, i)) for p, i in rows]
-    alive, completions = list(range(len(rows))), [Completion() for _ in rows]
-    # a stop text of m characters lies within the last 4 m + 4 tokens, even when each is one byte
-    tail = 4 * max(map(len, stop), default=0) + 4
-    for step in range(max_new_tokens):
-        u = torch.tensor([streams[row].random() for row in alive], device=logits.device)
-        ids, logps = pick(logits, u, temperature, top_p, top_k)
-        going = []
-        for at, (row, token, logp) in enumerate(zip(alive, ids.tolist(), logps.tolist())):
-            c = completions[row]
-            c.tokens.append(token)
-            c.logprobs.append(logp)
-            hit = token in stop_ids or (stop and any(s in tokenizer.decode(c.tokens[-tail:]) for s in stop))
-            if hit:
-                c.finish_reason = "stop"
-            else:
-                going.append(at)
-            if (hit or step == max_new_tokens - 1) and tokenizer:
-                c.text = tokenizer.decode(c.tokens[:-1] if token in stop_ids else c.tokens)
-                c.text = c.text[:min((i for s in stop if (i := c.text.find(s)) >= 0), default=None)]
-            yield row, c
-        if not going or step == max_new_tokens - 1:
-            return
-        if len(going) < len(alive):  # finished rows leave the batch
-            alive, ids = [alive[at] for at in going], ids[going]
-            state = {k: v[:, going] for k, v in state.items()}
-        logits, state = model(ids[:, None], state)
-        logits = logits[:, 0]
+def stream(model, prompts, *, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0,
+           frequency_penalty=0.0, penalty_decay=1.0, repetition_penalty=1.0, logit_bias=None, stop_ids=None, stop=(),
+           tokenizer=None, seed=None, state=None, batch_size=None, memory=None, indices=None, return_state=False):
+    """Yield (number of the completion, Completion so far) for every new token. The arguments as in `generate`.
 
-
-def generate(model, prompts, *, n=1, batch_size=None, seed=None, state=None, **options):
-    """prompts: P lists of ids -> list of P * n Completions, prompt-major.
-
-    max_new_tokens, temperature (0 = greedy), top_p, top_k, stop_ids (default: the tokenizer's end id), stop (texts),
-    tokenizer (for .text and stop). state: one for all prompts, or one row per prompt. batch_size: sequences at a time.
-    The random stream of a completion depends on (seed, prompt index, sample index) alone.
+    A fixed number of slots decode together. A row that ends leaves its slot to the next one waiting, which begins with a
+    copy of its prompt's state; when none waits, the slot is computed on and ignored. While this runs dropout is off.
     """
+    model = getattr(model, "module", model)
+    stop_ids = {tokenizer.end_id} if stop_ids is None and tokenizer else set(stop_ids or ())
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    indices = range(len(prompts)) if indices is None else indices
+    check_options(model, stop, stop_ids, tokenizer, n=n, limits=limits, temperature=temperature, top_p=top_p, top_k=top_k,
+                  min_p=min_p, repetition_penalty=repetition_penalty, penalty_decay=penalty_decay, logit_bias=logit_bias,
+                  seed=seed, batch_size=batch_size)
+    check_ids(model, prompts)
+    given = state["wkv"].shape[1] if state else 1
+    if given not in (1, len(prompts)):
+        raise UserError(f"state has {given} rows for {len(prompts)} prompts; give one row for all, or one for each")
     seed = seed if seed is not None else int(np.random.SeedSequence().entropy % 2 ** 63)
-    rows, out = [(p, i) for p in range(len(prompts)) for i in range(n)], []
-    for at in range(0, len(rows), batch_size or len(rows) or 1):
-        batch = rows[at:at + (batch_size or len(rows))]
-        got = dict(stream(model, prompts, rows=batch, seed=seed, state=state, **options))
-        out += [got.get(row, Completion()) for row in range(len(batch))]
+    device, V = model.emb.weight.device, model.config.vocab_size
+    slots = min(batch_size or slots_for(model, memory), len(prompts) * n)
+    same = {}  # equal prompts are read once: (ids, row of the state) -> prompts
+    for p, ids in enumerate(prompts):
+        same.setdefault((tuple(ids), p if given > 1 else 0), []).append(p)
+    # a stop text of m bytes lies within the last m tokens that are not empty; some are
+    tail = 2 * max((len(s.encode()) for s in stop), default=0) + 4
+    bias = torch.zeros(V, device=device)
+    for i, value in (logit_bias or {}).items():
+        bias[i] = value
+    penalties = presence_penalty or frequency_penalty or repetition_penalty != 1
+    if penalties:  # how often generated, decaying; generated at all; generated or in the prompt
+        count, seen, read = (torch.zeros(slots, V, dtype=d, device=device) for d in (torch.float32, torch.bool, torch.bool))
+
+    def waiting():
+        """(prompt, sample, the prompt's logits [V], state [L, …]), prompts being read a packed pass at a time."""
+        keys = list(same)
+        for i, j in spans([len(ids) for ids, _ in keys], slots):
+            start = state and {k: v[:, [row for _, row in keys[i:j]]].to(device) for k, v in state.items()}
+            logits, s = prefill(model, [list(ids) for ids, _ in keys[i:j]], start)
+            for at, key in enumerate(keys[i:j]):
+                for p in same[key]:
+                    yield from ((p, sample, logits[at], {k: v[:, at] for k, v in s.items()}) for sample in range(n))
+
+    rows, queue, held, ids = [None] * slots, waiting(), None, torch.zeros(slots, dtype=torch.long, device=device)
+    with inference(model):
+        while True:
+            new = [(slot, *row) for slot, row in zip([s for s in range(slots) if rows[s] is None], queue)]
+            if new:  # their first token comes from their prompt's logits
+                at = [slot for slot, *_ in new]
+                logits = torch.stack([out for *_, out, _ in new])
+                for slot, p, sample, _, s in new:
+                    held = held or {k: v.new_zeros(len(v), slots, *v.shape[1:]) for k, v in s.items()}
+                    for k in held:
+                        held[k][:, slot] = s[k]
+                    rows[slot] = (p * n + sample, limits[p], np.random.default_rng((seed, indices[p], sample)), Completion())
+                    if penalties:
+                        count[slot], seen[slot], read[slot] = 0, False, False
+                        read[slot, prompts[p]] = True
+            elif any(rows):
+                at = list(range(slots))
+                logits = model(ids[:, None], held, out=held)[0][:, 0]
+            else:
+                return
+            changed = None
+            if penalties or logit_bias:
+                changed = logits.float() + 0  # a copy
+                if penalties:
+                    factor = torch.where(changed > 0, 1 / repetition_penalty, repetition_penalty)
+                    changed = torch.where(read[at], changed * factor, changed)
+                    changed -= presence_penalty * seen[at] + frequency_penalty * count[at]
+                changed += bias
+            u = torch.tensor([rows[slot][2].random(dtype=np.float32) if rows[slot] else 0.5 for slot in at], device=device)
+            chosen, logps = pick(logits, u, temperature, top_p, top_k, min_p, changed)
+            ids[at] = chosen
+            if penalties:
+                # as the RWKV runners: blanks and digits count as 0 times, and only `seen` holds them back
+                weights = [float(not tokenizer or tokenizer.decode([t]) not in " \t0123456789") for t in chosen.tolist()]
+                count[at] *= penalty_decay
+                count[at, chosen] += torch.tensor(weights, device=device)
+                seen[at, chosen] = read[at, chosen] = True
+            for slot, token, logp in zip(at, chosen.tolist(), logps.tolist()):
+                if rows[slot] is None:
+                    continue
+                number, limit, _, c = rows[slot]
+                c.tokens.append(token)
+                c.logprobs.append(logp)
+                if token in stop_ids or stop and any(s in tokenizer.decode(c.tokens[-tail:]) for s in stop):
+                    c.finish_reason = "stop"
+                elif len(c.tokens) == limit:
+                    c.finish_reason = "length"
+                if c.finish_reason:
+                    rows[slot] = None
+                    c.state = {k: v[:, slot:slot + 1].clone() for k, v in held.items()} if return_state else None
+                    if tokenizer:
+                        c.text = tokenizer.decode(c.tokens[:-1] if token in stop_ids else c.tokens)
+                        c.text = c.text[:min((i for s in stop if (i := c.text.find(s)) >= 0), default=None)]
+                yield number, c
+
+
+def generate(model, prompts, *, n=1, callback=None, progress=None, **options):
+    """prompts: P lists of ids -> list of P * n Completions, prompt-major. Uses the live weights; `model` may be a DDP wrapper.
+
+    max_new_tokens (a number, or one per prompt), temperature (0 = greedy), top_p, top_k, min_p; presence_penalty,
+    frequency_penalty, penalty_decay as in the RWKV runners (of what was generated), repetition_penalty (also of the
+    prompt), logit_bias {id: added}; stop_ids (default: the tokenizer's end id), stop (texts), tokenizer (for .text and stop).
+    state: one for all prompts, or one row per prompt; None: the initial one. return_state: .state of each completion.
+    batch_size: slots; None: what fits in `memory` bytes, see slots_for.
+    The random stream of a completion depends on (seed, prompt index, sample index) alone; indices: other numbers for the
+    prompts than 0 … P - 1, as for the share of one process.
+    callback(number, Completion so far): at every token. progress: None = a bar when rows have to wait for a slot.
+    """
+    out = [None] * (len(prompts) * n)
+    slots = options.get("batch_size") or slots_for(getattr(model, "module", model), options.get("memory"))
+    hidden = not progress if progress is not None else len(out) <= slots or None  # None: hidden unless a terminal
+    with tqdm(total=len(out), unit="seq", disable=hidden) as bar:
+        for number, c in stream(model, prompts, n=n, **options):
+            out[number] = c
+            if callback:
+                callback(number, c)
+            if c.finish_reason:
+                bar.update()
+    return out
+
+
+@torch.no_grad()
+def score_choices(model, prompts, choices, *, state=None, temperature=1.0, per_token=False):
+    """Log-probabilities of fixed continuations. choices: for each prompt a list of lists of ids -> for each prompt a list
+    with each choice's sum (per_token: its list). A prompt is read once; its choices go on from copies of its state, packed.
+    state: as in `generate`."""
+    model = getattr(model, "module", model)
+    device, out, most = model.emb.weight.device, [], slots_for(model)
+    if len(choices) != len(prompts) or temperature <= 0:
+        raise UserError(f"{len(prompts)} prompts, {len(choices)} lists of choices, temperature={temperature}: expected "
+                        "a list for each prompt and a temperature above 0")
+    check_ids(model, prompts)
+    check_ids(model, [ids for options in choices for ids in options], "choice")
+    with inference(model):
+        for i, j in spans(list(map(len, prompts)), most):
+            rows = state and {k: v if v.shape[1] == 1 else v[:, i:j] for k, v in state.items()}
+            rows = rows and {k: v.expand(-1, j - i, *v.shape[2:]).to(device) for k, v in rows.items()}
+            logits, s = prefill(model, prompts[i:j], rows)
+            first = (logits.float() / temperature).log_softmax(-1)
+            flat = [(p, ids) for p in range(j - i) for ids in choices[i + p]]
+            scores = [[first[p, ids[0]].item()] for p, ids in flat]
+            for a, b in spans([len(ids) for _, ids in flat], most):
+                cu = torch.tensor([0, *(len(ids) - 1 for _, ids in flat[a:b])]).cumsum(0)
+                if cu[-1] == 0:
+                    continue
+                x, y = (torch.tensor([[t for _, ids in flat[a:b] for t in ids[cut]]], device=device)
+                        for cut in (slice(-1), slice(1, None)))
+                fork = {k: v[:, [p for p, _ in flat[a:b]]] for k, v in s.items()}
+                logps = model.token_logprobs(x, y, fork, cu_seqlens=cu, temperature=temperature)[0].tolist()
+                for at in range(a, b):
+                    scores[at] += logps[cu[at - a]:cu[at - a + 1]]
+            mine = iter(scores if per_token else map(sum, scores))
+            out += [[next(mine) for _ in choices[p]] for p in range(i, j)]
     return out
 
 
@@ -186,7 +380,9 @@ def show_answers(model, documents, tokenizer, n, off=False):
         cuts.append((ids[:start], ids[start:end]))
     if not all(prompt for prompt, _ in cuts):
         return
-    options = dict(max_new_tokens=128, temperature=0, tokenizer=tokenizer, stop=("\n\nUser:",))
+    options = dict(max_new_tokens=128, temperature=0, tokenizer=tokenizer)
+    with contextlib.suppress(UserError):  # a vocabulary of moves or of numbers has no turns
+        options["stop"] = TURNS[:1] if tokenizer.encode(TURNS[0]) else ()
     answers = generate(model, [prompt for prompt, _ in cuts], **options)
     with model.reference() if off else contextlib.nullcontext():
         without = generate(model, [prompt for prompt, _ in cuts], **options) if off else answers
@@ -226,19 +422,23 @@ def load(cfg):
     return model, tokenizer, states, weights
 
 
-def read_prompts(path):
-    """A prompt a line; of a .jsonl file the "prompt" of every line."""
+def read_prompts(path, column="prompt", kinds=str):
+    """-> [(row, prompt)]: of a .jsonl file every line and what it has in `column`; of another file the line itself."""
     if not Path(path).is_file():
-        raise UserError(f"{path} does not exist; --prompts wants a file with a prompt a line")
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if Path(path).suffix != ".jsonl":
-        return lines
+        raise UserError(f"{path} does not exist; --prompts wants a file with a prompt a line, batch one of JSON rows")
     out = []
-    for number, line in enumerate(lines, 1):
-        try:
-            out.append(json.loads(line)["prompt"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f'{path}:{number}: expected {{"prompt": "…"}}, got {line[:60]!r}') from None
+    for number, line in enumerate(prepare.read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        row = {column: line.rstrip("\r")}
+        if Path(path).suffix == ".jsonl":
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+        if not isinstance(row, dict) or not isinstance(row.get(column), kinds):
+            raise UserError(f'{path}:{number}: expected {{"{column}": "…"}}, got {line[:60]!r}')
+        out.append((row, row[column]))
     return out
 
 
@@ -270,17 +470,58 @@ def chat(model, tokenizer, cfg, options, state=None):
         _, state = prefill(model, [ids[read:-1]], state)
         read = len(ids) - 1
         print("\nAssistant:", end="", flush=True)
-        c = print_stream(stream(model, [ids[-1:]], state=state, stop=("\n\nUser:", "\n\nSystem:", "\n\nAssistant:"),
-                                **options), tokenizer)
+        c = print_stream(stream(model, [ids[-1:]], state=state, **{**options, "stop": TURNS + cfg.stop}), tokenizer)
         print()
         messages.append({"role": "assistant", "content": c.text.strip() or "…"})
 
 
+def batch(cfg):
+    """Rows of a JSONL file with their completions beside them, in order, each line written once it and all before it are
+    done. The output says how far it is: killed at any moment, the next run drops half a line and goes on."""
+    model, tokenizer, states, _ = load(cfg)
+    if len(states) > 1:
+        raise UserError("batch takes one --state")
+    pairs = read_prompts(cfg.rows, cfg.column, (str, list))
+    rows, texts = [row for row, _ in pairs], [text for _, text in pairs]
+    chats, done, out = any(isinstance(text, list) for text in texts), 0, Path(cfg.out)
+    prompts = [(prepare.render_chat(text, tokenizer, generation_prompt=True)[0] if isinstance(text, list) else
+                tokenizer.encode(text)) or [tokenizer.end_id] for text in texts]
+    if out.is_file():
+        lines = out.read_bytes().split(b"\n")[:-1]  # what follows the last line's end was cut off
+        for done, line in enumerate(lines, 1):
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                row = json.loads(line)
+                if len(row["completions"]) == cfg.n and {**rows[done - 1], "completions": row["completions"]} == row:
+                    continue
+            raise UserError(f"{out}:{done} is not row {done} of {cfg.rows} with {cfg.n} completions; give another file to write")
+        os.truncate(out, sum(len(line) + 1 for line in lines))
+    options = {**options_of(cfg, tokenizer), "stop": cfg.stop + TURNS * chats, "state": next(iter(states.values()))}
+    ready, at = {}, done
+    with open(out, "ab") as f, tqdm(total=len(rows), initial=done, unit="row", disable=None) as bar:
+        for number, c in stream(model, prompts[done:], n=cfg.n, indices=range(done, len(rows)), **options):
+            if not c.finish_reason:
+                continue
+            ready[done * cfg.n + number] = {"text": c.text, "finish_reason": c.finish_reason, **(
+                {"tokens": c.tokens, "logprobs": [round(x, 4) for x in c.logprobs]} if cfg.logprobs else {})}
+            while all(at * cfg.n + i in ready for i in range(cfg.n)):
+                row = {**rows[at], "completions": [ready.pop(at * cfg.n + i) for i in range(cfg.n)]}
+                f.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                f.flush()
+                at += 1
+                bar.update()
+    print(f"{out}: {len(rows)} rows" + f", {done} of them from before" * bool(done))
+
+
+def options_of(cfg, tokenizer):
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "penalty_decay",
+             "repetition_penalty", "stop", "batch_size", "seed")
+    return {name: getattr(cfg, name) for name in names} | {"tokenizer": tokenizer}
+
+
 def main(cfg):
     model, tokenizer, states, weights = load(cfg)
-    options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
-                   seed=cfg.seed, tokenizer=tokenizer)
-    texts = read_prompts(cfg.prompts) if cfg.prompts else [cfg.prompt]
+    options = options_of(cfg, tokenizer)
+    texts = [text for _, text in read_prompts(cfg.prompts)] if cfg.prompts else [cfg.prompt]
     prompts = [tokenizer.encode(text) or [tokenizer.end_id] for text in texts]
     if (cfg.chat or cfg.save_state) and (len(states) > 1 or len(prompts) > 1):
         raise UserError("--chat and --save_state take one prompt and one --state")
@@ -304,7 +545,10 @@ def main(cfg):
 
 if __name__ == "__main__":
     try:
-        main(common.read_flags(Config))
+        if sys.argv[1:2] == ["batch"]:
+            batch(common.read_flags(BatchConfig, sys.argv[2:]))
+        else:
+            main(common.read_flags(Config))
     except KeyboardInterrupt:
         print()
         sys.exit(130)

@@ -1,6 +1,7 @@
 """Small text skills with answers a program can check: what every method is tried on when there is only a laptop.
 
     python tasks.py --out=data/tasks
+    python tasks.py pairs samples.jsonl --out=data/tasks_pairs      of sample.py batch: one right answer, one wrong one
 
 A task is "reverse bdac", its answer "cadb"; as a chat, "User: reverse bdac\\n\\nAssistant:" -> " cadb". A tenth of all
 tasks (crc32 % 10 == 0) is held out from all training, pretraining too. UNSEEN is in the pretraining text but in no
@@ -15,8 +16,11 @@ chat: left for state tuning to bring out. Writes, the same bytes for the same se
 """
 import json
 import random
+import sys
 import zlib
 from dataclasses import dataclass
+
+import tyro
 
 from common import atomic_write, read_flags
 
@@ -130,6 +134,29 @@ def report(results):
     return "\n".join(lines)
 
 
+@dataclass
+class PairsConfig:
+    samples: tyro.conf.Positional[str]  # rows of `prompts` with "completions", as sample.py batch writes them
+    out: str = "data/tasks_pairs"  # prefix of .jsonl and _val.jsonl
+    val: float = 0.1  # share of the prompts that goes to _val.jsonl
+
+
+def pairs(cfg):
+    """Preferences for DPO and reward models: of each prompt's answers one that is right and one that is wrong."""
+    rng, rows = random.Random(0), []
+    for line in open(cfg.samples):
+        row = json.loads(line)
+        texts = list(dict.fromkeys(c["text"] if isinstance(c, dict) else c for c in row["completions"]))
+        right, wrong = ([t for t in texts if t.strip() and check(row["prompt"][-1]["content"], t) == want] for want in (True, False))
+        if right and wrong:
+            rows.append({"prompt": row["prompt"], "chosen": rng.choice(right), "rejected": rng.choice(wrong), "skill": row["skill"]})
+    cut = round(len(rows) * (1 - cfg.val))
+    for name, part in (("", rows[:cut]), ("_val", rows[cut:])):
+        with atomic_write(f"{cfg.out}{name}.jsonl") as tmp:
+            tmp.write_text("".join(json.dumps(row) + "\n" for row in part))
+        print(f"{cfg.out}{name}.jsonl: {len(part):,} pairs")
+
+
 def main(cfg):
     rng, texts, size = random.Random(f"text {cfg.seed}"), [], 0
     while size < cfg.text_tokens:
@@ -151,4 +178,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(read_flags(Config))
+    if sys.argv[1:2] == ["pairs"]:
+        pairs(read_flags(PairsConfig, sys.argv[2:]))
+    else:
+        main(read_flags(Config))

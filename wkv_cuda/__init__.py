@@ -77,7 +77,9 @@ def _run(version, backend, inputs, state, cu_seqlens):
 
 
 def naive(version, inputs, state, cu_seqlens):
-    """The specification: one loop over T, vectorised over batch and heads. Autograd keeps every state."""
+    """The specification: one loop over T, vectorised over batch and heads. Autograd keeps every state.
+
+    r' S.T for S r, and sums in place: the same numbers, and on a CPU several times faster for one token of many rows."""
     if cu_seqlens is not None:
         borders = torch.as_tensor(cu_seqlens).tolist()
         pieces = [naive(version, [x if x.dim() == 2 else x[:, i:j] for x in inputs], state[d:d + 1], None)
@@ -87,9 +89,10 @@ def naive(version, inputs, state, cu_seqlens):
     if version == 7:
         r, logw, k, v, a, b = [x.to(dtype) for x in inputs]
         for t in range(r.shape[1]):
-            Sa = S @ a[:, t, :, :, None]                                                      # [B, H, N, 1]
-            S = S * logw[:, t].exp()[:, :, None] + Sa * b[:, t, :, None] + v[:, t, ..., None] * k[:, t, :, None]
-            ys.append((S @ r[:, t, :, :, None])[..., 0])                                      # [B, H, N]
+            Sa = a[:, t, :, None] @ S.mT                                                      # [B, H, 1, N]
+            S = (S * logw[:, t].exp()[:, :, None]).addcmul_(Sa.mT, b[:, t, :, None])          # in place, in the new S
+            S = S.addcmul_(v[:, t, ..., None], k[:, t, :, None])
+            ys.append((r[:, t, :, None] @ S.mT)[:, :, 0])                                     # [B, H, N]
     else:
         r, logw, k, v, u = [x.to(dtype) for x in inputs]
         for t in range(r.shape[1]):
