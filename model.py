@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
+import wkv_cuda
 from common import UserError
 from wkv_cuda import wkv6, wkv7
 
@@ -410,6 +411,11 @@ class RWKV(nn.Module):
             tasks = torch.full((sequences,), self.task, device=self.emb.weight.device)
         values = [tuned() for tuned in self.tuned]
         return {key: torch.stack([v[key] for v in values], 1).index_select(1, tasks) for key in values[0]}
+
+    def prepare_recurrence(self):
+        """Build the recurrence's native form now, so that evaluations before the first step run it too, to the last bit."""
+        if self.emb.weight.device.type == "cpu":
+            wkv_cuda.cpu.unavailable()
 
     def zero_state(self, sequences):
         c, weight = self.config, self.emb.weight
@@ -877,7 +883,9 @@ def load_to_tune(cfg, run, score=False):
     if cfg.adapter:
         model.load_tuned(cfg.adapter)
     model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
-    return model.to(run.device)
+    model.to(run.device)
+    model.prepare_recurrence()
+    return model
 
 
 def read_metadata(path):

@@ -148,6 +148,7 @@ def train(cfg, run):
     arch, fingerprint = dataclasses.asdict(model.config), model.fingerprint()
     model.to(run.device)
     model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
+    model.prepare_recurrence()
 
     # ---- data
     read = lambda path: prepare.read_examples(path, tokenizer, cfg.ctx_len, cfg.template, cfg.last_reply_only)  # noqa: E731

@@ -6,4 +6,4 @@ set -euo pipefail
 # one thread a process: several processes at once are the parallelism here
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "${1:-}" = slow ]; then shift; set -- --slow "$@"; fi
-exec python -m pytest -q --durations=10 tests "$@"
+exec python -m pytest -q -n "${TEST_PROCESSES:-2}" --durations=10 tests "$@"

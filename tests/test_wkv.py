@@ -1,12 +1,22 @@
 """The recurrences: the naive loop in float64 is the specification; it is itself checked against a loop of scalars."""
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import wkv_cuda
-from wkv_cuda import wkv6, wkv7
+from conftest import ROOT
+from wkv_cuda import cpu, wkv6, wkv7
 from wkv_cuda.chunked import unit_lower_inverse
 
 KINDS = ["plain", "repeated", "fastest", "slowest"]
+
+
+@pytest.fixture
+def built():
+    if missing := cpu.unavailable():
+        pytest.skip(missing)
 
 
 def inputs(version, B, T, H, kind="plain", N=64, dtype=torch.float64, seed=0):
@@ -116,6 +126,141 @@ def test_packed_documents_equal_each_alone(version, backend):
         assert error(got, want) <= 1e-9
 
 
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [1, 2, 3, 15, 16, 17, 31, 32, 33, 64, 70])
+def test_cpp_equals_naive(version, kind, T, built):
+    xs, state = inputs(version, 2, T, 2, kind), start_state(2, 2)
+    single = [x.detach().float().requires_grad_() for x in (*xs, state)]
+    got = run(version, single[:-1], single[-1], "cpu")
+    for i, (g, w) in enumerate(zip(got, run(version, xs, state, "naive"))):
+        assert g.dtype == torch.float32
+        if w.norm() < 1e-38:  # decays of exp(-148)
+            assert g.norm() == 0
+        else:
+            assert error(g, w) <= (2e-6 if kind == "plain" else 2e-5), i
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("N", [16, 32, 48, 80, 96, 112, 128])
+def test_cpp_takes_other_head_sizes(version, N, built):
+    xs, state = inputs(version, 1, 40, 2, N=N), start_state(1, 2, N)
+    single = [x.detach().float().requires_grad_() for x in (*xs, state)]
+    for g, w in zip(run(version, single[:-1], single[-1], "cpu"), run(version, xs, state, "naive")):
+        assert error(g, w) <= 2e-6
+    with pytest.raises(ValueError, match="16 or 32"):
+        run(version, *single_and_state(version, N=24), "cpu")
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("logw", [-20.0, -100.0, -148.0, -1e4, -float("inf")])
+def test_cpp_takes_any_decay(version, logw, built):
+    """Everywhere, and on every third token; no term is divided by the decay."""
+    for step in (1, 3):
+        xs, state = inputs(version, 1, 40, 1, "repeated"), start_state(1, 1)
+        with torch.no_grad():
+            xs[1][:, ::step] = logw
+        single = [x.detach().float().requires_grad_() for x in (*xs, state)]
+        for i, (g, w) in enumerate(zip(run(version, single[:-1], single[-1], "cpu"), run(version, xs, state, "naive"))):
+            assert error(g, w) <= 2e-6 or (i == 3 and w.norm() < 1e-30), i  # dlogw itself leaves float32
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_cpp_documents_pieces_and_threads_change_no_bit(version, built):
+    borders = [0, 5, 5, 38, 39, 103, 103]
+    single, state = single_and_state(version, B=1, T=103, sequences=6)
+    want = run(version, single, state, "cpu", torch.tensor(borders))
+    torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN: what the op forgot to write shows
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            again = run(version, single, state, "cpu", torch.tensor(borders))
+            assert all(torch.equal(x, y) for x, y in zip(again, want))
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+    op = wkv7 if version == 7 else wkv6
+    for d, (i, j) in enumerate(zip(borders, borders[1:])):
+        S, ys = state[d:d + 1], []
+        for p, q in ((i, min(i + 7, j)), (min(i + 7, j), j)):
+            y, S = op(*[x if x.dim() == 2 else x[:, p:q] for x in single], S, backend="cpu")
+            ys.append(y)
+        assert torch.equal(torch.cat(ys, 1), want[0][:, i:j]) and torch.equal(S, want[1][d:d + 1])
+    double = [x.detach().double().requires_grad_() for x in (*single, state)]
+    for g, w in zip(want, run(version, double[:-1], double[-1], "naive", torch.tensor(borders))):
+        assert error(g, w) <= 2e-6
+
+
+def single_and_state(version, B=2, T=40, sequences=2, N=64):
+    xs = [x.detach().float().requires_grad_() for x in inputs(version, B, T, 2, N=N)]
+    return xs, start_state(sequences, 2, N).detach().float().requires_grad_()
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_cpp_is_a_good_op(version, built):
+    single, state = single_and_state(version)
+    flat = [x.detach().flatten(0, 1) if x.dim() == 4 else x.detach() for x in single]
+    args = [*flat, state.detach(), torch.tensor([0, 40, 80], dtype=torch.int32)]
+    op = getattr(torch.ops.gosling, f"wkv{version}_cpu").default
+    torch.library.opcheck(op, (*args, False))
+    torch.library.opcheck(op, (*[x.requires_grad_(x.is_floating_point()) for x in args], True))
+    with pytest.raises(RuntimeError, match="must rise from 0 to 80"):
+        op(*args[:-1], torch.tensor([0, 90, 80], dtype=torch.int32), False)
+
+
+@pytest.fixture
+def nothing_built(monkeypatch, tmp_path):
+    """As in a new process on a machine that has not trained yet."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(cpu, "_answer", [])
+    cpu._place.cache_clear()
+    yield tmp_path
+    cpu._place.cache_clear()
+
+
+def test_training_builds_and_sampling_does_not(nothing_built, monkeypatch, capfd):
+    if cpu._place()[0] is None:
+        pytest.skip(cpu._place()[1])
+    xs, _ = single_and_state(7)
+    frozen = [x.detach() for x in xs]
+    with torch.no_grad():
+        wkv7(*xs)
+    wkv7(*frozen)
+    assert not list(nothing_built.iterdir()) and wkv_cuda._fastest(frozen, frozen[0]) == "chunked"
+    wkv7(*[x.double() for x in xs])
+    assert not list(nothing_built.iterdir())
+    code = "import wkv_cuda; assert not wkv_cuda.cpu.unavailable(build=True)"  # two first runs at the same time
+    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for out in (run.communicate()[1] for run in runs):
+        assert out == "" or out.startswith("built the recurrence") and out.count("\n") == 1, out
+    (path,) = nothing_built.iterdir()
+    monkeypatch.setattr(cpu.subprocess, "run", None)  # what is there is taken, by sampling too
+    assert wkv_cuda._fastest(frozen, frozen[0]) == wkv_cuda._fastest(xs, frozen[0]) == "cpu"
+    assert wkv_cuda._fastest([x[:, :1] for x in frozen], frozen[0]) == "naive"
+    with pytest.raises(ValueError, match="float64"):
+        wkv7(*[x.double() for x in xs], backend="cpu")
+    assert path == cpu._place()[0] and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("cxx, line", [("no-such-c++", "no-such-c++ is not on PATH (apt install g++"),
+                                       ("false", "false failed")])
+def test_without_a_compiler(nothing_built, monkeypatch, capfd, cxx, line):
+    monkeypatch.setenv("CXX", cxx)
+    xs, _ = single_and_state(7)
+    for _ in range(2):
+        wkv7(*[x.detach() for x in xs])  # says nothing
+    assert capfd.readouterr().err == ""
+    for _ in range(2):
+        got = wkv7(*xs)[0]
+    assert torch.equal(got, wkv7(*xs, backend="chunked")[0])
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and line in err and "slower PyTorch form" in err, err
+    with pytest.raises(RuntimeError, match="backend 'cpu': .*" + cxx.replace("+", r"\+")):
+        wkv7(*xs, backend="cpu")
+    assert not list(nothing_built.iterdir())
+
+
 @pytest.mark.parametrize("logw", [-5.0, -30.0, -300.0])
 def test_wkv7_takes_any_decay(logw):
     """RWKV-7 itself never goes below -0.6065; chunks shrink until the factors fit."""
@@ -151,20 +296,29 @@ def test_block_inverse(L):
 
 
 @pytest.mark.parametrize("version", [6, 7])
-def test_half_precision_inputs_keep_a_float32_state(version):
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+def test_half_precision_inputs_keep_a_float32_state(version, backend, request):
+    if backend == "cpu":
+        request.getfixturevalue("built")
     xs, state = inputs(version, 2, 50, 2), start_state(2, 2)
     want = run(version, xs, state, "naive")
     half = [x.detach().to(torch.bfloat16 if i != 1 else torch.float32).requires_grad_() for i, x in enumerate(xs)]
     s = state.detach().float().requires_grad_()
-    got = run(version, half, s, "chunked")
+    got = run(version, half, s, backend)
     assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
     for g, w in zip(got, want):
         assert error(g, w) < 0.02  # bfloat16 has 8 bits: 0.4 % for each input
+    if backend == "cpu":  # the same numbers as in float32, rounded once
+        whole = run(version, [x.detach().float().requires_grad_() for x in half], s, backend)
+        assert torch.equal(got[0], whole[0].bfloat16()) and got[2].dtype == torch.bfloat16 and got[3].dtype == torch.float32
 
 
 @pytest.mark.parametrize("version", [6, 7])
-def test_memory_does_not_grow_with_t_n_n(version):
-    """What autograd keeps of a chunked pass: the inputs and one state per 32 tokens, not one per token."""
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+def test_memory_does_not_grow_with_t_n_n(version, backend, request):
+    """What autograd keeps of a pass: the inputs and one state per 32 tokens, not one per token."""
+    if backend == "cpu":
+        request.getfixturevalue("built")
     saved = {}
 
     def pack(t):
@@ -173,7 +327,7 @@ def test_memory_does_not_grow_with_t_n_n(version):
     T, H, N = 1024, 2, 64
     xs = [x.detach().float().requires_grad_() for x in inputs(version, 1, T, H)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        (wkv7 if version == 7 else wkv6)(*xs, backend="chunked")
+        (wkv7 if version == 7 else wkv6)(*xs, backend=backend)
     assert sum(saved.values()) < 20 * T * H * N * 4 < 0.5 * T * H * N * N * 4
 
 

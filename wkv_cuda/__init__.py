@@ -6,15 +6,16 @@ documents laid end to end, state [D, H, N, N]; a document of length 0 passes its
 
 `naive` below is the specification. The other forms agree with it to rounding:
   "chunked"   PyTorch matrix products over chunks of tokens, any device (chunked.py)
+  "cpu"       C++, one task per sequence and head, built by the first call that needs a gradient (cpu.py)
   "cuda_seq"  one CUDA thread block per sequence and head, built at first use (cuda_seq.py)
 """
 import warnings
 
 import torch
 
-from . import chunked, cuda_seq
+from . import chunked, cpu, cuda_seq
 
-BACKENDS = ("naive", "chunked", "cuda_seq")
+BACKENDS = ("naive", "chunked", "cpu", "cuda_seq")
 
 
 def wkv7(r, logw, k, v, a, b, state=None, *, cu_seqlens=None, backend=None):
@@ -59,21 +60,30 @@ def _check(r, others, state, cu_seqlens):
 
 
 def _run(version, backend, inputs, state, cu_seqlens):
-    r = inputs[0]
     if backend is None:
-        fits = r.is_cuda and r.shape[-1] == 64 and r.dtype != torch.float64
-        if fits and (missing := cuda_seq.unavailable()):
-            warnings.warn(f"the CUDA recurrence cannot be built ({missing}); the slower PyTorch form takes over")
-            fits = False
-        backend = "cuda_seq" if fits else "naive" if r.shape[1] == 1 else "chunked"
+        backend = _fastest(inputs, state)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend == "cuda_seq" and cuda_seq.unavailable():
-        raise RuntimeError(f"backend 'cuda_seq': {cuda_seq.unavailable()}")
     if backend == "naive":
         return naive(version, inputs, state, cu_seqlens)
-    module = cuda_seq if backend == "cuda_seq" else chunked
+    module = dict(chunked=chunked, cpu=cpu, cuda_seq=cuda_seq)[backend]
+    if module is not chunked and (missing := module.unavailable()):
+        raise RuntimeError(f"backend {backend!r}: {missing}")
     return (module.wkv7 if version == 7 else module.wkv6)(*inputs, state, cu_seqlens)
+
+
+def _fastest(inputs, state):
+    """The backend for None. On a CPU only a call that needs a gradient builds; others take what is there."""
+    r = inputs[0]
+    if r.is_cuda and r.shape[-1] == 64 and r.dtype != torch.float64:
+        if not (missing := cuda_seq.unavailable()):
+            return "cuda_seq"
+        warnings.warn(f"the CUDA recurrence cannot be built ({missing}); the slower PyTorch form takes over")
+    if r.device.type == "cpu" and r.shape[-1] in cpu.HEAD_SIZES and all(x.dtype in cpu.DTYPES for x in inputs):
+        train = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
+        if (train or r.shape[1] > 1) and not cpu.unavailable(build=train):
+            return "cpu"
+    return "naive" if r.shape[1] == 1 else "chunked"
 
 
 def naive(version, inputs, state, cu_seqlens):

@@ -58,14 +58,14 @@ def _wants_grad(*tensors):
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _flatten(op, vectors, state, cu_seqlens):
+def _flatten(op, vectors, state, cu_seqlens, device=None, head_sizes=(64,), dtypes=tuple(DTYPES)):
     """Check, then: vectors as [B * T, H, N] in one dtype (logw in fp32), the state, cu_seqlens int32 on the device."""
-    r = vectors["r"]
-    if r.dim() != 4 or r.shape[3] != N:
-        raise ValueError(f"{op}: r must be [B, T, H, {N}], got {list(r.shape)}")
-    if r.device.type != DEVICE:
-        raise ValueError(f"{op}: r is on {r.device}; this backend needs a {DEVICE} tensor")
-    (B, T, H, _), cu = r.shape, cu_seqlens
+    r, device = vectors["r"], device or DEVICE
+    if r.dim() != 4 or r.shape[3] not in head_sizes:
+        raise ValueError(f"{op}: r must be [B, T, H, {' or '.join(map(str, head_sizes))}], got {list(r.shape)}")
+    if r.device.type != device:
+        raise ValueError(f"{op}: r is on {r.device}; this backend needs a {device} tensor")
+    (B, T, H, N), cu = r.shape, cu_seqlens
     if cu is None:
         cu = torch.arange(B + 1, device=r.device, dtype=torch.int32) * T
     elif B != 1 or cu.dim() != 1 or cu.shape[0] < 2 or cu.dtype not in (torch.int32, torch.int64):
@@ -73,27 +73,29 @@ def _flatten(op, vectors, state, cu_seqlens):
                          f"got {cu.dtype} {list(cu.shape)} with B = {B}")
     if state is None:
         state = torch.zeros(cu.shape[0] - 1, H, N, N, device=r.device)
-    for name, x, shape, dtypes in [(name, x, r.shape, DTYPES) for name, x in vectors.items()] + [
+    for name, x, shape, allowed in [(name, x, r.shape, dtypes) for name, x in vectors.items()] + [
             ("state", state, (cu.shape[0] - 1, H, N, N), [torch.float32])]:
-        if x.shape != shape or x.device != r.device or x.dtype not in dtypes:
-            raise ValueError(f"{op}: {name} must be {' or '.join(map(str, dtypes))} {list(shape)} on {r.device}, got "
+        if x.shape != shape or x.device != r.device or x.dtype not in allowed:
+            raise ValueError(f"{op}: {name} must be {' or '.join(map(str, allowed))} {list(shape)} on {r.device}, got "
                              f"{x.dtype} {list(x.shape)} on {x.device}")
     one = all(x.dtype == r.dtype for name, x in vectors.items() if name != "logw")  # else (autocast) they meet in fp32
     return [x.to(r.dtype if one and name != "logw" else torch.float32).reshape(B * T, H, N)
             for name, x in vectors.items()], state, cu.to(r.device, torch.int32)
 
 
-def _register(name, *names):
+def _register(name, launch, *names):
     """Make gosling::<name> and gosling::<name>_backward; `names`: the inputs with a gradient, r first and state last.
 
+    launch(function, *tensors, *sizes) runs a function of the library, _launch with scratch memory.
     Tokens are flat here: vectors [total, H, N], cu [S + 1]. With save, the forward also returns what the backward
     needs, in fp32: sa [total, H, N] (version 7) and the state at every chunk's end [total // CHUNK + S, H, N, N].
     """
-    n, n_kept = len(names), 2 if name == "wkv7" else 1
+    n, n_kept = len(names), 2 if "a" in names else 1
     tensors = ", ".join(f"Tensor {x}" for x in names) + ", Tensor cu"
     outputs = lambda count: "(" + ", ".join(["Tensor"] * count) + ")"
     empty = lambda like: [x.new_empty(x.shape) for x in like]  # contiguous, whatever the strides of `like`
     sizes = lambda r, state: (state.shape[0], r.shape[1], r.shape[0], DTYPES[r.dtype])
+    scratch = empty if launch is _launch else lambda like: []
 
     def forward_outputs(*args):
         r, state, save = args[0], args[n - 1], args[-1]
@@ -103,15 +105,15 @@ def _register(name, *names):
 
     def forward(*args):
         out = forward_outputs(*args)  # without save the kept ones are empty, and null to the kernel
-        _launch(f"{name}_forward", *args[:-1], *out, *sizes(args[0], args[n - 1]))
+        launch(f"{name}_forward", *args[:-1], *out, *sizes(args[0], args[n - 1]))
         return out
 
     def backward(*args):  # the inputs, cu, kept, dy, dstate
         kept, grads = args[n + 1:-2], empty(args[:n])
-        if name == "wkv6":
-            grads[4] = kept[0].new_empty(kept[0].shape[:3])  # du: a part per chunk, summed here in a fixed order
-        _launch(f"{name}_backward", *args, *grads, *empty(kept), *sizes(args[0], args[n - 1]))
-        if name == "wkv6":
+        if "u" in names:
+            grads[4] = kept[0].new_zeros(kept[0].shape[:3])  # du: a part per chunk, summed here in a fixed order
+        launch(f"{name}_backward", *args, *grads, *scratch(kept), *sizes(args[0], args[n - 1]))
+        if "u" in names:
             grads[4] = grads[4].sum(0)
         return tuple(grads)
 
@@ -135,10 +137,6 @@ def _register(name, *names):
     return op
 
 
-_wkv7 = _register("wkv7", "r", "logw", "k", "v", "a", "b", "state")
-_wkv6 = _register("wkv6", "r", "logw", "k", "v", "u", "state")
-
-
 def _launch(function, r, *args):
     """Call a launcher on r's device and PyTorch's stream there: tensors as pointers, then sizes, then the stream."""
     library = _library()
@@ -149,6 +147,10 @@ def _launch(function, r, *args):
         error = getattr(library, function)(*raw, ctypes.c_void_p(stream))
     if error:
         raise RuntimeError(f"{function}: {torch.cuda.CudaError(error)}")
+
+
+_wkv7 = _register("wkv7", _launch, "r", "logw", "k", "v", "a", "b", "state")
+_wkv6 = _register("wkv6", _launch, "r", "logw", "k", "v", "u", "state")
 
 
 def _library():
