@@ -509,14 +509,15 @@ class Metrics:
         if self.backend:
             self.backend(values, step=step)
 
-    def progress(self, done, max_steps, *, loss, lr, grad_norm, **values):
-        """log, and a line on the screen; tokens/s and the time left from self.tokens, to which the loop adds."""
+    def progress(self, done, max_steps, *, loss, lr, grad_norm, quiet=(), **values):
+        """log, and a line on the screen without what is in `quiet`; tokens/s and the time left from self.tokens, to which
+        the loop adds."""
         seconds = (time.time() - self.t0) / max(done - self.from_step, 1)
         speed = self.tokens / max(time.time() - self.t0, 1e-9)
         self.log(done, loss=loss, lr=lr, grad_norm=float(grad_norm), tokens_per_s=speed, **values)
         print0(f"step {done}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {float(grad_norm):.2f} | "
                f"{speed:,.0f} tokens/s | {duration(seconds * (max_steps - done))} left"
-               + "".join(f" | {k} {v:.4f}" for k, v in values.items()))
+               + "".join(f" | {k} {v:.4f}" for k, v in values.items() if k not in quiet))
 
     def plot(self, *names):
         """metrics.png: the named series over steps."""

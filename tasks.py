@@ -49,7 +49,8 @@ class Config:
     sft: int = 500  # rows with an answer
     prompts: int = 6_400  # new tasks
     heldout: int = 1_000  # held-out tasks, and as many of the unseen skill
-    unseen: int = 200  # rows of the unseen skill with an answer, and of held-out ones for a validation loss
+    unseen: int = 400  # rows of the unseen skill with an answer
+    val: int = 200  # rows of held-out tasks with an answer, for a validation loss
 
 
 def solve(task):
@@ -165,7 +166,7 @@ def main(cfg):
     files = {
         "text": [{"text": text} for text in texts],
         "sft": [with_answer(row) for row in prompts(cfg.sft, f"sft {cfg.seed}")],
-        "sft_val": [with_answer(row) for row in prompts(cfg.unseen, f"sft val {cfg.seed}", held_out=True)],
+        "sft_val": [with_answer(row) for row in prompts(cfg.val, f"sft val {cfg.seed}", held_out=True)],
         "prompts": prompts(cfg.prompts, f"new {cfg.seed}"),
         "heldout": prompts(cfg.heldout, f"heldout {cfg.seed}", held_out=True),
         "unseen": [with_answer(row) for row in prompts(cfg.unseen, f"sft {cfg.seed}", [UNSEEN])],

@@ -334,7 +334,8 @@ def train(cfg, run):
             if done == max_steps or (cfg.eval_every and done % cfg.eval_every == 0):
                 values = validate()
             if values or done % cfg.log_every == 0 or done in (1, max_steps):
-                metrics.progress(done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, **now, **values)
+                metrics.progress(done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, quiet=now.keys() - {
+                    "rewards/margins", "rewards/accuracies", "logps/chosen"}, **now, **values)
             if values and cfg.patience and waited >= cfg.patience:
                 break
             if done < max_steps and cfg.save_every and done % cfg.save_every == 0:

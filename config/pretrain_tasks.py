@@ -2,9 +2,7 @@
 #   python tasks.py --out=data/tasks
 #   python prepare.py data/tasks_text.jsonl --out=data/tasks --tokenizer=bytes --val=0.01
 #   python train_pretrain.py config/pretrain_tasks.py
-# Four to five minutes on one CPU thread. Expect a validation loss of 0.90 nats per byte; most of it is the letters of
-# the tasks, which nobody can guess. Asked "task = ", greedily, the model then gets 74 % of the held-out tasks right
-# (--seed=1: 88 %).
+# A minute and a half on one CPU thread. Trained no longer on purpose: the later stages need something to mend.
 data = "data/tasks_train"
 val_data = "data/tasks_val"
 out_dir = "out/pretrain_tasks"
@@ -17,6 +15,6 @@ lr = 3e-3
 lr_final = 3e-4
 warmup_steps = 20
 weight_decay = 0.0
-max_steps = 1300  # once over the text
-eval_every = 325
-save_every = 325
+max_steps = 700
+eval_every = 350
+save_every = 0

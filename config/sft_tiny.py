@@ -1,8 +1,8 @@
-# Chats of a small base model with seven text skills (tasks.py), two to three minutes on 2 cores. First the base:
+# Chats of a small base model with seven text skills (tasks.py), about a minute. First the base:
 #   python tasks.py --out=data/tasks
 #   python prepare.py data/tasks_text.jsonl --out=data/tasks --tokenizer=bytes --val=0.01
 #   python train_pretrain.py config/pretrain_tasks.py
-# then  python train_sft.py config/sft_tiny.py    (or with --tune=lora --lr=5e-3)
+# then  python train_sft.py config/sft_tiny.py    (or with --tune=lora --lr=1e-2 --lr_final=1e-3)
 import prepare
 import sample
 import tasks
@@ -17,7 +17,7 @@ global_bsz = 64
 lr = 1e-3
 lr_final = 1e-4
 warmup_steps = 10
-max_steps = 100
+max_steps = 200  # twice as many do not help
 eval_every = 0
 save_every = 0
 

@@ -1,4 +1,4 @@
-# The skill that SFT never saw, as a learned start of the small model of tasks.py: 200 rows. First: config/sft_tiny.py.
+# The skill that SFT never saw, as a learned start of the small model of tasks.py: 400 rows. First: config/sft_tiny.py.
 import prepare
 import sample
 import tasks
@@ -9,10 +9,10 @@ out_dir = "out/state_tiny"
 ctx_len = 128
 micro_bsz = 32
 global_bsz = 32
-lr = 5e-2
+lr = 1e-1
 lr_final = 1e-2
 layers = (0, 1, 2, 3)  # 16,384 numbers; all five are not better
-max_steps = 200
+max_steps = 300
 eval_every = 0
 save_every = 0
 

@@ -126,7 +126,7 @@ def test_prompts_are_disjoint_by_split_and_differ_by_seed():
 
 def test_chat_files(files):
     assert {name: len(rows) for name, rows in files.items() if name != "text"} == dict(
-        sft=500, sft_val=200, prompts=400, heldout=150, unseen=200, unseen_heldout=150)
+        sft=500, sft_val=200, prompts=400, heldout=150, unseen=400, unseen_heldout=150)
     for name in ("sft", "sft_val", "unseen"):
         for row in files[name]:
             (user, reply), = row.values()
