@@ -860,7 +860,7 @@ def base_of(path, about):
             return str(place)
     raise UserError("which model? --model=FILE, a .pth or .safetensors; " + (
         f"{Path(path).parent / says}, which {path} was trained on, is not there" if says else
-        f"nothing in or beside {path} says which one it was trained on"))
+        f"nothing in or beside {path} says which one it was trained on" if path else "and --prompt, or --chat"))
 
 
 def load_to_tune(cfg, run, score=False):

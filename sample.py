@@ -26,7 +26,7 @@ from tqdm import tqdm
 import common
 import prepare
 from common import UserError
-from model import RWKV, read_state, write_state
+from model import base_of, load_model, read_state, write_state
 
 PREFILL = 4096  # prompt tokens read at a time: bounds the memory of long and of many prompts
 TURNS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")  # a reply that begins another turn is over
@@ -34,7 +34,7 @@ TURNS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")  # a reply that begins an
 
 @dataclass
 class Config:
-    model: str = ""              # weights, .pth or .safetensors; empty = the one that the state was tuned on
+    model: str = ""              # weights or a LoRA, .pth or .safetensors; empty = the one that the state was tuned on
     prompt: str = ""             # text to continue
     prompts: str = ""            # file with a prompt a line, or .jsonl with {"prompt": …} lines
     chat: bool = False           # talk: a turn a line, an empty line or Ctrl-D ends
@@ -395,31 +395,26 @@ def show_answers(model, documents, tokenizer, n, off=False):
 # the command
 
 def load(cfg):
-    """-> (model, tokenizer, {name: state or None}) of the command line; a state's .json says which model it belongs to."""
-    states, abouts = {}, []
+    """-> (model, tokenizer, {name: state or None}, the model's file) of the command line. cfg.model may also be a LoRA; it
+    and a state say themselves which model they belong to."""
+    states, abouts = {}, {}
     for path in cfg.state or ("none",):
-        states[path], about = (None, {}) if path == "none" else read_state(path)
-        abouts.append((path, about))
-    path, about = next(((path, about) for path, about in abouts if about), ("", {}))
-    places = [Path(path).parent / str(about.get("model")), Path(path).parent / Path(str(about.get("model"))).name]
-    weights = cfg.model or next((str(p) for p in places if p.is_file()), None)
-    if weights and Path(weights).is_dir():
+        states[path], abouts[path] = (None, {}) if path == "none" else read_state(path)
+    path, about = next((item for item in abouts.items() if item[1]), (next(iter(abouts)), {}))
+    weights = cfg.model or base_of("" if path == "none" else path, about)
+    if Path(weights).is_dir():
         raise UserError(f"{weights} is a folder; give a file in it: --model={weights}/rwkv-final.pth")
-    if not weights:
-        raise UserError("which model? --model=FILE, a .pth or .safetensors" + (
-            f"; {places[0]}, which {path} was tuned on, is not there" if about else
-            f"; no .json beside {cfg.state[0]} says which one it was tuned on" if cfg.state else ""))
     device, dtype = common.pick_device(cfg)
-    model = RWKV.from_pretrained(weights, device, dtype).eval()
-    for path, about in abouts:
-        if states[path]:
-            states[path] = {k: v.to(device) for k, v in read_state(path, model.config)[0].items()}  # now checked
-            if about.get("fingerprint") not in (None, model.fingerprint()):
-                print(f"warning: {path} was tuned on {about.get('model')}, and {weights} has other weights", file=sys.stderr)
+    model, _ = load_model(weights, device, dtype)
+    for name, says in abouts.items():
+        if states[name]:
+            states[name] = {k: v.to(device) for k, v in read_state(name, model.config)[0].items()}  # now checked
+            if says.get("fingerprint") not in (None, model.fingerprint()):
+                print(f"warning: {name} was tuned on {says.get('model')}, and {weights} has other weights", file=sys.stderr)
     name = cfg.tokenizer or str(about.get("tokenizer", ""))
     beside = Path(path).parent / name
     tokenizer = prepare.tokenizer_of(weights, model.config.vocab_size, str(beside) if name and beside.is_file() else name)
-    return model, tokenizer, states, weights
+    return model.eval(), tokenizer, states, weights
 
 
 def read_prompts(path, column="prompt", kinds=str):

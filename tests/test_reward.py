@@ -126,7 +126,14 @@ def test_learns_a_rule(kind, base, tmp_path):
     log = rows(tmp_path / kind)
     assert log[0]["val_accuracy"] == 0.0 and log[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-6)  # a zero head: all ties
     assert log[-1]["val_accuracy"] > 0.95 and log[-1]["val_margin"] > 1 and log[-1]["val_std_reward"] > 0.5
-    assert ("val_accuracy_shorter" in log[-1]) == (kind == "impossible") or kind == "letter"
+    assert "val_accuracy_shorter" not in log[-1]  # the chosen one is never the shorter one here
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in map(json.loads, open(base / f"{kind}_val.jsonl"))]
+    write(tmp_path / "swapped.jsonl", *swapped)
+    train_reward.main(tiny(base, tmp_path / "s", init_from=str(tmp_path / kind / "rwkv-final.pth"), val_data=str(tmp_path / "swapped.jsonl"),
+                           max_steps=0))
+    now = rows(tmp_path / "s")[0]
+    assert now["val_accuracy"] == pytest.approx(1 - log[-1]["val_accuracy"]) and now["val_margin"] == pytest.approx(-log[-1]["val_margin"], rel=1e-4)
+    assert ("val_accuracy_shorter" in now) == (kind == "longer") and now.get("val_accuracy_shorter", 0.0) <= now["val_accuracy"]
     assert (tmp_path / kind / "rewards.png").stat().st_size > 5000
 
 

@@ -1,5 +1,4 @@
 """train_state.py, tuned states in model.py, sample.py --state, export.py state."""
-import json
 import os
 import shutil
 import subprocess
@@ -374,7 +373,7 @@ def test_the_sampler_says_what_it_misses(base, tmp_path):
     write_state({k: v + 1 for k, v in model.zero_state(1).items()}, tmp_path / "s.pth")
     (tmp_path / "s.json").unlink()
     code, _, err = cli(f"--state={tmp_path / 's.pth'}", "--prompt=a")
-    assert code == 1 and "which model?" in err and "no .json beside" in err
+    assert code == 1 and "which model?" in err and "nothing in or beside" in err
     write_state(model.zero_state(1), tmp_path / "s.pth", model="gone.pth")
     code, _, err = cli(f"--state={tmp_path / 's.pth'}", "--prompt=a")
     assert code == 1 and "gone.pth" in err and "is not there" in err

@@ -1,0 +1,35 @@
+# GRPO on the small model's own answers, the checker as the reward. First: config/sft_tiny.py.
+import prepare
+import sample
+import tasks
+
+data = "data/tasks_prompts.jsonl"
+init_from = "out/sft_tiny/rwkv-final.pth"
+out_dir = "out/grpo_tiny"
+num_generations = 8
+max_completion_length = 20
+ctx_len = 128
+micro_bsz = 64
+global_bsz = 64
+lr = 2e-4
+lr_final = 2e-5
+warmup_steps = 10
+max_steps = 150
+eval_every = 0
+save_every = 0
+rollouts_every = 50
+log_every = 10
+
+
+def reward(prompts, completions, **columns):
+    """1 for the right answer, else 0."""
+    return [float(tasks.check(prompt[-1]["content"], text)) for prompt, text in zip(prompts, completions)]
+
+
+def eval_fn(model, tokenizer):
+    """Exact match of greedy answers to 1,000 held-out tasks."""
+    rows = tasks.prompts(1000, "heldout 0", held_out=True)
+    ids = [prepare.render_chat(row["prompt"], tokenizer, generation_prompt=True)[0] for row in rows]
+    answers = sample.generate(model, ids, max_new_tokens=20, temperature=0, tokenizer=tokenizer, batch_size=250)
+    right = [tasks.check(row["prompt"][-1]["content"], answer.text) for row, answer in zip(rows, answers)]
+    return {"exact_match": sum(right) / len(right)}
