@@ -203,7 +203,7 @@ def all_reduce(x):
 
 def all_sum(*values):
     """Sum python numbers or scalar tensors over all processes; -> list of float, in float64."""
-    return all_reduce(torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])).tolist()
+    return all_reduce(torch.stack([torch.as_tensor(v).detach().cpu().double() for v in values])).tolist()
 
 
 def all_max(x):
@@ -274,6 +274,11 @@ def plan_steps(cfg, run, n_items):
     if cfg.global_bsz % (cfg.micro_bsz * run.world):
         raise UserError(f"global_bsz={cfg.global_bsz} is not a multiple of micro_bsz x processes = {cfg.micro_bsz} x "
                         f"{run.world}; change one of them")
+    if getattr(cfg, "chunk_len", 0) < 0:
+        raise UserError(f"chunk_len={cfg.chunk_len}: expected 0 (whole documents) or a number of tokens")
+    if getattr(cfg, "chunk_len", 0) and getattr(cfg, "lora_dropout", 0) and getattr(cfg, "bptt", "full") == "full":
+        raise UserError("chunk_len with an exact gradient runs every chunk twice, which lora_dropout would make different; "
+                        "give one of them up")
     if cfg.max_steps is not None and cfg.epochs is not None:
         raise UserError("max_steps and epochs are both given; give one of them")
     steps = math.ceil((1.0 if cfg.epochs is None else cfg.epochs) * n_items / cfg.global_bsz)
@@ -404,11 +409,14 @@ def open_out_dir(cfg, run, **resolved):
         dist.barrier()
 
 
-def origin(cfg, model, **more):
-    """What the file of an adapter or a state says of itself: the base's path from out_dir, its fingerprint, the tokenizer."""
+def origin(cfg, model, tokenizer, folder=None, fingerprint=None):
+    """What the file of an adapter or a state in `folder`, by default out_dir, says of itself: the base, seen from there,
+    its fingerprint, and the tokenizer. {} for whole weights."""
     if getattr(cfg, "tune", "state") in ("full", "head"):
         return {}
-    return dict(model=os.path.relpath(cfg.init_from, cfg.out_dir), fingerprint=model.fingerprint(), **more)
+    folder = folder or cfg.out_dir
+    name = os.path.relpath(Path(cfg.out_dir) / tokenizer.file_name, folder) if tokenizer.text else tokenizer.name
+    return dict(model=os.path.relpath(cfg.init_from, folder), fingerprint=fingerprint or model.fingerprint(), tokenizer=name)
 
 
 def config_dict(cfg):

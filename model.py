@@ -302,12 +302,10 @@ class TunedState(nn.Module):
 
     @torch.no_grad()
     def load(self, state):
-        """Start from a state [L, 1, …], as read_state and forward give it; the shifts only where they are trained."""
-        for p, value in zip(self.wkv, state["wkv"][:, 0]):
+        """Start from a state [L, 1, …], as read_state and forward give it."""
+        for p, value in zip([*self.wkv, self.att_shift, self.ffn_shift],
+                            [*state["wkv"][:, 0], state["att_shift"][:, 0], state["ffn_shift"][:, 0]]):
             p.copy_(value)
-        for p, key in ((self.att_shift, "att_shift"), (self.ffn_shift, "ffn_shift")):
-            if p.requires_grad:
-                p.copy_(state[key][:, 0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,7 +497,8 @@ class RWKV(nn.Module):
         parameters to train, by parts of their names ("ln", "x_"); they are saved with the adapter."""
         if r < 1:
             raise UserError(f"lora_r={r}: expected a number above 0")
-        linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear) and name != "score"}
+        linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear)
+                   and not (self.score is not None and name in ("score", "head"))}  # that head gets no gradient
         kinds = {name: re.sub(r"blocks\.\d+\.", "", name) for name in linears}
         chosen = set()
         for target in ((targets,) if isinstance(targets, str) else targets) or ("att", "ffn"):
@@ -511,7 +510,8 @@ class RWKV(nn.Module):
         for name in sorted(chosen):  # a set's own order differs from process to process, and A is random
             linears[name].add_lora(r, alpha / (math.sqrt(r) if rslora else r), dropout)
         for part in (extra,) if isinstance(extra, str) else extra:
-            hits = [p for name, p in self.named_parameters() if part in name and ".lora_" not in name]
+            hits = [p for name, p in self.base_weights() if part in name and name not in NEVER_TRAINED
+                    and not (self.score is not None and name in ("score.weight", "head.weight"))]
             if not hits:
                 raise UserError(f"extra={part!r}: no parameter has that in its name")
             for p in hits:
@@ -530,7 +530,7 @@ class RWKV(nn.Module):
                     m.lora_on = on
             for i, (p, other) in enumerate(self.before_tuning):
                 self.before_tuning[i] = (p, p.data)
-                p.data = other
+                p.data = other.to(p.device)
         switch(False)
         try:
             yield self
@@ -547,7 +547,7 @@ class RWKV(nn.Module):
         for name, p in self.named_parameters():
             if p.requires_grad:
                 twice = "att.w0" in name if self.config.version == "x070" else name.endswith("att.time_decay")
-                matrix = p.squeeze().dim() >= 2 and ".weight" in name
+                matrix = p.squeeze().dim() >= 2 and (".weight" in name or name.endswith(("encoder.down", "encoder.up")))
                 groups["2x" if twice else "decay" if matrix and weight_decay > 0 else "1x"].append(p)
         return [dict(name=name, lr=lr * (2 if name == "2x" else 1), weight_decay=weight_decay if name == "decay" else 0.0,
                      params=params) for name, params in groups.items() if params]
@@ -597,21 +597,22 @@ class RWKV(nn.Module):
 
     def save_pretrained(self, path, dtype=None):
         """Official names and shapes, `.pth` or `.safetensors` by the path's ending, atomically. dtype None: as they are."""
-        write_weights({name: p.to("cpu", dtype or p.dtype).contiguous() for name, p in self.base_weights()}, path)
+        write_weights({name: p.detach().to("cpu", dtype if dtype and name != "score.weight" else p.dtype).contiguous()
+                       for name, p in self.base_weights()}, path)
 
     def base_weights(self):
         """(official name, tensor) of every weight, without adapter and tuned state."""
-        return [(name, p.detach()) for name, p in self.named_parameters()
-                if ".lora_" not in name and not name.startswith("tuned.")]
+        return [(name, p) for name, p in self.named_parameters() if ".lora_" not in name and not name.startswith("tuned.")]
 
     def fingerprint(self):
         """Hexadecimal digest of the weights as bfloat16, without adapter, tuned state and scalar head: the same whatever the
         file's format and the precision it is loaded in."""
         digest = hashlib.blake2b(digest_size=16)
-        for name, p in sorted(self.base_weights()):
-            if name not in NEVER_TRAINED and name != "score.weight":
-                digest.update(f"{name} {list(p.shape)}".encode())
-                digest.update(p.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+        with self.reference():  # extra parameters of an adapter as the base has them
+            for name, p in sorted(self.base_weights()):
+                if name not in NEVER_TRAINED and name != "score.weight":
+                    digest.update(f"{name} {list(p.shape)}".encode())
+                    digest.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
         return digest.hexdigest()
 
     def save_state(self, path, task=0, **about):
@@ -714,8 +715,8 @@ def backward(model, x, y, weight, cu_seqlens, chunk_len=0, bptt="full", sync=con
         states[i] = None
         with sync() if i == (0 if bptt == "full" else order[-1]) else no_sync():
             if y is None:
-                _, out = model(x[:, a:b], came_in, cu_seqlens=cu, tasks=tasks, last_only=True)
-                ends = {}
+                logits, out = model(x[:, a:b], came_in, cu_seqlens=cu, tasks=tasks, last_only=True)
+                ends = {"all": (logits.sum() * 0, None)}  # DDP waits for every parameter
             else:
                 scores, out = model(x[:, a:b], came_in, cu_seqlens=cu, tasks=tasks, targets=y[:, a:b], temperature=temperature)
                 losses.append(-weight[:, a:b] * scores.logps)

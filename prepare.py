@@ -338,7 +338,7 @@ def read_preferences(path, tokenizer, ctx_len):
         try:
             kwise = "responses" in row
             answers, scores = (row["responses"], row["scores"]) if kwise else ([row["chosen"], row["rejected"]], None)
-            if kwise and not (isinstance(scores, list) and len(scores) == len(answers) >= 2 and all(
+            if kwise and not (isinstance(scores, list) and isinstance(answers, list) and len(scores) == len(answers) >= 2 and all(
                     isinstance(x, (int, float)) and math.isfinite(x) for x in scores)):
                 raise UserError(f'"responses" and "scores" go in pairs, at least two; got {len(answers)} and {scores!r:.60}')
             rendered = [render_answer(row["prompt"], answer, tokenizer) for answer in answers]
@@ -367,10 +367,13 @@ def read_preferences(path, tokenizer, ctx_len):
     return rows
 
 
-def tokenizer_of(weights, vocab_size, name=""):
+def tokenizer_of(weights, vocab_size, name="", about=None):
     """The tokenizer of a weights file: `name` if given, else what its folder's config.json says, else World if the model
-    has 65536 ids. UserError if none is known, or if it has more ids than the model."""
-    folder = Path(weights).parent
+    has 65536 ids. UserError if none is known, or if it has more ids than the model. about: what the file of an adapter or a
+    state says of itself, perhaps the tokenizer's name or its file, from there."""
+    folder, says = Path(weights).parent, str((about or {}).get("tokenizer", ""))
+    if not name and says:
+        name = str(folder / says) if (folder / says).is_file() else says
     if not name and not (folder / "config.json").is_file() and vocab_size != 65536:
         raise UserError(f"{weights} has a vocabulary of {vocab_size} and no config.json beside it; "
                         "say --tokenizer=NAME or FILE")

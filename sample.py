@@ -405,15 +405,14 @@ def load(cfg):
     if Path(weights).is_dir():
         raise UserError(f"{weights} is a folder; give a file in it: --model={weights}/rwkv-final.pth")
     device, dtype = common.pick_device(cfg)
-    model, _ = load_model(weights, device, dtype)
+    model, of_model = load_model(weights, device, dtype)
     for name, says in abouts.items():
         if states[name]:
             states[name] = {k: v.to(device) for k, v in read_state(name, model.config)[0].items()}  # now checked
             if says.get("fingerprint") not in (None, model.fingerprint()):
                 print(f"warning: {name} was tuned on {says.get('model')}, and {weights} has other weights", file=sys.stderr)
-    name = cfg.tokenizer or str(about.get("tokenizer", ""))
-    beside = Path(path).parent / name
-    tokenizer = prepare.tokenizer_of(weights, model.config.vocab_size, str(beside) if name and beside.is_file() else name)
+    where, says = (weights, of_model) if of_model else (path, about) if about.get("tokenizer") else (weights, {})
+    tokenizer = prepare.tokenizer_of(where, model.config.vocab_size, cfg.tokenizer, says)
     return model.eval(), tokenizer, states, weights
 
 
@@ -523,7 +522,8 @@ def main(cfg):
     if cfg.save_state:
         _, state = prefill(model, prompts, *states.values())
         write_state(state, cfg.save_state, model=os.path.relpath(weights, Path(cfg.save_state).parent),
-                    fingerprint=model.fingerprint(), tokenizer=cfg.tokenizer, prompt=texts[0])
+                    fingerprint=model.fingerprint(), prompt=texts[0], tokenizer=cfg.tokenizer if not Path(cfg.tokenizer).is_file()
+                    else os.path.relpath(cfg.tokenizer, Path(cfg.save_state).parent))
         return print(f"{cfg.save_state}: the state after {len(prompts[0])} tokens")
     if cfg.chat:
         return chat(model, tokenizer, cfg, options, *states.values())

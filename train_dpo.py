@@ -133,6 +133,10 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
     return losses, beta * c.detach(), beta * q.detach()
 
 
+METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+           "nll_loss", "mean_token_accuracy")
+
+
 def batch_loss(scores, forks, ref, cfg, n_pairs, n_chosen):
     """TokenScores of pairs, chosen before rejected -> (loss, {metric: sum over the pairs}). n_pairs, n_chosen: pairs and
     chosen tokens of the whole optimiser batch. ref [2, B] or None."""
@@ -141,11 +145,9 @@ def batch_loss(scores, forks, ref, cfg, n_pairs, n_chosen):
         *logps, *(ref if ref is not None else (None, None)), beta=cfg.beta, loss_type=cfg.loss_type,
         label_smoothing=cfg.label_smoothing, chosen_len=lengths[0], rejected_len=lengths[1], gamma=cfg.gamma)
     nll, hits = -logps[0].sum(), forks.per_answer(scores.hits.float()).view(-1, 2).T
-    sums = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).float(), "logps/chosen": logps[0], "logps/rejected": logps[1]}
-    sums = {k: v.sum().item() / n_pairs for k, v in sums.items()}
-    sums.update({"nll_loss": nll.item() / n_chosen, "mean_token_accuracy": hits[0].sum().item() / n_chosen})
-    return losses.sum() / n_pairs + cfg.nll_coef * nll / n_chosen, sums
+    per_pair = chosen, rejected, chosen - rejected, chosen > rejected, logps[0], logps[1]
+    sums = [v.sum().item() / n_pairs for v in per_pair] + [nll.item() / n_chosen, hits[0].sum().item() / n_chosen]
+    return losses.sum() / n_pairs + cfg.nll_coef * nll / n_chosen, dict(zip(METRICS, sums))
 
 
 def batches_of(step, n, cfg, run):
@@ -195,17 +197,16 @@ def cached_reference(name, model, pairs, batches, cfg, run):
 @torch.no_grad()
 def evaluate(model, pairs, ref, cfg, run):
     """{"val_<metric>": mean over held-out pairs}, over all processes."""
-    totals, loss = {}, 0.0
+    totals, loss = dict.fromkeys(METRICS, 0.0), 0.0
     n_chosen = sum(len(row.answers[0]) for row in pairs)
     for batch in in_turn(pairs, cfg, run):
         forks = fork([(pairs[i].prompt, pairs[i].answers) for i in batch], run.device)
         now, sums = batch_loss(forked(model, forks, cfg.chunk_len), forks, None if ref is None else ref[batch].T.to(run.device),
                                cfg, len(pairs), n_chosen)
         loss += now.item()
-        totals = {k: totals.get(k, 0.0) + v for k, v in sums.items()}
-    keys = sorted(totals) or []
-    loss, *values = common.all_sum(loss, *(totals[k] for k in keys))
-    return {"val_loss": loss, **{f"val_{k}": v for k, v in zip(keys, values)}}
+        totals = {k: totals[k] + v for k, v in sums.items()}
+    loss, *values = common.all_sum(loss, *totals.values())
+    return {"val_loss": loss, **{f"val_{k}": v for k, v in zip(METRICS, values)}}
 
 
 def in_turn(pairs, cfg, run):
@@ -228,7 +229,7 @@ def train(cfg, run):
     # ---- model and tokenizer
     model = load_to_tune(cfg, run)
     tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model)
+    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model, tokenizer)
     if cfg.loss_type != "simpo" and cfg.reference == "none":
         raise UserError(f"reference=none is for --loss_type=simpo; {cfg.loss_type} needs one")
     if cfg.reference == "off" and cfg.tune == "full":
@@ -289,7 +290,7 @@ def train(cfg, run):
         values = evaluate(model, val, ref_val, cfg, run) if val else {}
         if cfg.eval_fn is not None:
             values.update(cfg.eval_fn(model, tokenizer))
-        if cfg.patience and cfg.watch not in values:
+        if cfg.watch not in values and (cfg.patience or values and cfg.watch != Config.watch):
             raise UserError(f"watch={cfg.watch} is not among what is measured: {', '.join(values) or 'nothing; give --val_data'}")
         waited += 1
         if values.get(cfg.watch, -math.inf) > best:
@@ -297,6 +298,9 @@ def train(cfg, run):
             if run.main:
                 model.save_tuned(out, "best", run.dtype, **about)
         return values
+
+    if cfg.patience and waited >= cfg.patience:
+        return print0(f"{out} was stopped at step {step0}: {waited} validations without a higher {cfg.watch}")
 
     # ---- the loop
     if step0 == 0 and (values := validate()):
@@ -346,8 +350,8 @@ def train(cfg, run):
     if step0 >= max_steps:
         print0(f"{out} is already at step {step0} of {max_steps}; give a larger --max_steps to go on")
         return
-    if cfg.patience and waited:
-        model.load_tuned(next(out.glob("best.[ps]*")))
+    if cfg.patience and waited and (file := next(out.glob("best.[ps]*"), None)):
+        model.load_tuned(file)
         print0(f"back to the best: {cfg.watch} {best:.4f}, {waited} validations ago")
     save(done, "final")
     print0(f"done in {common.duration(time.time() - metrics.t0)}: {out}/*-final.*, {out / 'metrics.png'}")

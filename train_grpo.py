@@ -17,7 +17,7 @@ A prompt is read once and its state forked into its completions, for sampling an
 trainer are one network; sampling/sampling_logp_difference is the gap between them, rounding.
 
 Usual mistakes: rates of SFT (take a tenth); top_p below 1, which trains another distribution than it samples; a reward of
-None counted as zero; the ratio other than 1 on-policy, which means padding, state or temperature is wrong.
+None counted as zero; a reward model that was trained on answers with their end token and scores some without; the ratio other than 1 on-policy, which means padding, state or temperature is wrong.
 
     python train_grpo.py config/grpo_tiny.py                                 a laptop, no GPU
     torchrun --nproc_per_node=8 train_grpo.py config/grpo_1b5.py             eight GPUs
@@ -341,7 +341,7 @@ def train(cfg, run):
     # ---- model and tokenizer
     model = load_to_tune(cfg, run)
     tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model)
+    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model, tokenizer)
     G, names = cfg.num_generations, [*reward_functions(cfg)] + ["reward_model"] * bool(cfg.reward_model)
     weights = cfg.reward_weights or (1.0,) * len(names)
     if not names or len(weights) != len(names):
@@ -408,7 +408,8 @@ def train(cfg, run):
             got = rollout(model, val, [HELD_OUT + i for i in range(len(val))], tokenizer, dataclasses.replace(cfg, process=None), run, judge, k,
                           temperature=cfg.temperature)
             rewards = torch.cat([combine_rewards([g["rewards"][name] for name in names], weights) for g in got]).view(-1, k)
-            right = rewards >= 1  # a missing one is not
+            # right is what the first reward gives 1 or more; a missing one is not
+            right = combine_rewards([[r for g in got for r in g["rewards"][names[0]]]], [1.0]).view(-1, k) >= 1
             values = {"val_reward": float(rewards.nanmean()), "val_pass@1": float(right.double().mean()),
                       f"val_pass@{k}": float(right.any(1).double().mean())}
         if cfg.eval_fn is not None:

@@ -139,6 +139,8 @@ def evaluate(model, rows, cfg, run, picture=None):
         len(mine), len(shorter), loss, sum(x > y for x, y in zip(best, worst)), sum(shorter),
         sum(best) - sum(worst), sum(every), sum(x * x for x in every))
     mean = total / (2 * n)
+    if picture:
+        best, worst = common.gather(best), common.gather(worst)
     if picture and run.main:
         plot_histograms(best, worst, picture)
     return {"val_loss": loss / n, "val_accuracy": right / n, "val_margin": margin / n, "val_mean_reward": mean,
@@ -164,17 +166,22 @@ def plot_histograms(best, worst, path):
 @torch.no_grad()
 def write_scores(cfg, run):
     """`--score FILE`: each row of prompt and "completion" or "completions" (or a preference's answers) gets its "scores"."""
-    model, _ = load_model(cfg.init_from, run.device, run.dtype)
+    if not cfg.init_from:
+        raise UserError("which reward model? --init_from=FILE, as train_reward.py wrote it")
+    model, about = load_model(cfg.init_from, run.device, run.dtype)
     model.eval()
     if model.score is None:
         raise UserError(f"{cfg.init_from} has no score.weight: give a reward model, as train_reward.py writes it")
-    tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
+    tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer, about)
     out = Path(cfg.score).with_suffix(".scored.jsonl")
     with common.atomic_write(out) as tmp, open(tmp, "w") as f:
         n = 0
         for where, row in prepare.read_jsonl(cfg.score, '{"prompt", "completion"} or {"prompt", "completions": [...]}'):
             texts = row.get("completions") or row.get("responses") or [row[k] for k in ("completion", "chosen", "rejected") if k in row]
             try:
+                if not isinstance(texts, list):
+                    raise UserError(f'"completions" is a list; got {texts!r:.60}')
+                texts = [text["text"] if isinstance(text, dict) and "text" in text else text for text in texts]  # sample.py batch's
                 rendered = [prepare.render_answer(row.get("prompt"), text, tokenizer) for text in texts]
                 if not rendered:
                     raise UserError(f"expected a completion; got the keys {sorted(row)}")
@@ -200,7 +207,7 @@ def train(cfg, run):
     # ---- model and tokenizer
     model = load_to_tune(cfg, run, score=True)
     tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model)
+    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model, tokenizer)
 
     # ---- data
     data, val = (prepare.read_preferences(path, tokenizer, cfg.ctx_len) if path else None for path in (cfg.data, cfg.val_data))

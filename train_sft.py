@@ -97,16 +97,11 @@ def train(cfg, run):
     # ---- model and tokenizer
     model = load_to_tune(cfg, run)
     tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model)
+    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model, tokenizer)
 
     # ---- data
-    if cfg.chunk_len < 0:
-        raise UserError(f"chunk_len={cfg.chunk_len}: expected 0 (whole documents) or a number of tokens")
     if cfg.chunk_len and not cfg.packing:
         raise UserError("chunk_len needs packing")
-    if cfg.chunk_len and cfg.lora_dropout and cfg.bptt == "full":
-        raise UserError("chunk_len with bptt=full runs every chunk twice, which lora_dropout would make different; "
-                        "give one of them up")
     read = lambda path: prepare.read_examples(path, tokenizer, cfg.ctx_len, cfg.template, cfg.last_reply_only)  # noqa: E731
     data, val = read(cfg.data), read(cfg.val_data) if cfg.val_data else None
     max_steps, accumulation = common.plan_steps(cfg, run, len(data))

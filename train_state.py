@@ -18,7 +18,6 @@ Usual mistakes: learning rates of weights (a state wants 1e-2 and more, it start
 """
 import dataclasses
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -100,7 +99,7 @@ def read_tasks(path):
 
 def task_weights(weight, borders, tasks, counts):
     """weight [1, T] of packed documents, of the tasks [D] -> (weight / trained tokens of the token's task in the whole
-    batch, task of each token [T]); counts [number of tasks]."""
+    batch, task of each token [T]); counts [number of tasks], 0 for one that is absent."""
     of_token = tasks.repeat_interleave(borders.diff().to(tasks.device))
     return weight / counts.clamp(min=1)[of_token], of_token
 
@@ -190,8 +189,7 @@ def train(cfg, run):
 
     def save_state(k, stem):
         folder = out / names[k]
-        model.save_state(folder / f"{stem}.pth", k, model=os.path.relpath(cfg.init_from, folder), fingerprint=fingerprint,
-                         tokenizer=tokenizer.name if not tokenizer.text else os.path.relpath(out / tokenizer.file_name, folder),
+        model.save_state(folder / f"{stem}.pth", k, **common.origin(cfg, model, tokenizer, folder, fingerprint),
                          template=cfg.template.__name__ if cfg.template else "User: …\n\nAssistant: …")
 
     def save(step, name=None):
@@ -245,7 +243,7 @@ def train(cfg, run):
                 documents = batch[i * cfg.micro_bsz:(i + 1) * cfg.micro_bsz]
                 x, y, weight, borders = pack([row[:2] for row in documents], run.device)
                 tasks = torch.tensor([task for *_, task in documents], device=run.device)
-                weight, of_token = task_weights(weight, borders, tasks, counts / run.world)
+                weight, of_token = task_weights(weight * run.world, borders, tasks, counts)
                 loss, *_ = backward(wrapped, x, y, weight, borders, cfg.chunk_len, "full",
                                    nullcontext if i == accumulation - 1 else no_sync, no_sync, tasks)
                 losses.index_add_(0, of_token, loss[0] / run.world)

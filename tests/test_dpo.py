@@ -261,7 +261,7 @@ def test_loss_does_not_depend_on_micro_batch_chunks_or_processes(base, tmp_path)
     over = dict(nll_coef=0.5, val_data=str(base / "pairs.jsonl"))
     for name, more in {"1x8": {}, "1x1": dict(micro_bsz=1), "1x2": dict(micro_bsz=2), "chunks": dict(chunk_len=7)}.items():
         train_dpo.main(tiny(base, tmp_path / name, **over, **more))
-    cfg = tiny(base, tmp_path / "2x2", micro_bsz=2, **over)
+    cfg = tiny(base, tmp_path / "2x2", micro_bsz=2, chunk_len=7, **over)  # in chunks too DDP sees every parameter
     flags = [f"--{f}={v}" for f, v in common.config_dict(cfg).items() if v not in (None, "()", "")]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
                            str(29900 + os.getpid() % 1000), "--", "train_dpo.py", *flags], cwd=ROOT, capture_output=True, text=True)
