@@ -287,6 +287,8 @@ def read_examples(path, tokenizer, ctx_len, template=None, last_reply_only=False
                 raise UserError(f"the template gave {len(ids)} ids and a mask of {len(mask)}")
             if ids and max(ids) >= tokenizer.vocab_size:
                 raise UserError(f"id {max(ids)} does not fit the tokenizer's {tokenizer.vocab_size} ids")
+        except UnicodeError as e:
+            raise UserError(f"{where}: not UTF-8 text ({e.reason})") from None
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
         cut += len(ids) > ctx_len
@@ -345,6 +347,8 @@ def read_preferences(path, tokenizer, ctx_len):
             margin = float(row.get("margin") or 0.0)
         except KeyError as e:
             raise UserError(f"{where}: {e} is missing; expected {PAIRS}") from None
+        except UnicodeError as e:
+            raise UserError(f"{where}: not UTF-8 text ({e.reason})") from None
         except (TypeError, ValueError):
             raise UserError(f"{where}: expected {PAIRS}; got {row!r:.80}") from None
         except UserError as e:

@@ -70,7 +70,7 @@ def test_bad_flags_and_missing_files(tmp_path, capsys):
 
 
 def test_every_config_fits_its_script():
-    configs = sorted((ROOT / "config").glob("*.py"))
+    configs = sorted(path for path in (ROOT / "config").glob("*.py") if path.stem != "rewards")
     assert configs
     for path in configs:
         script = importlib.import_module("train_" + path.stem.split("_")[0])

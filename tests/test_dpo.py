@@ -213,7 +213,7 @@ def test_preferences_in_every_shape(tmp_path, capsys):
 @pytest.mark.parametrize("row, words", [
     ({"prompt": "x", "chosen": "", "rejected": "b"}, "an answer is empty"), ({"prompt": "", "chosen": "a", "rejected": "b"}, "and not empty"),
     ({"prompt": "x", "chosen": "a"}, "'rejected' is missing"), ({"prompt": "x", "responses": ["a"], "scores": [1]}, "at least two"),
-    ({"prompt": "x", "responses": ["a", "b"], "scores": [1, "2"]}, "go in pairs"), ({"prompt": 3, "chosen": "a", "rejected": "b"}, "text or a list"),
+    ({"prompt": "x", "responses": ["a", "b"], "scores": [1, "2"]}, "go in pairs"), ({"prompt": "x", "chosen": "a\ud800", "rejected": "b"}, "not UTF-8"), ({"prompt": 3, "chosen": "a", "rejected": "b"}, "text or a list"),
     ({"prompt": "x", "chosen": "a", "rejected": "b", "margin": "wide"}, "expected"), ([1], "expected a JSON object"),
 ])
 def test_bad_rows_name_file_and_line(row, words, tmp_path):

@@ -209,7 +209,7 @@ def test_lora_errors(tmp_path):
     model.save_adapter(tmp_path / "a.safetensors")
     other = random_model("x070", n_embd=192)
     other.set_tune("lora", r=4)
-    with pytest.raises(UserError, match=r"a.safetensors is an adapter for another base.*\[4, 128\].*\[4, 192\]"):
+    with pytest.raises(UserError, match=r"a.safetensors is of another base.*\[4, 128\].*\[4, 192\]"):
         other.load_tuned(tmp_path / "a.safetensors")
 
 
