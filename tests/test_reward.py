@@ -168,7 +168,7 @@ def test_what_it_writes_scores_the_same(tune, file, base, tmp_path):
     assert bool(moved) == (tune == "full") and "head.weight" not in moved
     assert bool(about) == (tune in ("lora", "state"))
     write(tmp_path / "in.jsonl", {"prompt": "q: ", "completions": ["abc", "d"], "id": 7}, {"prompt": "q: ", "completion": "d"})
-    train_reward.main(Config(score=str(tmp_path / "in.jsonl"), init_from=str(tmp_path / "run" / file), tokenizer="bytes", device="cpu"))
+    train_reward.main(Config(score=str(tmp_path / "in.jsonl"), init_from=str(tmp_path / "run" / file), device="cpu"))  # it says its tokenizer
     scored = [json.loads(line) for line in (tmp_path / "in.scored.jsonl").read_text().splitlines()]
     assert scored[0]["scores"] == [pytest.approx(x, abs=1e-5) for x in got["scores"]] and scored[0]["id"] == 7
     assert scored[1]["scores"] == [pytest.approx(got["scores"][1], abs=1e-5)]

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,25 @@ def test_each_row_starts_from_its_own_task():
         alone = model.token_logprobs(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))[0]
         torch.testing.assert_close(together[borders[d]:borders[d + 1]], alone, atol=1e-5, rtol=1e-5)
     model.task = 0
+
+
+def test_a_task_of_two_tokens_weighs_as_much_on_many_processes():
+    weight, borders, tasks = torch.ones(1, 6), torch.tensor([0, 2, 6]), torch.tensor([1, 0])
+    for world in (1, 8):
+        got, of_token = train_state.task_weights(weight * world, borders, tasks, torch.tensor([4.0, 2.0, 0.0]))
+        assert of_token.tolist() == [1, 1, 0, 0, 0, 0] and got[0].tolist() == [world / 2] * 2 + [world / 4] * 4
+
+
+def test_a_state_with_shifts_is_gone_on_from_whole(tmp_path):
+    from model import load_to_tune
+    model = tune(random_model("x070"), shift=True)
+    model.save_pretrained(tmp_path / "m.pth")
+    model.save_state(tmp_path / "s.pth", model="m.pth")
+    cfg = types.SimpleNamespace(init_from=str(tmp_path / "m.pth"), tune="state", adapter=str(tmp_path / "s.pth"), seed=0, grad_cp=False)
+    again = load_to_tune(cfg, types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32))
+    idx = torch.arange(9)[None]
+    assert torch.equal(again(idx)[0], model(idx)[0])
+    assert sum(p.requires_grad for p in again.tuned.parameters()) == 3  # the shifts stay as they are
 
 
 def test_gradient_checkpointing_changes_nothing():
