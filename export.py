@@ -30,7 +30,8 @@ import tyro
 import common
 import prepare
 from common import UserError
-from model import NEVER_TRAINED, RWKV, RWKVConfig, config_of, fp32, read_metadata, read_state, read_weights, write_state, write_weights
+from model import (NEVER_TRAINED, RWKV, RWKVConfig, config_of, fp32, read_metadata, read_state, read_weights, write_state,
+                   write_weights)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading, checking, writing

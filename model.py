@@ -397,7 +397,8 @@ class RWKV(nn.Module):
 
     def add_score(self):
         """A scalar head that starts at zero and is kept in float32, for `forward(…, score=True)`."""
-        self.score = Linear(self.config.n_embd, 1).to(self.emb.weight.device, torch.promote_types(self.emb.weight.dtype, torch.float32))
+        like = self.emb.weight
+        self.score = Linear(self.config.n_embd, 1).to(like.device, torch.promote_types(like.dtype, torch.float32))
         nn.init.zeros_(self.score.weight)
 
     def initial_state(self, sequences, tasks=None):

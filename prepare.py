@@ -305,7 +305,8 @@ def read_examples(path, tokenizer, ctx_len, template=None, last_reply_only=False
     return examples
 
 
-PAIRS = '{"prompt", "chosen", "rejected"} (and "margin"), or {"prompt", "responses": [...], "scores": [...]}; a prompt is text or messages'
+PAIRS = ('{"prompt", "chosen", "rejected"} (and "margin"), or {"prompt", "responses": [...], "scores": [...]}; a prompt is '
+         'text or messages')
 
 
 class Preference(typing.NamedTuple):
@@ -707,7 +708,8 @@ def pairs(cfg):
     if two:
         longer = [(len(a) > len(b), len(a) == len(b)) for a, b in (r.answers for r in two)]
         print(f"chosen {mean([len(r.answers[0]) for r in two])} tokens, rejected {mean([len(r.answers[1]) for r in two])}; the "
-              f"longer one is the chosen one in {sum(x for x, _ in longer) / len(two):.1%}, equally long {sum(x for _, x in longer) / len(two):.1%}")
+              f"longer one is the chosen one in {sum(x for x, _ in longer) / len(two):.1%}, equally long "
+              f"{sum(x for _, x in longer) / len(two):.1%}")
 
 
 def main(argv=None):

@@ -148,9 +148,11 @@ def pairs(cfg):
     for line in open(cfg.samples):
         row = json.loads(line)
         texts = list(dict.fromkeys(c["text"] if isinstance(c, dict) else c for c in row["completions"]))
-        right, wrong = ([t for t in texts if t.strip() and check(row["prompt"][-1]["content"], t) == want] for want in (True, False))
+        right, wrong = ([t for t in texts if t.strip() and check(row["prompt"][-1]["content"], t) == want]
+                        for want in (True, False))
         if right and wrong:
-            rows.append({"prompt": row["prompt"], "chosen": rng.choice(right), "rejected": rng.choice(wrong), "skill": row["skill"]})
+            rows.append({"prompt": row["prompt"], "chosen": rng.choice(right), "rejected": rng.choice(wrong),
+                         "skill": row["skill"]})
     cut = round(len(rows) * (1 - cfg.val))
     for name, part in (("", rows[:cut]), ("_val", rows[cut:])):
         with atomic_write(f"{cfg.out}{name}.jsonl") as tmp:

@@ -107,7 +107,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
     times the mean log-probability). chosen_len, rejected_len [B]: tokens of the answers; simpo needs them, ipo without
     them is in sums, as in its paper. ValueError for what does not go together.
     """
-    if label_smoothing and loss_type not in ("sigmoid", "robust") or not 0 <= label_smoothing < (0.5 if loss_type == "robust" else 1):
+    if label_smoothing and loss_type not in ("sigmoid", "robust") or \
+            not 0 <= label_smoothing < (0.5 if loss_type == "robust" else 1):
         raise ValueError(f"label_smoothing={label_smoothing} with loss_type={loss_type}: it is for sigmoid (below 1) and "
                          "robust (below 0.5)")
     if loss_type == "simpo":
@@ -184,7 +185,8 @@ def cached_reference(name, model, pairs, batches, cfg, run):
     if common.all_sum(kept.get("fingerprint") == mark)[0]:  # rank 0's file decides for all
         print0(f"reference: {path}")
         return common.all_reduce(kept["logps"] if run.main else torch.zeros(len(pairs), 2)).cpu()
-    print0(f"reference: {path} is of other data, weights or batches; computing it again" if kept else f"reference: computing {path}")
+    print0(f"reference: {path} is of other data, weights or batches; computing it again" if kept else
+           f"reference: computing {path}")
     logps = reference_logps(model, pairs, batches, cfg, run)
     if run.main:
         try:
@@ -269,7 +271,8 @@ def train(cfg, run):
 
     # ---- a new run, or on from last.pt
     out, trained = Path(cfg.out_dir), {name: p for name, p in model.named_parameters() if p.requires_grad}
-    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, ctx_len=cfg.ctx_len, global_bsz=cfg.global_bsz, pairs=len(data)))
+    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, ctx_len=cfg.ctx_len, global_bsz=cfg.global_bsz,
+                                                   pairs=len(data)))
     last = common.resume(cfg, trained, opt, same)
     step0, best, waited = last.get("step", 0), last.get("best", -math.inf), last.get("waited", 0)
     common.open_out_dir(cfg, run, arch=arch, tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), max_steps=max_steps)

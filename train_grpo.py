@@ -17,7 +17,8 @@ A prompt is read once and its state forked into its completions, for sampling an
 trainer are one network; sampling/sampling_logp_difference is the gap between them, rounding.
 
 Usual mistakes: rates of SFT (take a tenth); top_p below 1, which trains another distribution than it samples; a reward of
-None counted as zero; a reward model that was trained on answers with their end token and scores some without; the ratio other than 1 on-policy, which means padding, state or temperature is wrong.
+None counted as zero; a reward model, which learnt on answers with their end token, asked about answers without; a ratio
+other than 1 on-policy, which means that padding, state or temperature is wrong.
 
     python train_grpo.py config/grpo_tiny.py                                 a laptop, no GPU
     torchrun --nproc_per_node=8 train_grpo.py config/grpo_1b5.py             eight GPUs
@@ -276,7 +277,8 @@ def rollout(model, prompts, numbers, tokenizer, cfg, run, judge, n, **options):
         masks = cfg.process(every, got) if cfg.process else None
         masks = masks or [[1] * len(c.tokens) for c in got]
         if [len(mask) for mask in masks] != [len(c.tokens) for c in got] or not all(c.tokens for c in got):
-            raise UserError("process: expected a mask for each completion, a number for each of its tokens, and one token or more")
+            raise UserError("process: expected a mask for each completion, a number for each of its tokens, and one token "
+                            "or more")
         columns = {k: [row.get(k) for row in every] for k in dict.fromkeys(k for row in every for k in row) if k != "prompt"}
         columns["completion_ids"] = [c.tokens for c in got]
         asked, texts = [row["prompt"] for row in every], [c.text for c in got]
@@ -294,7 +296,8 @@ def rollout(model, prompts, numbers, tokenizer, cfg, run, judge, n, **options):
         for i, (ids, row) in enumerate(mine):
             at = slice(i * n, (i + 1) * n)
             completions = [dict(tokens=c.tokens, text=c.text, finish_reason=c.finish_reason, mask=mask,
-                                logprobs=c.logprobs if c.tokens == was else None) for c, mask, was in zip(got[at], masks[at], before[at])]
+                                logprobs=c.logprobs if c.tokens == was else None)
+                           for c, mask, was in zip(got[at], masks[at], before[at])]
             out.append(dict(number=numbers[share[i]], ids=ids, row=row, completions=completions, error=error,
                             rewards={k: v[at] for k, v in rewards.items()}))
     groups = sorted(common.gather(out), key=lambda group: group["number"])
@@ -319,7 +322,8 @@ def write_rollouts(groups, path, run):
         with common.atomic_write(path) as tmp:
             tmp.write_text("".join(json.dumps(dict(
                 prompt=group["row"]["prompt"], completions=[c["text"] for c in group["completions"]], rewards=group["rewards"],
-                finish_reasons=[c["finish_reason"] for c in group["completions"]]), ensure_ascii=False) + "\n" for group in groups))
+                finish_reasons=[c["finish_reason"] for c in group["completions"]]), ensure_ascii=False) + "\n"
+                for group in groups))
 
 
 def padded(rows, device):
@@ -345,8 +349,9 @@ def train(cfg, run):
     G, names = cfg.num_generations, [*reward_functions(cfg)] + ["reward_model"] * bool(cfg.reward_model)
     weights = cfg.reward_weights or (1.0,) * len(names)
     if not names or len(weights) != len(names):
-        raise UserError("no reward: define `def reward(prompts, completions, **columns)` in the config file, or give --reward_model"
-                        if not names else f"reward_weights has {len(weights)} numbers for {len(names)} rewards: {', '.join(names)}")
+        raise UserError(
+            "no reward: define `def reward(prompts, completions, **columns)` in the config file, or give --reward_model"
+            if not names else f"reward_weights has {len(weights)} numbers for {len(names)} rewards: {', '.join(names)}")
     for key, low in (("num_generations", 2), ("steps_per_generation", 1), ("num_iterations", 1), ("max_completion_length", 1)):
         if getattr(cfg, key) < low:
             raise UserError(f"{key}={getattr(cfg, key)}: expected {low} or more")
@@ -405,7 +410,8 @@ def train(cfg, run):
         values = {}
         if val is not None:
             k = cfg.eval_generations
-            got = rollout(model, val, [HELD_OUT + i for i in range(len(val))], tokenizer, dataclasses.replace(cfg, process=None), run, judge, k,
+            numbers, plain = [HELD_OUT + i for i in range(len(val))], dataclasses.replace(cfg, process=None)
+            got = rollout(model, val, numbers, tokenizer, plain, run, judge, k,
                           temperature=cfg.temperature)
             rewards = torch.cat([combine_rewards([g["rewards"][name] for name in names], weights) for g in got]).view(-1, k)
             # right is what the first reward gives 1 or more; a missing one is not
@@ -470,6 +476,8 @@ def train(cfg, run):
         print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
     wrapped, no_sync = common.wrap(model, run)
     updates = cfg.steps_per_generation * cfg.num_iterations  # optimiser steps of one batch of rollouts
+    quiet = {"ratio", "clip_ratio/low_mean", "clip_ratio/high_mean", "reward_std", "completions/max_length",  # not on the screen
+             "sampling/sampling_logp_difference/mean", *(f"rewards/{k}/mean" for k in names)}
     metrics.t0 = time.time()
     with common.catch_signals() as signals:
         for step in range(step0, max_steps):
@@ -490,7 +498,8 @@ def train(cfg, run):
                 if cfg.rollouts_every and (step // updates * updates) % cfg.rollouts_every < updates:
                     write_rollouts(groups, out / "rollouts" / f"{step}.jsonl", run)
                     for group in groups[:3]:
-                        print0(f"  {str(group['row']['prompt'])[-100:]!r}\n    {group['reward'][0]:.3f} {group['completions'][0]['text'][:200]!r}")
+                        print0(f"  {str(group['row']['prompt'])[-100:]!r}\n"
+                               f"    {group['reward'][0]:.3f} {group['completions'][0]['text'][:200]!r}")
 
             t, part = time.time(), step % cfg.steps_per_generation
             batch = groups[part * cfg.global_bsz:(part + 1) * cfg.global_bsz]
@@ -504,8 +513,8 @@ def train(cfg, run):
                 rows = [c for g in micro for c in g["completions"]]
                 forks = fork([(g["ids"], [c["tokens"] for c in g["completions"]]) for g in micro], run.device)
                 lengths = forks.borders2.diff().tolist()
-                mask, advantages = padded([c["mask"] for c in rows], run.device), torch.tensor([a for g in micro for a in g["advantages"]],
-                                                                                            dtype=torch.float32, device=run.device)
+                mask = padded([c["mask"] for c in rows], run.device)
+                advantages = torch.tensor([a for g in micro for a in g["advantages"]], dtype=torch.float32, device=run.device)
                 old = padded([c["old"] for c in rows], run.device) if updates > 1 else None
                 ref = None
                 if cfg.beta:
@@ -543,10 +552,11 @@ def train(cfg, run):
                 sizes = torch.tensor([float(len(c["tokens"])) for c in completions])
                 spread = torch.tensor([g[~g.isnan()].std() if different(g) else 0.0 for g in rewards])
                 metrics.progress(
-                    done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, reward=float(rewards.nanmean()), reward_std=float(spread.mean()),
+                    done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, quiet=quiet,
+                    reward=float(rewards.nanmean()), reward_std=float(spread.mean()),
                     frac_reward_zero_std=float((spread == 0).double().mean()), **now,
-                    **{f"rewards/{k}/mean": float(torch.tensor([math.nan if r is None else r for g in batch for r in g["rewards"][k]]).nanmean())
-                       for k in names},
+                    **{f"rewards/{k}/mean": float(torch.tensor(
+                        [math.nan if r is None else r for g in batch for r in g["rewards"][k]]).nanmean()) for k in names},
                     **{"completions/mean_length": float(sizes.mean()), "completions/max_length": float(sizes.max()),
                        "completions/clipped_ratio": sum(c["finish_reason"] == "length" for c in completions) / n_rows,
                        "sampling/sampling_logp_difference/mean": gap_sum / max(gap_n, 1),

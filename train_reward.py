@@ -177,7 +177,8 @@ def write_scores(cfg, run):
     with common.atomic_write(out) as tmp, open(tmp, "w") as f:
         n = 0
         for where, row in prepare.read_jsonl(cfg.score, '{"prompt", "completion"} or {"prompt", "completions": [...]}'):
-            texts = row.get("completions") or row.get("responses") or [row[k] for k in ("completion", "chosen", "rejected") if k in row]
+            texts = row.get("completions") or row.get("responses") or [
+                row[k] for k in ("completion", "chosen", "rejected") if k in row]
             try:
                 if not isinstance(texts, list):
                     raise UserError(f'"completions" is a list; got {texts!r:.60}')
@@ -220,7 +221,8 @@ def train(cfg, run):
 
     # ---- a new run, or on from last.pt
     out, trained = Path(cfg.out_dir), {name: p for name, p in model.named_parameters() if p.requires_grad}
-    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, ctx_len=cfg.ctx_len, global_bsz=cfg.global_bsz, prompts=len(data)))
+    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, ctx_len=cfg.ctx_len, global_bsz=cfg.global_bsz,
+                                                   prompts=len(data)))
     last = common.resume(cfg, trained, opt, same)
     step0, best = last.get("step", 0), last.get("best", math.inf)
     common.open_out_dir(cfg, run, arch=arch, tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), max_steps=max_steps)
