@@ -5,5 +5,6 @@ set -euo pipefail
 . "$(dirname "$0")/install.sh"
 # one thread a process: several processes at once are the parallelism here
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-if [ "${1:-}" = slow ]; then shift; set -- --slow "$@"; fi
-exec python -m pytest -q -n "${TEST_PROCESSES:-2}" --durations=10 tests "$@"
+processes=2
+if [ "${1:-}" = slow ]; then shift; set -- --slow "$@"; processes=0; fi  # one after the other: some take all cores
+exec python -m pytest -q -n "$processes" --durations=10 tests "$@"
