@@ -822,15 +822,15 @@ def evaluate(model, documents, cfg, run):
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
-def load_model(path, device="cpu", dtype=torch.float32, base=""):
+def load_model(path, device="cpu", dtype=torch.float32):
     """A network by any of its files -> (model, what the file says of itself): whole weights, or a LoRA or a tuned state,
-    which name their base (`base` overrides) and are put on."""
+    which name their base and are put on."""
     weights = read_weights(path)
     lora = any(name.endswith(".lora_A") for name in weights)
     if not lora and not all(name.endswith(".time_state") for name in weights):
         return RWKV.from_weights(weights, path, device, dtype), {}
     state, about = (None, read_metadata(path)) if lora else read_state(path)
-    base = base or base_of(path, about)
+    base = base_of(path, about)
     model = RWKV.from_pretrained(base, device, dtype)
     if about.get("fingerprint") not in (None, model.fingerprint()):
         warnings.warn(f"{path} was trained on {about.get('model')}, and {base} has other weights")
