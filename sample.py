@@ -436,11 +436,14 @@ def read_prompts(path, column="prompt", kinds=str):
     return out
 
 
-def print_stream(pieces, tokenizer):
-    """Print one sample as it comes; a character whose bytes are not all there yet waits. -> its Completion"""
+def print_stream(pieces, tokenizer, stop=()):
+    """Print one sample as it comes; a character whose bytes are not all there yet waits, and so does what may become a
+    stop text. -> its Completion"""
     shown, c = "", Completion()
     for _, c in pieces:
-        text = c.text or tokenizer.decode(c.tokens).removesuffix("\ufffd")
+        text = tokenizer.decode(c.tokens).removesuffix("\ufffd")
+        held = max((n for s in stop for n in range(1, len(s) + 1) if text.endswith(s[:n])), default=0)
+        text = c.text if c.finish_reason else text[:len(text) - held]
         if text.startswith(shown):
             print(text[len(shown):], end="", flush=True)
             shown = text
@@ -464,7 +467,7 @@ def chat(model, tokenizer, cfg, options, state=None):
         _, state = prefill(model, [ids[read:-1]], state)
         read = len(ids) - 1
         print("\nAssistant:", end="", flush=True)
-        c = print_stream(stream(model, [ids[-1:]], state=state, **{**options, "stop": TURNS + cfg.stop}), tokenizer)
+        c = print_stream(stream(model, [ids[-1:]], state=state, **{**options, "stop": TURNS + cfg.stop}), tokenizer, TURNS + cfg.stop)
         print()
         messages.append({"role": "assistant", "content": c.text.strip() or "…"})
 
@@ -532,7 +535,7 @@ def main(cfg):
             print(f"=== state {name}")
         if len(prompts) * cfg.n == 1:
             print(texts[0], end="", flush=True)
-            print_stream(stream(model, prompts, state=state, **options), tokenizer)
+            print_stream(stream(model, prompts, state=state, **options), tokenizer, cfg.stop)
             continue
         for i, c in enumerate(generate(model, prompts, n=cfg.n, state=state, **options)):
             print(f"--- prompt {i // cfg.n + 1}, sample {i % cfg.n + 1}, {c.finish_reason}\n{texts[i // cfg.n]}{c.text}", flush=True)

@@ -392,8 +392,22 @@ def test_streaming_holds_back_half_a_character(capsys):
     ids, pieces = tokenizer.encode("aé漢b"), []
     for i in range(1, len(ids) + 1):
         pieces.append((0, sample.Completion(tokens=ids[:i])))
+    pieces.append((0, sample.Completion(tokens=ids, text="aé漢b", finish_reason="length")))
     sample.print_stream(iter(pieces), tokenizer)
     assert capsys.readouterr().out == "aé漢b\n"
+
+
+def test_streaming_never_shows_what_becomes_a_stop_text(capsys):
+    tokenizer, shown = prepare.load_tokenizer("bytes"), []
+    ids = tokenizer.encode("a\n\nUs b\n\nUser:")
+
+    def pieces():
+        for i in range(1, len(ids)):
+            yield 0, sample.Completion(tokens=ids[:i])
+            shown.append(capsys.readouterr().out)
+        yield 0, sample.Completion(tokens=ids, text="a\n\nUs b", finish_reason="stop")
+    sample.print_stream(pieces(), tokenizer, ("\n\nUser:",))
+    assert shown[:6] == ["a", "", "", "", "", "\n\nUs "] and "".join(shown) + capsys.readouterr().out == "a\n\nUs b\n"
 
 
 @pytest.fixture(scope="module")
