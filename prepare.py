@@ -2,7 +2,7 @@
 
     python prepare.py INPUT... --out=data/name --tokenizer=world|bytes|integers:359|bpe:4096|FILE --val=0.01
         INPUT: text files, folders (every UTF-8 text file below, hidden ones left out), .jsonl with {"text": "..."}
-        lines, .npy integer arrays, or the word stdlib: the sources of this Python's standard library.
+        lines, hf:DATASET:SPLIT with such rows, .npy integer arrays, or the word stdlib: this Python's standard library.
         A text file is one document; so is a JSONL line, a 1-D array, a row of a 2-D array.
         Writes data/name_train and data/name_val, each .bin .idx .json, and beside them a tokenizer that is a file.
     python prepare.py inspect FILE                        what a token file holds
@@ -254,10 +254,28 @@ def render_row(row, tokenizer, last_reply_only=False):
     return render_chat(messages, tokenizer, last_reply_only=last_reply_only)
 
 
+def read_hub(name):
+    """hf:DATASET:SPLIT or hf:DATASET:SUBSET:SPLIT -> ("name, row i", row) of a Hugging Face dataset or of a folder like one."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{name}: Hugging Face data needs `pip install datasets`") from None
+    dataset, *subset, split = name.removeprefix("hf:").split(":")
+    try:
+        rows = datasets.load_dataset(dataset or split, *subset, split=split)
+    except Exception as e:  # of many kinds: network, names, files
+        raise UserError(f"{name}: {type(e).__name__}: {str(e)[:200]}; expected hf:DATASET:SPLIT or hf:DATASET:SUBSET:SPLIT, "
+                        "such as hf:openai/gsm8k:main:train") from None
+    yield from ((f"{name}, row {i}", row) for i, row in enumerate(rows))
+
+
 def read_jsonl(path, shapes):
-    """("file:line", row) of each line of a JSONL file of objects; empty lines do not count."""
+    """("file:line", row) of each line of a JSONL file of objects; empty lines do not count. Or of a hub's data set, hf:…"""
+    if str(path).startswith("hf:"):
+        yield from read_hub(str(path))
+        return
     if not Path(path).is_file():
-        raise UserError(f"{path} does not exist; expected a JSONL file of {shapes}")
+        raise UserError(f"{path} does not exist; expected a JSONL file of {shapes}, or hf:DATASET:SPLIT")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -319,9 +337,10 @@ class Preference(typing.NamedTuple):
 
 def render_answer(prompt, answer, tokenizer):
     """prompt, text or messages, and one answer, text or messages that end in the assistant's -> (prompt ids, answer ids).
-    Prompt and answer are tokenised apart, as they are when the answer is sampled; end_id belongs to the answer."""
+    Prompt and answer are tokenised apart, as they are when the answer is sampled; end_id belongs to the answer. An answer
+    that is a whole conversation, as in UltraFeedback, brings its prompt along."""
     if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
-        answer = answer[-1].get("content")
+        prompt, answer = answer[:-1] or prompt, answer[-1].get("content")
     if not isinstance(answer, str) or not answer.strip():
         raise UserError(f"an answer is empty or no text: {answer!r:.60}")
     if isinstance(prompt, str) and prompt:
@@ -497,9 +516,12 @@ def list_files(inputs):
     for word in inputs:
         stdlib = word == "stdlib"  # without tests, what is installed, and a table of generated documentation
         root = Path(sysconfig.get_path("stdlib") if stdlib else word)
+        if word.startswith("hf:"):
+            files.append((root, True))
+            continue
         skip = {"site-packages", "dist-packages", "test", "tests", "pydoc_data"} if stdlib else ()
         if not root.exists():
-            raise UserError(f"{word} does not exist; INPUT is text files, folders, .jsonl, .npy, or the word stdlib")
+            raise UserError(f"{word} does not exist; INPUT is text files, folders, .jsonl, hf:DATASET:SPLIT, .npy, or the word stdlib")
         for path in [root] if root.is_file() else sorted(root.rglob("*.py" if stdlib else "*")):
             if path.is_file() and not any(p[0] == "." or p in skip for p in path.relative_to(root).parts):
                 files.append((path, path == root))
@@ -520,7 +542,12 @@ def read_documents(files, skip_bad, skipped):
 
 
 def read_file(path, named, skip_bad, skipped):
-    if path.suffix == ".npy":
+    if str(path).startswith("hf:"):
+        for where, row in read_hub(str(path)):
+            if not isinstance(row.get("text"), str):
+                raise UserError(f'{where}: expected a row with "text", got the keys {sorted(row)}')
+            yield where, row["text"]
+    elif path.suffix == ".npy":
         for number, row in enumerate(np.atleast_2d(np.load(path, mmap_mode="r", allow_pickle=False))):
             yield f"{path}, row {number}", " ".join(map(str, row.tolist()))
     elif path.suffix == ".jsonl":

@@ -24,6 +24,7 @@ watching margins alone: plain DPO lowers both log-probabilities, and a small mod
 import dataclasses
 import hashlib
 import math
+import re
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -181,6 +182,8 @@ def cached_reference(name, model, pairs, batches, cfg, run):
         if (".lora_" in key or key.startswith("tuned.")) and cfg.reference != "off":
             mark.update(p.detach().float().cpu().numpy().tobytes())
     path, mark = Path(f"{name}.ref.pt"), mark.hexdigest()
+    if name.startswith("hf:"):
+        path = Path(cfg.out_dir) / f"{re.sub('[:/]', '-', name)}.ref.pt"
     kept = common.load_torch(path) if run.main and path.exists() else {}
     if common.all_sum(kept.get("fingerprint") == mark)[0]:  # rank 0's file decides for all
         print0(f"reference: {path}")

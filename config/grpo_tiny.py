@@ -7,17 +7,18 @@ data = "data/tasks_prompts.jsonl"
 init_from = "out/sft_tiny/rwkv-final.pth"
 out_dir = "out/grpo_tiny"
 num_generations = 8
+temperature = 1.5                                       # at 1 six groups of ten have no spread: the model is too sure
 max_completion_length = 20
 ctx_len = 128
 micro_bsz = 64
 global_bsz = 64
-lr = 2e-4
+lr = 5e-4
 lr_final = 2e-5
 warmup_steps = 10
-max_steps = 150
+max_steps = 500
 eval_every = 0
 save_every = 0
-rollouts_every = 50
+rollouts_every = 100
 log_every = 10
 
 

@@ -499,3 +499,30 @@ def test_command_line(tmp_path):
 def test_help(words, field):
     done = cli(*words, "--help")
     assert done.returncode == 0 and field in " ".join(done.stdout.split()) and "python prepare.py INPUT" in done.stdout
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """a folder that the datasets library reads as it reads a name on the hub, offline"""
+    pytest.importorskip("datasets", reason="pip install datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    for name, rows in (("texts", [{"text": f"line {i}"} for i in range(5)]), ("chats", [{"messages": chat}]),
+                       ("prefs", [{"prompt": "hi", "chosen": chat, "rejected": [chat[0], {"role": "assistant", "content": "no"}]}])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_hugging_face_names_go_where_a_file_goes(hub):
+    tokenizer = prepare.load_tokenizer("bytes")
+    prepare.main([f"hf:{hub}/texts:train", f"--out={hub}/t", "--tokenizer=bytes", "--val=0"])
+    data = prepare.TokenFile(hub / "t_train")
+    assert [tokenizer.decode(data.doc(i)) for i in range(len(data))] == [f"line {i}" for i in range(5)]
+    assert prepare.read_examples(f"hf:{hub}/chats:train", tokenizer, 99) == [prepare.render_chat(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}], tokenizer)]
+    (pair,) = prepare.read_preferences(f"hf:{hub}/prefs:train", tokenizer, 99)  # whole conversations bring their prompt along
+    assert tokenizer.decode(pair.prompt) == "User: hi\n\nAssistant:"
+    assert [tokenizer.decode(ids) for ids in pair.answers] == [" yes", " no"]
+    with pytest.raises(UserError, match="chats:tset: .*expected hf:DATASET:SPLIT"):
+        prepare.read_examples(f"hf:{hub}/chats:tset", tokenizer, 99)
