@@ -6,17 +6,20 @@ import shlex
 import pytest
 
 from conftest import ROOT
+from runs import demo
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.strip().split("  #")[0] for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", README, re.S)
             for line in block.splitlines() if re.match(r"\s*(python|torchrun|bash) ", line)]
+LADDER = [shlex.join(["python", *command]) for version in ("x070", "x060") for mode in ("full", "quick")
+          for stage in demo.ladder(demo.Config(mode, version)) for command in stage.commands]
 
 
 def test_there_are_commands():
     assert len(COMMANDS) >= 8
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *dict.fromkeys(LADDER)])
 def test_scripts_configs_and_flags_exist(command):
     words = [w for w in shlex.split(command, comments=True) if w not in ("python", "torchrun", "bash", "--", "\\")]
     while words and words[0].startswith("--"):
