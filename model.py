@@ -389,6 +389,7 @@ class RWKV(nn.Module):
         self.before_tuning = []    # (parameter, its value before) of extra parameters trained with a LoRA
         self.tuned = nn.ModuleList()  # learned initial states: one, or one for each of several tasks
         self.tuned_on, self.task = True, 0
+        self.step = None           # while generating: one token in one call, see stepper
         for name, p in self.named_parameters():
             if not p.is_meta:
                 init_parameter(name, p.data, c)
@@ -416,6 +417,15 @@ class RWKV(nn.Module):
         if self.emb.weight.device.type == "cpu":
             wkv_cuda.cpu.unavailable()
 
+    def stepper(self):
+        """What computes forward(idx [B, 1], state, out=state) in one C++ call, for as long as no weight is replaced; None
+        where that is not possible: not on a CPU, not built, an adapter on, weights of several dtypes."""
+        weights = {name: p for name, p in self.named_parameters() if not name.startswith(("score.", "tuned."))}
+        if self.emb.weight.device.type != "cpu" or self.compute_dtype not in (None, self.emb.weight.dtype) or \
+                any(".lora_" in name for name in weights):
+            return None
+        return wkv_cuda.cpu.stepper(int(self.config.version[2]), list(weights.values()), self.config)
+
     def zero_state(self, sequences):
         c, weight = self.config, self.emb.weight
         shift = torch.zeros(c.n_layer, sequences, c.n_embd, dtype=self.compute_dtype or weight.dtype, device=weight.device)
@@ -433,6 +443,8 @@ class RWKV(nn.Module):
         last_only: logits [B or D, 1, V] of each sequence's last token. score: -> (scores [B or D] there, state).
         out: a state to write the new one into, without gradient; `state` itself will do. Saves a large allocation per token.
         """
+        if self.step and out is state is not None and idx.shape[1] == 1:
+            return self.step(idx[:, 0], state)[:, None].to(state["att_shift"].dtype), state
         packing = Packing.of(cu_seqlens, idx.device)
         sequences = len(idx) if packing is None else len(packing.cu_seqlens) - 1
         state = state or self.initial_state(sequences, tasks)
