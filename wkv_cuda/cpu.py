@@ -71,8 +71,9 @@ def stepper(version, weights, sizes):
     def step(ids, state):
         logits, shape = torch.empty(len(ids), c.vocab_size), (c.n_layer, len(ids), c.n_embd)
         ids, shifts = ids.contiguous(), [state["att_shift"], state["ffn_shift"]]
-        if state["wkv"].shape[:2] != shape[:2] or any(x.shape != shape or x.dtype != dtype for x in shifts):
-            raise ValueError(f"the state is not one of {len(ids)} sequences in {dtype}")
+        if state["wkv"].shape[:2] != shape[:2] or any(x.shape != shape or x.dtype != dtype for x in shifts) or not all(
+                x.is_contiguous() for x in (state["wkv"], *shifts)):
+            raise ValueError(f"the state is not one of {len(ids)} sequences in {dtype}, contiguous")
         io = [ids, state["wkv"], *shifts, logits]
         numbers = (version, dtype == torch.bfloat16, len(ids), c.n_layer, c.n_embd, c.head_size, c.dim_ffn, c.vocab_size,
                    torch.get_num_threads(), *dims[2:])

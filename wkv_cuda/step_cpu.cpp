@@ -2,6 +2,7 @@
 // for the weights, so each is read once, in the order it lies in memory, by threads that meet at a barrier between layers'
 // parts. Weights and shifts are fp32 or bf16 (T), everything else fp32. A row's numbers depend neither on the other rows
 // nor on the number of threads. The formulas are model.py's, names too.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -12,6 +13,7 @@
 
 static float f32(float x) { return x; }
 static float f32(uint16_t x) { return as_float((uint32_t)x << 16); }
+#define UNROLL _Pragma("GCC unroll 8")
 static void set(float& to, float x) { to = x; }
 static void set(uint16_t& to, float x) { to = as_bf16(x); }
 
@@ -21,17 +23,22 @@ typedef uint32_t words __attribute__((vector_size(4 * W)));
 static vec load(const float* p) { return *(const loose*)p; }
 static vec load(const uint16_t* p) { return (vec)(__builtin_convertvector(*(const halves*)p, words) << 16); }
 
-static float total(const vec& x) {
-    float part[W];
-    memcpy(part, &x, sizeof x);
-    for (int n = W / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) part[i] += part[i + n];
-    return part[0];
+template <int n> struct Lanes { typedef float type __attribute__((vector_size(4 * n), aligned(4), may_alias)); };
+template <int n, class X> static float total(X x) {
+    if constexpr (n == 2) return x[0] + x[1];
+    else {
+        typename Lanes<n / 2>::type half[2];
+        memcpy(half, &x, sizeof half);
+        return total<n / 2>(half[0] + half[1]);
+    }
 }
-static float dot(const float* x, const float* y, int n) {
-    vec sum = {};
-    for (int i = 0; i < n; i += W) sum += load(x + i) * load(y + i);
-    return total(sum);
+template <class T> static float dot(const T* x, const float* y, int n) {  // four sums at a time: one waits for the last
+    vec sum[4] = {};
+    int i = 0;
+    for (; i + 4 * W <= n; i += 4 * W)
+        UNROLL for (int q = 0; q < 4; q++) sum[q] += load(x + i + q * W) * load(y + i + q * W);
+    for (; i < n; i += W) sum[0] += load(x + i) * load(y + i);
+    return total<W>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 static float sigmoid(float x) {
     const float e = exp_(-fabsf(x));
@@ -41,40 +48,49 @@ static float sigmoid(float x) {
 // ---------------------------------------------------------------------------------------------------------------------
 // products with few rows x
 
-#define UNROLL _Pragma("GCC unroll 8")
-
-template <int O, int M, class T> [[gnu::noinline]] static void block(const T* w, const float* x, int K, float* y) {
-    vec sum[O][M] = {};  // y [O, M] = w [O, K] x' [K, M]
-    for (int j = 0; j < K; j += W) {
-        vec xs[M];
-        UNROLL for (int m = 0; m < M; m++) xs[m] = load(x + (size_t)m * K + j);
-        UNROLL for (int o = 0; o < O; o++) {
-            const T* p = w + (size_t)o * K + j;
-            __builtin_prefetch(p + O * K);  // the same place of the next block
-            const vec wo = load(p);
-            UNROLL for (int m = 0; m < M; m++) sum[o][m] += wo * xs[m];
+// y [O, R] = w [O, K] x [K, R], with the lanes on the rows of the batch; `next` is what will be wanted after w
+template <int O, int R, class T> [[gnu::noinline]] static void block(const float* w, const float* x, int K, float* y, const T* next) {
+    typedef typename Lanes<R>::type lanes;
+    lanes sum[O] = {};
+    for (int i = 0; i < K; i += 16) {
+        UNROLL for (int o = 0; o < O; o++) __builtin_prefetch(next + (size_t)o * K + i);
+        for (int j = i; j < i + 16; j++) {
+            const lanes xj = *(lanes*)(x + (size_t)j * R);
+            UNROLL for (int o = 0; o < O; o++) sum[o] += w[(size_t)o * K + j] * xj;
         }
     }
-    for (int i = 0; i < O * M; i++) y[i] = total(sum[i / M][i % M]);
+    for (int o = 0; o < O; o++) *(lanes*)(y + o * R) = sum[o];
 }
 
-// done(m, o, sum_j w[o, j] x[m, j]) for rows from <= o < to of w [*, K] and x [M, K]
-template <class T, class F> static void rows(const T* w, const float* x, int M, int K, int from, int to, F done) {
-    constexpr int O = W == 16 ? 4 : 2;
-    float y[O * 4];
-    for (int o = from; o < to;) {
-        const int n = to - o >= O ? O : 1;
-        for (int m = 0; m < M; m += 4) {
-            const int k = M - m < 4 ? M - m : 4;
+template <int R, class T, class F> static void batch(const T* w, const float* x, int M, int K, int from, int to, float* scratch, F done) {
+    constexpr int O = 8;
+    float *turned = scratch, *wide = scratch + (size_t)R * K;
+    alignas(64) float y[O * R];
+    for (int m = 0; m < M; m += R) {
+        const int rows = M - m < R ? M - m : R;
+        for (int j = 0; j < K; j++)
+            for (int i = 0; i < R; i++) turned[(size_t)j * R + i] = i < rows ? x[(size_t)(m + i) * K + j] : 0;
+        for (int o = from, n; o < to; o += n) {
+            n = std::min(O, to - o);  // the last block is one of 8 too: one of another size may round otherwise
             const T* p = w + (size_t)o * K;
-            const float* q = x + (size_t)m * K;
-            if (n == O) k == 4 ? block<O, 4>(p, q, K, y) : k == 3 ? block<O, 3>(p, q, K, y) :
-                        k == 2 ? block<O, 2>(p, q, K, y) : block<O, 1>(p, q, K, y);
-            else for (int i = 0; i < k; i++) block<1, 1>(p, q + (size_t)i * K, K, y + i);
-            for (int i = 0; i < n * k; i++) done(m + i % k, o + i / k, y[i]);
+            if (sizeof(T) == 4 && n == O) block<O, R>((const float*)p, turned, K, y, p + O * K);
+            else {
+                for (int i = 0; i < n * K; i += W) *(loose*)(wide + i) = load(p + i);
+                block<O, R>(wide, turned, K, y, p + O * K);
+            }
+            for (int i = 0; i < n; i++)
+                for (int k = 0; k < rows; k++) done(m + k, o + i, y[i * R + k]);
         }
-        o += n;
     }
+}
+
+// done(m, o, sum_j w[o, j] x[m, j]) for rows from <= o < to of w [*, K] and x [M, K]; scratch for 24 K numbers
+template <class T, class F> static void rows(const T* w, const float* x, int M, int K, int from, int to, float* scratch, F done) {
+    if (M == 1)
+        for (int o = from; o < to; o++) done(0, o, dot(w + (size_t)o * K, x, K));
+    else if (M <= 4 || W == 4) batch<4>(w, x, M, K, from, to, scratch, done);
+    else if (M <= 8 || W == 8) batch<8>(w, x, M, K, from, to, scratch, done);
+    else batch<16>(w, x, M, K, from, to, scratch, done);
 }
 
 // y[m, c] = sum_j x[m, j] w[j, c] for columns from <= c < to of w [K, n]; x and y with so many numbers a row
@@ -97,9 +113,9 @@ template <class T> static void columns(const T* w, const float* x, int M, int K,
 template <class T> static void layer_norm(const float* x, const T* w, const T* b, float* y, int n, float eps) {
     vec sum = {}, square = {};
     for (int i = 0; i < n; i += W) sum += load(x + i);
-    const float mean = total(sum) / n;
+    const float mean = total<W>(sum) / n;
     for (int i = 0; i < n; i += W) { const vec d = load(x + i) - mean; square += d * d; }
-    const float scale = 1.f / sqrtf(total(square) / n + eps);
+    const float scale = 1.f / sqrtf(total<W>(square) / n + eps);
     for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * f32(w[i]) + f32(b[i]);
 }
 
@@ -112,18 +128,21 @@ template <class T> struct Step : Sizes {
     const int64_t* ids;
     float *wkv, *logits;                  // wkv [L, M, H, N, N]; shifts [L, M, C]
     std::unique_ptr<float[]> memory;
-    float *x, *h, *delta, *y, *r, *k, *v, *v_first, *w, *a, *g, *mixed[6], *ffn, *low[4];
+    float *x, *h, *delta, *y, *r, *k, *v, *v_first, *w, *a, *g, *mixed[6], *ffn, *low[4], *scratch;
+    size_t scratch_size;
     std::atomic<int> waiting{0}, round{0};
 
     Step(const Sizes& z, void** p, void** io) : Sizes(z), weights((T**)p), att_shift((T*)io[2]), ffn_shift((T*)io[3]),
             ids((int64_t*)io[0]), wkv((float*)io[1]), logits((float*)io[4]) {
         const size_t MC = (size_t)M * C, ranks[4] = {(size_t)decay, (size_t)(mix ? 5 * mix : iclr), (size_t)value, (size_t)gate};
-        memory.reset(new float[17 * MC + (size_t)M * (F + ranks[0] + ranks[1] + ranks[2] + ranks[3])]);
-        float* next = memory.get();
+        scratch_size = (size_t)24 * (C > F ? C : F);
+        memory.reset(new float[17 * MC + (size_t)M * (F + ranks[0] + ranks[1] + ranks[2] + ranks[3]) + threads * scratch_size + 16]);
+        float* next = (float*)(((uintptr_t)memory.get() + 63) / 64 * 64);
         for (auto p : {&x, &h, &delta, &y, &r, &k, &v, &v_first, &w, &a, &g}) *p = next, next += MC;
         for (auto& p : mixed) p = next, next += MC;
         ffn = next, next += (size_t)M * F;
         for (int i = 0; i < 4; i++) low[i] = next, next += M * ranks[i];
+        scratch = next;
     }
 
     void meet() {  // every thread has come this far
@@ -142,8 +161,8 @@ template <class T> struct Step : Sizes {
 
     // `to` = w x of my share of the rows, each y handed through f(m, o, y)
     template <class F> void product(int me, const T* w, const float* x, int K, int n, float* to, F f) {
-        const Part p = part(me, n, 4);
-        rows(w, x, M, K, p.from, p.to, [&](int m, int o, float y) { to[(size_t)m * n + o] = f(m, o, y); });
+        const Part p = part(me, n, 8);
+        rows(w, x, M, K, p.from, p.to, scratch + me * scratch_size, [&](int m, int o, float y) { to[(size_t)m * n + o] = f(m, o, y); });
     }
     void product(int me, const T* w, const float* x, int K, int n, float* to) {
         product(me, w, x, K, n, to, [](int, int, float y) { return y; });
@@ -285,7 +304,7 @@ template <class T> struct Step : Sizes {
                 const vec s = load(S + q) * load(w + j + q) + (load(b + q) * sa + load(k + q) * v[i]);
                 *(loose*)(S + q) = s, sum += s * load(r + q);
             }
-            y[j + i] = total(sum);
+            y[j + i] = total<W>(sum);
         }
         return bonus;
     }
