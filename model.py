@@ -98,6 +98,29 @@ class Packing(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # layers
 
+class OneDNN(torch.autograd.Function):
+    """x w' in float32 on a CPU. F.linear takes MKL, which on some CPUs needs half as long again as oneDNN; for w's gradient
+    they are equal."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        return (torch.ops.mkldnn._linear_pointwise(dy, w.mT, None, "none", [], "") if ctx.needs_input_grad[0] else None,
+                dy.flatten(0, -2).mT @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None)
+
+
+def linear(x, w):
+    """x [..., in], w [out, in] -> [..., out]"""
+    if x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return OneDNN.apply(x, w)
+    return F.linear(x, w)
+
+
 class Linear(nn.Linear):
     """y = W x, and with an adapter (LoRA, arXiv 2106.09685)  y = W x + scale B A x;  A [r, in], B [out, r]."""
 
@@ -117,16 +140,11 @@ class Linear(nn.Linear):
         self.lora_scale, self.lora_dropout = scale, dropout
 
     def forward(self, x):
-        if x.shape[-2] == 1 and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and \
-                torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
-            # one token of each row, when generating; F.linear would take MKL, which on some CPUs needs half as long again as oneDNN
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        else:
-            y = F.linear(x, self.weight.to(x.dtype))
+        y = linear(x, self.weight.to(x.dtype))
         if self.lora_A is None or not self.lora_on:
             return y
-        h = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
-        return torch.add(y, F.linear(h, self.lora_B.to(x.dtype)), alpha=self.lora_scale)
+        h = linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
+        return torch.add(y, linear(h, self.lora_B.to(x.dtype)), alpha=self.lora_scale)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -149,8 +167,8 @@ def fp32(x):
 
 def low_rank(x, down, up, activation=None):
     """activation(x @ down) @ up; these pairs are stored [in, rank], [rank, out]."""
-    h = x @ down.to(x.dtype)
-    return (activation(h) if activation else h) @ up.to(x.dtype)
+    h = linear(x, down.to(x.dtype).mT)
+    return linear(activation(h) if activation else h, up.to(x.dtype).mT)
 
 
 def token_shift(x, last, packing):
@@ -329,7 +347,11 @@ class ScoreTokens(torch.autograd.Function):
         w = weight.to(h.dtype)
         out = []
         for x, y in zip(h.split(ScoreTokens.rows(h, w)), targets.split(ScoreTokens.rows(h, w))):
-            z = fp32(F.linear(x, w)) / temperature
+            z = fp32(linear(x, w))
+            if native := wkv_cuda.cpu.score_rows(z, y, temperature):
+                out.append(native)
+                continue
+            z = z / temperature
             lse = z.logsumexp(-1)
             target = z.gather(-1, y[:, None])[:, 0]
             hits = z.argmax(-1) == y
@@ -350,22 +372,27 @@ class ScoreTokens(torch.autograd.Function):
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(h), n):
             q = slice(i, i + n)
-            logits = fp32(F.linear(h[q], w))
-            logp = logits / ctx.temperature - lse[q, None]
-            p = logp.exp()
-            dz = torch.zeros_like(p)
-            if dlogps is not None:
-                dz.addcmul_(p, dlogps[q, None], value=-1)
-                dz.scatter_add_(-1, targets[q, None], dlogps[q, None])
-            if dentropy is not None:
-                dz.addcmul_(p, (logp + entropy[q, None]) * dentropy[q, None], value=-1)
-            dz /= ctx.temperature
-            if ctx.l2wrap and dlogps is not None:
-                top, at = logits.max(-1, keepdim=True)
-                dz.scatter_add_(-1, at, -ctx.l2wrap * top * dlogps[q, None])
+            logits = fp32(linear(h[q], w))
+            grads = dlogps is not None and (dlogps[q], None if dentropy is None else dentropy[q])
+            if grads and wkv_cuda.cpu.score_rows(logits, targets[q], ctx.temperature, (None, entropy[q], None, lse[q]), grads,
+                                                 ctx.l2wrap):
+                dz = logits
+            else:
+                logp = logits / ctx.temperature - lse[q, None]
+                p = logp.exp()
+                dz = torch.zeros_like(p)
+                if dlogps is not None:
+                    dz.addcmul_(p, dlogps[q, None], value=-1)
+                    dz.scatter_add_(-1, targets[q, None], dlogps[q, None])
+                if dentropy is not None:
+                    dz.addcmul_(p, (logp + entropy[q, None]) * dentropy[q, None], value=-1)
+                dz /= ctx.temperature
+                if ctx.l2wrap and dlogps is not None:
+                    top, at = logits.max(-1, keepdim=True)
+                    dz.scatter_add_(-1, at, -ctx.l2wrap * top * dlogps[q, None])
             dz = dz.to(h.dtype)
             if dh is not None:
-                dh[q] = dz @ w
+                dh[q] = linear(dz, w.mT)
             if dw is not None:
                 dw += dz.mT @ h[q]
         return dh, dw, None, None, None

@@ -352,3 +352,24 @@ def test_one_token_in_one_call_equals_the_layers(version, dtype, most):
                 step(ids[:1, 0], wrong)
     model.blocks[0].att.key.add_lora(2, 1.0, 0.0)
     assert model.stepper() is None
+
+
+@pytest.mark.parametrize("temperature, l2wrap, V", [(1.0, 0.0, 333), (0.7, 0.1, 64), (1.3, 0.0, 5)])
+def test_scores_in_cpp_equal_float64(temperature, l2wrap, V):
+    """score_cpu.cpp, in float32, against ScoreTokens' own formulas in float64."""
+    if wkv_cuda.cpu.unavailable():
+        pytest.skip(wkv_cuda.cpu.unavailable())
+    from model import ScoreTokens
+    torch.manual_seed(0)
+    xs, targets = [torch.randn(50, 24, dtype=torch.float64), torch.randn(V, 24, dtype=torch.float64)], torch.randint(0, V, (50,))
+    weight, out = torch.randn(2, 50, dtype=torch.float64), []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in xs]
+        logps, entropy, hits = ScoreTokens.apply(*leaves, targets, temperature, l2wrap)
+        first = torch.autograd.grad((logps * weight[0]).sum(), leaves, retain_graph=True)
+        both = torch.autograd.grad((logps * weight[0] + entropy * weight[1]).sum(), leaves)
+        out.append((logps, entropy, *first, *both, hits))
+    for want, got in zip(*out):
+        torch.testing.assert_close(got.to(want.dtype), want, atol=2e-5, rtol=2e-5)
+    with pytest.raises(IndexError, match="targets must be"):
+        ScoreTokens.apply(*[x.float() for x in xs], targets + V, temperature, l2wrap)

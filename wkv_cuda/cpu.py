@@ -1,5 +1,5 @@
 """C++ for the CPU. wkv_cpu.cpp: the recurrence token by token, as PyTorch ops with gradients, gosling::wkv6_cpu and
-wkv7_cpu. step_cpu.cpp: one token through a whole network, for generation.
+wkv7_cpu. step_cpu.cpp: one token through a whole network, for generation. score_cpu.cpp: the end of the loss.
 
 Compiled once, in a few seconds, by the first call that needs a gradient; never at import, and sampling does not wait
 for it. What is built is kept under a name that holds a hash of the source, flags, compiler and processor.
@@ -22,7 +22,7 @@ import torch
 from .cuda_seq import _flatten, _register, _wants_grad
 
 HEAD_SIZES, DTYPES = tuple(range(16, 129, 16)), (torch.float32, torch.bfloat16)
-SOURCES = [Path(__file__).parent / name for name in ("wkv_cpu.cpp", "step_cpu.cpp", "cpu.h")]
+SOURCES = [Path(__file__).parent / name for name in ("wkv_cpu.cpp", "step_cpu.cpp", "score_cpu.cpp", "cpu.h")]
 # contraction to fused multiply-adds is the only licence with the arithmetic; nothing here is reordered
 FLAGS = ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native", "-O3", "-std=c++17",
          "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread"]
@@ -83,6 +83,22 @@ def stepper(version, weights, sizes):
     return step
 
 
+def score_rows(z, targets, temperature, scores=None, grads=None, l2wrap=0.0):
+    """Rows of logits z [M, V] -> (logps, entropy, hits, lse) of the targets [M], each [M]; given these `scores` and `grads`
+    (d loss / d logps, and / d entropy or None): z becomes d loss / d z. None, and z as it was, if that is not to be had."""
+    fits = z.device.type == "cpu" and z.dtype == torch.float32 and z.is_contiguous()
+    library, _ = _load(build=False) if fits else (None, None)
+    if library is None:
+        return None
+    out = scores or [torch.empty(len(z), dtype=torch.bool if i == 2 else torch.float32) for i in range(4)]
+    io = [x if x is None else x.contiguous() for x in (z, targets, *out, *(grads or (None, None)))]
+    pointers = (ctypes.c_void_p * 8)(*[None if x is None else x.data_ptr() for x in io])
+    sizes = (ctypes.c_int * 3)(*z.shape, torch.get_num_threads())
+    if library.score_rows(grads is not None, sizes, ctypes.c_float(temperature), ctypes.c_float(l2wrap), pointers):
+        raise IndexError(f"targets must be from 0 to {z.shape[1] - 1}")
+    return out
+
+
 _wkv7 = _register("wkv7_cpu", _launch, "r", "logw", "k", "v", "a", "b", "state")
 _wkv6 = _register("wkv6_cpu", _launch, "r", "logw", "k", "v", "u", "state")
 
@@ -126,7 +142,7 @@ def _load(build):
             start = time.time()
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                command = [*cxx, *FLAGS, *map(str, SOURCES[:2]), "-o", f"{folder}/new.so"]
+                command = [*cxx, *FLAGS, *map(str, SOURCES[:3]), "-o", f"{folder}/new.so"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode == 0:
                     os.replace(f"{folder}/new.so", path)
