@@ -180,6 +180,27 @@ def token_shift(x, last, packing):
     return before, last.index_copy(0, packing.filled, x[0, packing.last])
 
 
+class Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, before, *weights):
+        ctx.save_for_backward(x, before, *weights)
+        return tuple(wkv_cuda.cpu.mix(x, before, weights))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, before, *weights = ctx.saved_tensors
+        return tuple(wkv_cuda.cpu.mix(x, before, weights, grads))
+
+
+def mix(x, before, *weights):
+    """x + (before - x) m for each m of weights; x and the token before [B, T, C]"""
+    weights = [m.to(x.dtype) for m in weights]
+    if wkv_cuda.cpu.fits(x):
+        return Mix.apply(x, before, *weights)  # one pass over memory, and one in backward
+    delta = before - x
+    return [torch.addcmul(x, delta, m) for m in weights]
+
+
 def head_norm(y, norm):
     """Layer norm of each head by itself, then weight and bias over C. y [B, T, H, N] -> [B, T, C]"""
     y = F.layer_norm(y, y.shape[-1:], eps=64e-5).flatten(2)
@@ -203,9 +224,7 @@ class TimeMix7(nn.Module):
         """x [B, T, C] -> (out [B, T, C], v_first, shift, wkv). v_first: the first layer's values, None in that layer."""
         heads = (*x.shape[:2], self.H, self.N)
         before, shift = token_shift(x, shift, packing)
-        delta = before - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, delta, m.to(x.dtype)) for m in
-                                        (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        x_r, x_w, x_k, x_v, x_a, x_g = mix(x, before, self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         # decay in (0.545, 1): log w = -exp(-1/2) sigmoid(.)
         logw = -math.exp(-0.5) * torch.sigmoid(fp32(self.w0) + low_rank(x_w, self.w1, self.w2, torch.tanh))
@@ -233,7 +252,7 @@ class ChannelMix7(nn.Module):
 
     def forward(self, x, shift, packing):
         before, shift = token_shift(x, shift, packing)
-        k = self.key(torch.addcmul(x, before - x, self.x_k.to(x.dtype)))
+        k = self.key(*mix(x, before, self.x_k))
         return self.value(torch.relu(k).square()), shift
 
 
@@ -275,9 +294,8 @@ class ChannelMix6(nn.Module):
 
     def forward(self, x, shift, packing):
         before, shift = token_shift(x, shift, packing)
-        delta = before - x
-        k = self.key(torch.addcmul(x, delta, self.time_maa_k.to(x.dtype)))
-        r = self.receptance(torch.addcmul(x, delta, self.time_maa_r.to(x.dtype)))
+        x_k, x_r = mix(x, before, self.time_maa_k, self.time_maa_r)
+        k, r = self.key(x_k), self.receptance(x_r)
         return torch.sigmoid(r) * self.value(torch.relu(k).square()), shift
 
 

@@ -1,5 +1,6 @@
 """C++ for the CPU. wkv_cpu.cpp: the recurrence token by token, as PyTorch ops with gradients, gosling::wkv6_cpu and
-wkv7_cpu. step_cpu.cpp: one token through a whole network, for generation. score_cpu.cpp: the end of the loss.
+wkv7_cpu. step_cpu.cpp: one token through a whole network, for generation. train_cpu.cpp: the end of the loss, and
+token mixing.
 
 Compiled once, in a few seconds, by the first call that needs a gradient; never at import, and sampling does not wait
 for it. What is built is kept under a name that holds a hash of the source, flags, compiler and processor.
@@ -22,7 +23,7 @@ import torch
 from .cuda_seq import _flatten, _register, _wants_grad
 
 HEAD_SIZES, DTYPES = tuple(range(16, 129, 16)), (torch.float32, torch.bfloat16)
-SOURCES = [Path(__file__).parent / name for name in ("wkv_cpu.cpp", "step_cpu.cpp", "score_cpu.cpp", "cpu.h")]
+SOURCES = [Path(__file__).parent / name for name in ("wkv_cpu.cpp", "step_cpu.cpp", "train_cpu.cpp", "cpu.h")]
 # contraction to fused multiply-adds is the only licence with the arithmetic; nothing here is reordered
 FLAGS = ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native", "-O3", "-std=c++17",
          "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread"]
@@ -83,18 +84,30 @@ def stepper(version, weights, sizes):
     return step
 
 
+def fits(x):
+    """Whether score_rows and mix take this tensor: float32 on a CPU, and the library is there."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and _load(build=False)[0] is not None
+
+
+def mix(x, before, weights, grads=()):
+    """[x + (before - x) m for m in weights], x and before [.., C]; or with their gradients, those of x, before and each m."""
+    outs = [torch.empty_like(x) for x in (x, before, *weights)] if grads else [torch.empty_like(x) for _ in weights]
+    io = [t.contiguous() for t in (x, before, *weights, *grads)] + outs
+    sizes = (ctypes.c_int * 4)(x.numel() // x.shape[-1], x.shape[-1], len(weights), torch.get_num_threads())
+    _load(build=False)[0].mix(bool(grads), sizes, (ctypes.c_void_p * len(io))(*[t.data_ptr() for t in io]))
+    return outs
+
+
 def score_rows(z, targets, temperature, scores=None, grads=None, l2wrap=0.0):
     """Rows of logits z [M, V] -> (logps, entropy, hits, lse) of the targets [M], each [M]; given these `scores` and `grads`
     (d loss / d logps, and / d entropy or None): z becomes d loss / d z. None, and z as it was, if that is not to be had."""
-    fits = z.device.type == "cpu" and z.dtype == torch.float32 and z.is_contiguous()
-    library, _ = _load(build=False) if fits else (None, None)
-    if library is None:
+    if not fits(z):
         return None
     out = scores or [torch.empty(len(z), dtype=torch.bool if i == 2 else torch.float32) for i in range(4)]
     io = [x if x is None else x.contiguous() for x in (z, targets, *out, *(grads or (None, None)))]
     pointers = (ctypes.c_void_p * 8)(*[None if x is None else x.data_ptr() for x in io])
     sizes = (ctypes.c_int * 3)(*z.shape, torch.get_num_threads())
-    if library.score_rows(grads is not None, sizes, ctypes.c_float(temperature), ctypes.c_float(l2wrap), pointers):
+    if _load(build=False)[0].score_rows(grads is not None, sizes, ctypes.c_float(temperature), ctypes.c_float(l2wrap), pointers):
         raise IndexError(f"targets must be from 0 to {z.shape[1] - 1}")
     return out
 
@@ -131,7 +144,7 @@ def _load(build):
     if _answer:
         return _answer[0]
     say = lambda line: os.environ.get("LOCAL_RANK", "0") == "0" and print(line, file=sys.stderr)
-    library = missing = None
+    library = missing = start = None
     try:
         path, cxx = _place()
         if path is None:
@@ -150,7 +163,13 @@ def _load(build):
                 else:
                     lines = done.stderr.strip().splitlines() or [f"{cxx[0]} failed"]
                     missing = next((line for line in lines if "error" in line), lines[-1])[:300]
-        library = None if missing else ctypes.CDLL(str(path))
+        try:
+            library = None if missing else ctypes.CDLL(str(path))
+        except OSError:  # not a library: a disk that was full, a copy cut short
+            if start or not build:
+                raise
+            path.unlink()
+            return _load(build)
     except OSError as error:
         missing = str(error)
     if build or library:
