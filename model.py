@@ -98,6 +98,29 @@ class Packing(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # layers
 
+class OneDNN(torch.autograd.Function):
+    """x w' in float32 on a CPU. F.linear takes MKL, which on some CPUs needs half as long again as oneDNN; for w's gradient
+    they are equal."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        return (torch.ops.mkldnn._linear_pointwise(dy, w.mT, None, "none", [], "") if ctx.needs_input_grad[0] else None,
+                dy.flatten(0, -2).mT @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None)
+
+
+def linear(x, w):
+    """x [..., in], w [out, in] -> [..., out]"""
+    if x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return OneDNN.apply(x, w)
+    return F.linear(x, w)
+
+
 class Linear(nn.Linear):
     """y = W x, and with an adapter (LoRA, arXiv 2106.09685)  y = W x + scale B A x;  A [r, in], B [out, r]."""
 
@@ -117,16 +140,11 @@ class Linear(nn.Linear):
         self.lora_scale, self.lora_dropout = scale, dropout
 
     def forward(self, x):
-        if x.shape[-2] == 1 and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and \
-                torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
-            # one token of each row, when generating; F.linear would take MKL, which on some CPUs needs half as long again as oneDNN
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        else:
-            y = F.linear(x, self.weight.to(x.dtype))
+        y = linear(x, self.weight.to(x.dtype))
         if self.lora_A is None or not self.lora_on:
             return y
-        h = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
-        return torch.add(y, F.linear(h, self.lora_B.to(x.dtype)), alpha=self.lora_scale)
+        h = linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
+        return torch.add(y, linear(h, self.lora_B.to(x.dtype)), alpha=self.lora_scale)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -149,8 +167,8 @@ def fp32(x):
 
 def low_rank(x, down, up, activation=None):
     """activation(x @ down) @ up; these pairs are stored [in, rank], [rank, out]."""
-    h = x @ down.to(x.dtype)
-    return (activation(h) if activation else h) @ up.to(x.dtype)
+    h = linear(x, down.to(x.dtype).mT)
+    return linear(activation(h) if activation else h, up.to(x.dtype).mT)
 
 
 def token_shift(x, last, packing):
@@ -160,6 +178,27 @@ def token_shift(x, last, packing):
         return torch.cat([last[:, None], x[:, :-1]], 1), x[:, -1]
     before = torch.cat([x[:, :1], x[:, :-1]], 1).index_copy(1, packing.first, last[None, packing.filled])
     return before, last.index_copy(0, packing.filled, x[0, packing.last])
+
+
+class Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, before, *weights):
+        ctx.save_for_backward(x, before, *weights)
+        return tuple(wkv_cuda.cpu.mix(x, before, weights))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, before, *weights = ctx.saved_tensors
+        return tuple(wkv_cuda.cpu.mix(x, before, weights, grads))
+
+
+def mix(x, before, *weights):
+    """x + (before - x) m for each m of weights; x and the token before [B, T, C]"""
+    weights = [m.to(x.dtype) for m in weights]
+    if wkv_cuda.cpu.fits(x):
+        return Mix.apply(x, before, *weights)  # one pass over memory, and one in backward
+    delta = before - x
+    return [torch.addcmul(x, delta, m) for m in weights]
 
 
 def head_norm(y, norm):
@@ -185,9 +224,7 @@ class TimeMix7(nn.Module):
         """x [B, T, C] -> (out [B, T, C], v_first, shift, wkv). v_first: the first layer's values, None in that layer."""
         heads = (*x.shape[:2], self.H, self.N)
         before, shift = token_shift(x, shift, packing)
-        delta = before - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, delta, m.to(x.dtype)) for m in
-                                        (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        x_r, x_w, x_k, x_v, x_a, x_g = mix(x, before, self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         # decay in (0.545, 1): log w = -exp(-1/2) sigmoid(.)
         logw = -math.exp(-0.5) * torch.sigmoid(fp32(self.w0) + low_rank(x_w, self.w1, self.w2, torch.tanh))
@@ -215,7 +252,7 @@ class ChannelMix7(nn.Module):
 
     def forward(self, x, shift, packing):
         before, shift = token_shift(x, shift, packing)
-        k = self.key(torch.addcmul(x, before - x, self.x_k.to(x.dtype)))
+        k = self.key(*mix(x, before, self.x_k))
         return self.value(torch.relu(k).square()), shift
 
 
@@ -257,9 +294,8 @@ class ChannelMix6(nn.Module):
 
     def forward(self, x, shift, packing):
         before, shift = token_shift(x, shift, packing)
-        delta = before - x
-        k = self.key(torch.addcmul(x, delta, self.time_maa_k.to(x.dtype)))
-        r = self.receptance(torch.addcmul(x, delta, self.time_maa_r.to(x.dtype)))
+        x_k, x_r = mix(x, before, self.time_maa_k, self.time_maa_r)
+        k, r = self.key(x_k), self.receptance(x_r)
         return torch.sigmoid(r) * self.value(torch.relu(k).square()), shift
 
 
@@ -329,7 +365,11 @@ class ScoreTokens(torch.autograd.Function):
         w = weight.to(h.dtype)
         out = []
         for x, y in zip(h.split(ScoreTokens.rows(h, w)), targets.split(ScoreTokens.rows(h, w))):
-            z = fp32(F.linear(x, w)) / temperature
+            z = fp32(linear(x, w))
+            if native := wkv_cuda.cpu.score_rows(z, y, temperature):
+                out.append(native)
+                continue
+            z = z / temperature
             lse = z.logsumexp(-1)
             target = z.gather(-1, y[:, None])[:, 0]
             hits = z.argmax(-1) == y
@@ -350,22 +390,27 @@ class ScoreTokens(torch.autograd.Function):
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(h), n):
             q = slice(i, i + n)
-            logits = fp32(F.linear(h[q], w))
-            logp = logits / ctx.temperature - lse[q, None]
-            p = logp.exp()
-            dz = torch.zeros_like(p)
-            if dlogps is not None:
-                dz.addcmul_(p, dlogps[q, None], value=-1)
-                dz.scatter_add_(-1, targets[q, None], dlogps[q, None])
-            if dentropy is not None:
-                dz.addcmul_(p, (logp + entropy[q, None]) * dentropy[q, None], value=-1)
-            dz /= ctx.temperature
-            if ctx.l2wrap and dlogps is not None:
-                top, at = logits.max(-1, keepdim=True)
-                dz.scatter_add_(-1, at, -ctx.l2wrap * top * dlogps[q, None])
+            logits = fp32(linear(h[q], w))
+            grads = dlogps is not None and (dlogps[q], None if dentropy is None else dentropy[q])
+            if grads and wkv_cuda.cpu.score_rows(logits, targets[q], ctx.temperature, (None, entropy[q], None, lse[q]), grads,
+                                                 ctx.l2wrap):
+                dz = logits
+            else:
+                logp = logits / ctx.temperature - lse[q, None]
+                p = logp.exp()
+                dz = torch.zeros_like(p)
+                if dlogps is not None:
+                    dz.addcmul_(p, dlogps[q, None], value=-1)
+                    dz.scatter_add_(-1, targets[q, None], dlogps[q, None])
+                if dentropy is not None:
+                    dz.addcmul_(p, (logp + entropy[q, None]) * dentropy[q, None], value=-1)
+                dz /= ctx.temperature
+                if ctx.l2wrap and dlogps is not None:
+                    top, at = logits.max(-1, keepdim=True)
+                    dz.scatter_add_(-1, at, -ctx.l2wrap * top * dlogps[q, None])
             dz = dz.to(h.dtype)
             if dh is not None:
-                dh[q] = dz @ w
+                dh[q] = linear(dz, w.mT)
             if dw is not None:
                 dw += dz.mT @ h[q]
         return dh, dw, None, None, None
@@ -389,6 +434,7 @@ class RWKV(nn.Module):
         self.before_tuning = []    # (parameter, its value before) of extra parameters trained with a LoRA
         self.tuned = nn.ModuleList()  # learned initial states: one, or one for each of several tasks
         self.tuned_on, self.task = True, 0
+        self.step = None           # while generating: one token in one call, see stepper
         for name, p in self.named_parameters():
             if not p.is_meta:
                 init_parameter(name, p.data, c)
@@ -416,6 +462,15 @@ class RWKV(nn.Module):
         if self.emb.weight.device.type == "cpu":
             wkv_cuda.cpu.unavailable()
 
+    def stepper(self):
+        """What computes forward(idx [B, 1], state, out=state) in one C++ call, for as long as no weight is replaced; None
+        where that is not possible: not on a CPU, not built, an adapter on, weights of several dtypes."""
+        weights = {name: p for name, p in self.named_parameters() if not name.startswith(("score.", "tuned."))}
+        if self.emb.weight.device.type != "cpu" or self.compute_dtype not in (None, self.emb.weight.dtype) or \
+                any(".lora_" in name for name in weights):
+            return None
+        return wkv_cuda.cpu.stepper(int(self.config.version[2]), list(weights.values()), self.config)
+
     def zero_state(self, sequences):
         c, weight = self.config, self.emb.weight
         shift = torch.zeros(c.n_layer, sequences, c.n_embd, dtype=self.compute_dtype or weight.dtype, device=weight.device)
@@ -433,6 +488,8 @@ class RWKV(nn.Module):
         last_only: logits [B or D, 1, V] of each sequence's last token. score: -> (scores [B or D] there, state).
         out: a state to write the new one into, without gradient; `state` itself will do. Saves a large allocation per token.
         """
+        if self.step and out is state is not None and idx.shape[1] == 1:
+            return self.step(idx[:, 0], state)[:, None].to(state["att_shift"].dtype), state
         packing = Packing.of(cu_seqlens, idx.device)
         sequences = len(idx) if packing is None else len(packing.cu_seqlens) - 1
         state = state or self.initial_state(sequences, tasks)

@@ -81,13 +81,14 @@ class Completion:
 
 @contextlib.contextmanager
 def inference(model):
-    """Dropout off; afterwards every module is as it was."""
-    training = [m for m in model.modules() if m.training]
+    """Dropout off, and single tokens in C++ if it is built; afterwards every module is as it was."""
+    training, model.step = [m for m in model.modules() if m.training], model.stepper()
     for m in training:
         m.training = False
     try:
         yield
     finally:
+        model.step = None
         for m in training:
             m.training = True
 

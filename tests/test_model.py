@@ -10,6 +10,7 @@ import torch
 
 from common import UserError
 from conftest import ROOT
+import wkv_cuda
 from model import RWKV, RWKVConfig, config_of
 
 SMALL = dict(n_layer=3, n_embd=128, vocab_size=320)
@@ -312,3 +313,63 @@ def test_one_layer_has_no_division_by_zero():
     for version in ("x060", "x070"):
         for p in RWKV(RWKVConfig(version, 1, 64, 10)).parameters():
             assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 5e-6), (torch.bfloat16, 0.05)])
+def test_one_token_in_one_call_equals_the_layers(version, dtype, most):
+    """step_cpu.cpp against forward; batch-mates and threads change no bit of it."""
+    if wkv_cuda.cpu.unavailable():
+        pytest.skip(wkv_cuda.cpu.unavailable())
+    torch.manual_seed(0)
+    for C, N, V in ((64, 16, 257), (128, 64, 300), (96, 48, 77)):
+        model = RWKV(RWKVConfig(version, 2, C, V, head_size=N))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1 * torch.randn_like(p)
+        model.to(dtype)
+        step, ids = model.stepper(), torch.randint(0, V, (19, 6))
+        for rows in (1, 2, 5, 19):
+            with torch.no_grad():
+                want, _ = model(ids[:rows])
+                state, got = model.zero_state(rows), []
+                for t in range(6):
+                    before = {k: v.clone() for k, v in state.items()}
+                    got.append(step(ids[:rows, t], state))
+            assert (torch.stack(got, 1) - want).norm() < most * want.norm()
+        some, threads = torch.tensor([17, 3, 4]), torch.get_num_threads()
+        fewer = {k: v[:, some].contiguous() for k, v in before.items()}
+        torch.set_num_threads(3)
+        try:
+            assert torch.equal(step(ids[some, 5], fewer), got[-1][some])
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(fewer[k], state[k][:, some]) for k in state)
+        with pytest.raises(ValueError, match="ids must be"):
+            step(ids[:1, 0] * 0 - 1, model.zero_state(1))
+        for wrong in (model.zero_state(2), {k: v[:, ::2] for k, v in model.zero_state(2).items()}):
+            with pytest.raises(ValueError, match="state"):
+                step(ids[:1, 0], wrong)
+    model.blocks[0].att.key.add_lora(2, 1.0, 0.0)
+    assert model.stepper() is None
+
+
+@pytest.mark.parametrize("temperature, l2wrap, V", [(1.0, 0.0, 333), (0.7, 0.1, 64), (1.3, 0.0, 5)])
+def test_scores_in_cpp_equal_float64(temperature, l2wrap, V):
+    """score_cpu.cpp, in float32, against ScoreTokens' own formulas in float64."""
+    if wkv_cuda.cpu.unavailable():
+        pytest.skip(wkv_cuda.cpu.unavailable())
+    from model import ScoreTokens
+    torch.manual_seed(0)
+    xs, targets = [torch.randn(50, 24, dtype=torch.float64), torch.randn(V, 24, dtype=torch.float64)], torch.randint(0, V, (50,))
+    weight, out = torch.randn(2, 50, dtype=torch.float64), []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in xs]
+        logps, entropy, hits = ScoreTokens.apply(*leaves, targets, temperature, l2wrap)
+        first = torch.autograd.grad((logps * weight[0]).sum(), leaves, retain_graph=True)
+        both = torch.autograd.grad((logps * weight[0] + entropy * weight[1]).sum(), leaves)
+        out.append((logps, entropy, *first, *both, hits))
+    for want, got in zip(*out):
+        torch.testing.assert_close(got.to(want.dtype), want, atol=2e-5, rtol=2e-5)
+    with pytest.raises(IndexError, match="targets must be"):
+        ScoreTokens.apply(*[x.float() for x in xs], targets + V, temperature, l2wrap)

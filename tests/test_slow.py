@@ -110,3 +110,20 @@ def test_killed_at_random_moments_it_still_ends_where_it_would(stdlib, tmp_path)
     assert all(torch.equal(a[k], b[k]) for k in a)
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path):
+    """The C++ for the CPU under the address and undefined-behaviour sanitizers, with all tests that call it."""
+    cxx, library = os.environ.get("CXX", "c++"), {}
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
+        library[name] = subprocess.run([*cxx.split(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        if not os.path.isabs(library[name]):
+            pytest.skip(f"{cxx} has no {name}")
+    env = {**os.environ, "CXX": f"{cxx} -fsanitize=address,undefined -fno-sanitize-recover=all", "TORCH_EXTENSIONS_DIR": str(tmp_path),
+           "LD_PRELOAD": " ".join(library.values()), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-s", "-k", "cpp or cpu or one_call",
+                           "tests/test_wkv.py", "tests/test_model.py"], cwd=ROOT, env=env, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and " passed" in said and "Sanitizer" not in said and "runtime error" not in said, said[-3000:]
+    assert list(tmp_path.glob("*.so"))

@@ -333,7 +333,7 @@ def test_memory_does_not_grow_with_t_n_n(version, backend, request):
 
 def test_errors_name_the_shape():
     xs = inputs(7, 2, 8, 2)
-    with pytest.raises(ValueError, match=r"state is \(1, 2, 64, 64\), expected .*\(2, 2, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"state is \(1, 2, 64, 64\) .*expected .*\(2, 2, 64, 64\)"):
         wkv7(*xs, torch.zeros(1, 2, 64, 64))
     with pytest.raises(ValueError, match="not one of naive, chunked"):
         wkv7(*xs, backend="fast")
@@ -346,3 +346,47 @@ def test_errors_name_the_shape():
     if wkv_cuda.cuda_seq.unavailable():
         with pytest.raises(RuntimeError, match="cuda_seq"):
             wkv7(*xs, backend="cuda_seq")
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("backend", ["naive", "chunked", "cpu"])
+def test_bad_input_names_the_argument(version, backend, request):
+    """With the C++ form too ("cpp"), and odd input that is none: strides, no token, NaN."""
+    if backend == "cpu":
+        request.getfixturevalue("built")
+    op, (xs, state) = wkv7 if version == 7 else wkv6, single_and_state(version)
+    names = ("r", "logw", "k", "v", "a", "b") if version == 7 else ("r", "logw", "k", "v", "u")
+    for i, name in enumerate(names):
+        for wrong in (xs[i][:1] if i else xs[i][0], xs[i].detach().to("meta"), xs[i].detach().int()):
+            if wrong.dtype == torch.int32 and name == "u" or wrong.is_meta and i == 0:
+                continue
+            with pytest.raises(ValueError, match=rf"\b{name} is "):
+                op(*xs[:i], wrong, *xs[i + 1:], state, backend=backend)
+    with pytest.raises(ValueError, match="state is"):
+        op(*xs, state[:, :1], backend=backend)
+    one = [x if x.dim() == 2 else x[:1] for x in xs]
+    for cu in ([0, 39], [1, 40], [0, 30, 20, 40], [0], [], [0, 50, 40]):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            op(*one, cu_seqlens=torch.tensor(cu, dtype=torch.long), backend=backend)
+    strided = [x.detach().mT.contiguous().mT.requires_grad_() for x in xs]
+    for a, b in zip(run(version, strided, state.detach().mT.contiguous().mT.requires_grad_(), backend), run(version, xs, state, backend)):
+        assert torch.equal(a, b) if backend == "cpu" else error(a, b.double()) < 1e-5
+    none = [x.detach()[:, :0].requires_grad_() if x.dim() == 4 else x for x in xs]
+    y, end = op(*none, state, backend=backend)
+    assert y.shape == (2, 0, 2, 64) and torch.equal(end, state)
+    if backend != "naive":  # there nothing leads from y to the inputs
+        assert all(g.isfinite().all() for g in run(version, none, state, backend))
+    with torch.no_grad():
+        xs[3][0, 5] = xs[1][0, 3, 0, 0] = float("nan")
+    out = run(version, xs, state, backend)
+    assert out[0][0, 5:].isnan().any()
+    if backend == "cpu":  # the others may hand it on to the whole chunk
+        assert out[0][0, :3].isfinite().all() and out[0][1].isfinite().all()
+
+
+def test_half_a_library_is_built_anew(nothing_built):
+    if cpu._place()[0] is None:
+        pytest.skip(cpu._place()[1])
+    cpu._place()[0].parent.mkdir(exist_ok=True)
+    cpu._place()[0].write_bytes(b"\x7fELF")
+    assert cpu.unavailable(build=False) and cpu.unavailable() is None

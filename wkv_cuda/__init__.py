@@ -25,7 +25,7 @@ def wkv7(r, logw, k, v, a, b, state=None, *, cu_seqlens=None, backend=None):
     gradients, also to the initial state. `backend`: one of BACKENDS, or None for the fastest that fits.
     ValueError on shapes that do not fit together.
     """
-    state = _check(r, (logw, k, v, a, b), state, cu_seqlens)
+    state = _check(dict(r=r, logw=logw, k=k, v=v, a=a, b=b), state, cu_seqlens)
     return _run(7, backend, (r, logw, k, v, a, b), state, cu_seqlens)
 
 
@@ -34,28 +34,33 @@ def wkv6(r, logw, k, v, u, state=None, *, cu_seqlens=None, backend=None):
 
     u [H, N]; the rest as in wkv7. The decay has no lower bound.
     """
-    state = _check(r, (logw, k, v), state, cu_seqlens)
-    if u.shape != r.shape[2:]:
-        raise ValueError(f"u is {tuple(u.shape)}, expected [H, N] = {tuple(r.shape[2:])}")
+    state = _check(dict(r=r, logw=logw, k=k, v=v), state, cu_seqlens)
+    if u.shape != r.shape[2:] or u.device != r.device:
+        raise ValueError(f"u is {tuple(u.shape)} on {u.device}, expected [H, N] = {tuple(r.shape[2:])} on {r.device}")
     return _run(6, backend, (r, logw, k, v, u), state, cu_seqlens)
 
 
-def _check(r, others, state, cu_seqlens):
-    """Shapes; -> the state, zeros where None was given, in float32 or float64 inputs' own."""
+def _check(vectors, state, cu_seqlens):
+    """Shapes and devices; -> the state, zeros where None was given, in float32 or float64 inputs' own."""
+    r = vectors["r"]
+    if r.dim() != 4 or not r.is_floating_point():
+        raise ValueError(f"r is {r.dtype} {tuple(r.shape)}, expected floats [B, T, H, N]")
     B, T, H, N = r.shape
-    for x in others:
-        if x.shape != r.shape:
-            raise ValueError(f"expected every input to be [B, T, H, N] = {tuple(r.shape)} like r, got {tuple(x.shape)}")
+    for name, x in vectors.items():
+        if x.shape != r.shape or x.device != r.device or not x.is_floating_point():
+            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected floats [B, T, H, N] = "
+                             f"{tuple(r.shape)} on {r.device} like r")
     if cu_seqlens is not None:
-        borders = torch.as_tensor(cu_seqlens).tolist()
-        if B != 1 or borders[0] != 0 or borders[-1] != T or any(i > j for i, j in zip(borders, borders[1:])):
+        borders = torch.as_tensor(cu_seqlens).flatten().tolist()
+        if B != 1 or len(borders) < 2 or borders[0] != 0 or borders[-1] != T or any(i > j for i, j in zip(borders, borders[1:])):
             raise ValueError(f"cu_seqlens wants B = 1 and borders rising from 0 to T = {T}; got B = {B}, {borders[:8]}…")
         B = len(borders) - 1
     dtype = torch.promote_types(r.dtype, torch.float32)
     if state is None:
         return r.new_zeros(B, H, N, N, dtype=dtype)
-    if state.shape != (B, H, N, N):
-        raise ValueError(f"state is {tuple(state.shape)}, expected [sequences, H, N, N] = {(B, H, N, N)}")
+    if state.shape != (B, H, N, N) or state.device != r.device:
+        raise ValueError(f"state is {tuple(state.shape)} on {state.device}, expected [sequences, H, N, N] = {(B, H, N, N)} on "
+                         f"{r.device}")
     return state.to(dtype)
 
 

@@ -1,4 +1,6 @@
-"""The recurrence token by token on the CPU: wkv_cpu.cpp as PyTorch ops with gradients, gosling::wkv6_cpu and wkv7_cpu.
+"""C++ for the CPU. wkv_cpu.cpp: the recurrence token by token, as PyTorch ops with gradients, gosling::wkv6_cpu and
+wkv7_cpu. step_cpu.cpp: one token through a whole network, for generation. train_cpu.cpp: the end of the loss, and
+token mixing.
 
 Compiled once, in a few seconds, by the first call that needs a gradient; never at import, and sampling does not wait
 for it. What is built is kept under a name that holds a hash of the source, flags, compiler and processor.
@@ -21,7 +23,7 @@ import torch
 from .cuda_seq import _flatten, _register, _wants_grad
 
 HEAD_SIZES, DTYPES = tuple(range(16, 129, 16)), (torch.float32, torch.bfloat16)
-SOURCE = Path(__file__).parent / "wkv_cpu.cpp"
+SOURCES = [Path(__file__).parent / name for name in ("wkv_cpu.cpp", "step_cpu.cpp", "train_cpu.cpp", "cpu.h")]
 # contraction to fused multiply-adds is the only licence with the arithmetic; nothing here is reordered
 FLAGS = ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native", "-O3", "-std=c++17",
          "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread"]
@@ -56,6 +58,60 @@ def _launch(function, *args):
         raise RuntimeError(f"wkv{version}: cu_seqlens must rise from 0 to {args[0].shape[0]}")
 
 
+def stepper(version, weights, sizes):
+    """step(ids [M] int64, state, written in place) -> logits [M, V] in float32; None if there is no library yet. weights:
+    all of the network's parameters in their order, of one dtype of DTYPES; sizes: those of a model's config."""
+    c, dtype = sizes, weights[0].dtype
+    library, _ = _load(build=False)
+    dims = (c.n_embd, c.dim_ffn, c.decay_rank, c.iclr_rank, c.value_rank, c.gate_rank, c.mix_rank)
+    if library is None or c.head_size not in HEAD_SIZES or any(n % 16 for n in dims) or not all(
+            w.dtype == dtype in DTYPES and w.is_contiguous() for w in weights):
+        return None
+    pointers = (ctypes.c_void_p * len(weights))(*[w.data_ptr() for w in weights])
+
+    def step(ids, state):
+        logits, shape = torch.empty(len(ids), c.vocab_size), (c.n_layer, len(ids), c.n_embd)
+        ids, shifts = ids.contiguous(), [state["att_shift"], state["ffn_shift"]]
+        if state["wkv"].shape[:2] != shape[:2] or any(x.shape != shape or x.dtype != dtype for x in shifts) or not all(
+                x.is_contiguous() for x in (state["wkv"], *shifts)):
+            raise ValueError(f"the state is not one of {len(ids)} sequences in {dtype}, contiguous")
+        io = [ids, state["wkv"], *shifts, logits]
+        numbers = (version, dtype == torch.bfloat16, len(ids), c.n_layer, c.n_embd, c.head_size, c.dim_ffn, c.vocab_size,
+                   torch.get_num_threads(), *dims[2:])
+        if library.rwkv_step((ctypes.c_int * len(numbers))(*numbers), pointers, (ctypes.c_void_p * 5)(*[x.data_ptr() for x in io])):
+            raise ValueError(f"ids must be from 0 to {c.vocab_size - 1}")
+        return logits
+    return step
+
+
+def fits(x):
+    """Whether score_rows and mix take this tensor: float32 on a CPU, and the library is there."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and _load(build=False)[0] is not None
+
+
+def mix(x, before, weights, grads=()):
+    """[x + (before - x) m for m in weights], x and before [.., C]; or with their gradients, those of x, before and each m."""
+    outs = [torch.empty_like(x) for x in (x, before, *weights)] if grads else [torch.empty_like(x) for _ in weights]
+    io = [t.contiguous() for t in (x, before, *weights, *grads)] + outs
+    sizes = (ctypes.c_int * 4)(x.numel() // x.shape[-1], x.shape[-1], len(weights), torch.get_num_threads())
+    _load(build=False)[0].mix(bool(grads), sizes, (ctypes.c_void_p * len(io))(*[t.data_ptr() for t in io]))
+    return outs
+
+
+def score_rows(z, targets, temperature, scores=None, grads=None, l2wrap=0.0):
+    """Rows of logits z [M, V] -> (logps, entropy, hits, lse) of the targets [M], each [M]; given these `scores` and `grads`
+    (d loss / d logps, and / d entropy or None): z becomes d loss / d z. None, and z as it was, if that is not to be had."""
+    if not fits(z):
+        return None
+    out = scores or [torch.empty(len(z), dtype=torch.bool if i == 2 else torch.float32) for i in range(4)]
+    io = [x if x is None else x.contiguous() for x in (z, targets, *out, *(grads or (None, None)))]
+    pointers = (ctypes.c_void_p * 8)(*[None if x is None else x.data_ptr() for x in io])
+    sizes = (ctypes.c_int * 3)(*z.shape, torch.get_num_threads())
+    if _load(build=False)[0].score_rows(grads is not None, sizes, ctypes.c_float(temperature), ctypes.c_float(l2wrap), pointers):
+        raise IndexError(f"targets must be from 0 to {z.shape[1] - 1}")
+    return out
+
+
 _wkv7 = _register("wkv7_cpu", _launch, "r", "logw", "k", "v", "a", "b", "state")
 _wkv6 = _register("wkv6_cpu", _launch, "r", "logw", "k", "v", "u", "state")
 
@@ -74,7 +130,7 @@ def _place():
         return None, f"no C++ compiler: {cxx[0]} is not on PATH (apt install g++, xcode-select --install, or set CXX)"
     # the compiler's own macros tell its version and every instruction set of this processor
     macros = subprocess.run([*cxx, FLAGS[0], "-dM", "-E", "-x", "c++", os.devnull], capture_output=True).stdout
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), macros, *map(str.encode, cxx + FLAGS)])).hexdigest()[:12]
+    key = hashlib.sha256(b"\0".join([*[path.read_bytes() for path in SOURCES], macros, *map(str.encode, cxx + FLAGS)])).hexdigest()[:12]
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "gosling").expanduser()
     return Path(folder, f"gosling_wkv_cpu_{key}.so"), cxx
@@ -88,7 +144,7 @@ def _load(build):
     if _answer:
         return _answer[0]
     say = lambda line: os.environ.get("LOCAL_RANK", "0") == "0" and print(line, file=sys.stderr)
-    library = missing = None
+    library = missing = start = None
     try:
         path, cxx = _place()
         if path is None:
@@ -99,7 +155,7 @@ def _load(build):
             start = time.time()
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                command = [*cxx, *FLAGS, str(SOURCE), "-o", f"{folder}/new.so"]
+                command = [*cxx, *FLAGS, *map(str, SOURCES[:3]), "-o", f"{folder}/new.so"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode == 0:
                     os.replace(f"{folder}/new.so", path)
@@ -107,7 +163,13 @@ def _load(build):
                 else:
                     lines = done.stderr.strip().splitlines() or [f"{cxx[0]} failed"]
                     missing = next((line for line in lines if "error" in line), lines[-1])[:300]
-        library = None if missing else ctypes.CDLL(str(path))
+        try:
+            library = None if missing else ctypes.CDLL(str(path))
+        except OSError:  # not a library: a disk that was full, a copy cut short
+            if start or not build:
+                raise
+            path.unlink()
+            return _load(build)
     except OSError as error:
         missing = str(error)
     if build or library:

@@ -68,7 +68,7 @@ def _flatten(op, vectors, state, cu_seqlens, device=None, head_sizes=(64,), dtyp
     (B, T, H, N), cu = r.shape, cu_seqlens
     if cu is None:
         cu = torch.arange(B + 1, device=r.device, dtype=torch.int32) * T
-    elif B != 1 or cu.dim() != 1 or cu.shape[0] < 2 or cu.dtype not in (torch.int32, torch.int64):
+    elif B != 1 or (cu := torch.as_tensor(cu)).dim() != 1 or cu.shape[0] < 2 or cu.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: cu_seqlens must be int32 or int64 [D + 1] with B = 1, "
                          f"got {cu.dtype} {list(cu.shape)} with B = {B}")
     if state is None:

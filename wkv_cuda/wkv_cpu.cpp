@@ -10,38 +10,17 @@
 // divides by the decay, so exp(logw) may underflow to 0.
 #include <algorithm>
 #include <atomic>
-#include <cstdint>
-#include <cstring>
 #include <memory>
 #include <thread>
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX512F__)
-constexpr int W = 16;    // floats in a vector register
-#elif defined(__AVX__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
+#include "cpu.h"
+
 constexpr int CH = 32;   // tokens between two saved states, as in cuda_seq.py
-typedef float vec __attribute__((vector_size(4 * W), may_alias));
-static vec* at(float* x) { return (vec*)x; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // memory <-> rows of fp32
-
-static float as_float(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
-static uint32_t as_int(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
-
-static float exp_(float x) {  // for x <= 0: 2^n e^f, |f| <= ln 2 / 2; 2^n in two halves, so that it may underflow to 0
-    x = x < -140.f ? -140.f : x;
-    const int n = (int)(x * 1.44269504f - 0.5f), half = n / 2;
-    const float f = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    float p = 1.f / 720 + f * (1.f / 5040);
-    p = 1.f / 120 + f * p, p = 1.f / 24 + f * p, p = 1.f / 6 + f * p, p = 0.5f + f * p, p = 1 + f * p, p = 1 + f * p;
-    return p * as_float((uint32_t)(half + 127) << 23) * as_float((uint32_t)(n - half + 127) << 23);
-}
 
 static void load(float* to, const void* from, bool half, int N) {
     if (!half) memcpy(to, from, 4 * N);
@@ -50,10 +29,7 @@ static void load(float* to, const void* from, bool half, int N) {
 
 static void store(void* to, const float* from, bool half, int N) {
     if (!half) memcpy(to, from, 4 * N);
-    else for (int j = 0; j < N; j++) {  // to the nearest bf16, ties to even
-        const uint32_t x = as_int(from[j]);
-        ((uint16_t*)to)[j] = from[j] != from[j] ? 0x7fc0 : (x + 0x7fff + (x >> 16 & 1)) >> 16;
-    }
+    else for (int j = 0; j < N; j++) ((uint16_t*)to)[j] = as_bf16(from[j]);
 }
 
 struct Stream { const void* memory; float* rows; bool half; };  // an operand [total, H, N], and a chunk of it [CH, N]
