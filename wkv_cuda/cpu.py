@@ -85,8 +85,9 @@ def stepper(version, weights, sizes):
 
 
 def fits(x):
-    """Whether score_rows and mix take this tensor: float32 on a CPU, and the library is there."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and _load(build=False)[0] is not None
+    """Whether score_rows and mix take this tensor: float32 on a CPU, with content (bench/memory.py's have none), and the
+    library is there."""
+    return type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and _load(build=False)[0] is not None
 
 
 def mix(x, before, weights, grads=()):
