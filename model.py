@@ -116,7 +116,8 @@ class OneDNN(torch.autograd.Function):
 
 def linear(x, w):
     """x [..., in], w [out, in] -> [..., out]"""
-    if x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    # small ones gain nothing, and oneDNN keeps code for every shape that it has seen
+    if x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and w.numel() >= 2 ** 16 and torch.backends.mkldnn.is_available():
         return OneDNN.apply(x, w)
     return F.linear(x, w)
 
