@@ -1,0 +1,244 @@
+// What wkv6_chunk.cu and wkv7_chunk.cu share: 16 x 16 tiles on tensor cores, rows of shared memory, blocks of tokens.
+//
+// A block of 128 threads, 4 warps, works on one sequence and head, L = 16 tokens at a time. Everything that is multiplied
+// is rounded to fp16 and summed in fp32. Warp w holds rows 16 w .. 16 w + 15 of the state in registers.
+//
+// A tile C [16, 16] of sums in registers is two fragments of mma.m16n8k16: lane i has, for j = 0, 1, columns 8 j + 2 (i % 4)
+// and one more, of rows i / 4 (first two numbers) and i / 4 + 8 (last two). Rounded to halves it is, as it stands, the left
+// operand C and also, in another order, the right operand C' of a next product: so nothing that stays with its warp goes
+// through shared memory.
+//
+// Channels are kept in an order in which a lane's four columns 8 j + 2 q + e (q = i % 4) are four neighbours in memory:
+// place 8 j + 2 q + e of every 16 holds channel 4 q + 2 j + e. The same for keys and values, rows and columns; sums over
+// channels do not mind.
+#pragma once
+#include <cstddef>
+#include "wkv.cuh"
+
+constexpr int L = 16;         // tokens at a time
+constexpr int THREADS = 128;
+constexpr int STATE = N * N + 8;  // halves of a saved state: its scale (a float, in the first 16 bytes) and the fragments
+using bf16 = __nv_bfloat16;
+
+#ifndef CUDA_ON_CPU  // tests/cuda_on_cpu.h has all this for g++
+#define LAUNCH_CHUNKED(kernel, blocks, bytes, stream, ...)                                                   \
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);                      \
+    kernel<<<blocks, THREADS, bytes, stream>>>(__VA_ARGS__)
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+    extern __shared__ __align__(128) unsigned char bytes[];
+    return bytes;
+}
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    __half2 x = __floats2half2_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&x);
+}
+__device__ __forceinline__ float2 unpack(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
+__device__ __forceinline__ float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
+__device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+__device__ __forceinline__ bool all(bool x) { return __all_sync(~0u, x); }
+__device__ __forceinline__ uint32_t address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+
+// four 8 x 8 matrices of halves, lane i gives the address of row i % 8 of matrix i / 8
+__device__ __forceinline__ void load_matrices(uint32_t* r, const __half* row, bool transposed) {
+    if (transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(row)) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(row)) : "memory");
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // compiles, for the sequential kernels' sake; never launched
+__device__ inline void mma(float*, const uint32_t*, uint32_t, uint32_t) { __trap(); }
+__device__ inline void copy16(void*, const void*, bool) {}
+__device__ inline void wait_for_copies() {}
+__device__ inline float warp_max(float x) { return x; }
+#else
+__device__ __forceinline__ void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {  // c += a b
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// 16 bytes to shared memory, zeros if not valid; they are there after wait_for_copies() and a barrier
+__device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ float warp_max(float x) {  // x >= 0
+    return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));
+}
+#endif
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// tiles of halves in shared memory, [rows, WIDTH], groups of 8 columns swapped around so that neither rows nor columns of
+// 8 x 8 matrices meet in a bank
+
+template <int WIDTH> __device__ __forceinline__ __half* at(__half* tile, int row, int group) {
+    return tile + row * WIDTH + (WIDTH == 64 ? group ^ (row & 7) : group ^ (row >> 2 & 1)) * 8;
+}
+
+// a 16 x 16 tile of `tile` as the left operand (x = rows) or the right one; `t`: the operand is its transpose
+template <int WIDTH> __device__ __forceinline__ void left(uint32_t* x, __half* tile, int row, int group) {
+    const int i = threadIdx.x % 32;
+    load_matrices(x, at<WIDTH>(tile, row + i % 16, group + i / 16), false);
+}
+template <int WIDTH> __device__ __forceinline__ void left_t(uint32_t* x, __half* tile, int row, int group) {
+    const int i = threadIdx.x % 32;
+    load_matrices(x, at<WIDTH>(tile, row + i % 8 + i / 16 * 8, group + i / 8 % 2), true);
+}
+template <int WIDTH> __device__ __forceinline__ void right(uint32_t* x, __half* tile, int row, int group) {
+    const int i = threadIdx.x % 32;
+    load_matrices(x, at<WIDTH>(tile, row + i % 16, group + i / 16), true);
+}
+template <int WIDTH> __device__ __forceinline__ void right_t(uint32_t* x, __half* tile, int row, int group) {
+    const int i = threadIdx.x % 32;
+    load_matrices(x, at<WIDTH>(tile, row + i % 8 + i / 16 * 8, group + i / 8 % 2), false);
+}
+
+__device__ __forceinline__ void multiply(float (*c)[4], const uint32_t* x, const uint32_t* y) {  // C += X Y
+    mma(c[0], x, y[0], y[1]);
+    mma(c[1], x, y[2], y[3]);
+}
+__device__ __forceinline__ void multiply_t(float (*c)[4], const uint32_t* x, const uint32_t* y) {  // C += X Y', Y as a left
+    mma(c[0], x, y[0], y[2]);
+    mma(c[1], x, y[1], y[3]);
+}
+__device__ __forceinline__ void round(uint32_t* x, float (*c)[4]) {  // sums -> left operand
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = pack(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+}
+template <int WIDTH> __device__ __forceinline__ void store(__half* tile, int row, int group, const uint32_t* x) {
+    const int i = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < 4; m++)
+        reinterpret_cast<uint32_t*>(at<WIDTH>(tile, row + i / 4 + m % 2 * 8, group + m / 2))[i % 4] = x[m];
+}
+__device__ __forceinline__ void store(__half* tile, float (*c)[4]) {
+    uint32_t x[4];
+    round(x, c);
+    store<16>(tile, 0, 0, x);
+}
+__device__ __forceinline__ void zero(float (*c)[4]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) c[i / 4][i % 4] = 0;
+}
+__device__ __forceinline__ int row_of(int i) { return threadIdx.x % 32 / 4 + i / 2 * 8; }          // of c[j][i]
+__device__ __forceinline__ int column_of(int j, int i) { return 8 * j + threadIdx.x % 4 * 2 + i % 2; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the state, [4][2][4] floats a lane: four tiles beside each other
+
+__device__ __forceinline__ size_t state_at(int half, int tile) {  // of the four neighbours (S[tile][0][2 half], ...)
+    const int warp = threadIdx.x / 32, i = threadIdx.x % 32;
+    return (16 * warp + i / 8 * 4 + half * 2 + i / 4 % 2) * N + 16 * tile + i % 4 * 4;
+}
+__device__ inline void load(float (*S)[2][4], const float* from) {
+#pragma unroll
+    for (int x = 0; x < 8; x++) {
+        const float4 f = *reinterpret_cast<const float4*>(from + state_at(x % 2, x / 2));
+        float(*s)[4] = S[x / 2];
+        const int i = x % 2 * 2;
+        s[0][i] = f.x, s[0][i + 1] = f.y, s[1][i] = f.z, s[1][i + 1] = f.w;
+    }
+}
+__device__ inline void store(float* to, float (*S)[2][4]) {
+#pragma unroll
+    for (int x = 0; x < 8; x++) {
+        float(*s)[4] = S[x / 2];
+        const int i = x % 2 * 2;
+        *reinterpret_cast<float4*>(to + state_at(x % 2, x / 2)) = make_float4(s[0][i], s[0][i + 1], s[1][i], s[1][i + 1]);
+    }
+}
+// in halves, for the backward pass alone: fragment after fragment, times a power of two
+__device__ inline void save(__half* to, float (*S)[2][4], float scale) {
+    if (threadIdx.x == 0) *reinterpret_cast<float*>(to) = scale;
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+        uint32_t p[4];
+#pragma unroll
+        for (int m = 0; m < 4; m++) p[m] = pack(S[x][m / 2][m % 2 * 2] * scale, S[x][m / 2][m % 2 * 2 + 1] * scale);
+        reinterpret_cast<uint4*>(to + 8)[x * THREADS + threadIdx.x] = {p[0], p[1], p[2], p[3]};
+    }
+}
+__device__ inline void restore(float (*S)[2][4], const __half* from) {
+    const float scale = 1 / *reinterpret_cast<const float*>(from);
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+        const uint4 u = reinterpret_cast<const uint4*>(from + 8)[x * THREADS + threadIdx.x];
+        const uint32_t p[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            const float2 f = unpack(p[m]);
+            S[x][m / 2][m % 2 * 2] = f.x * scale, S[x][m / 2][m % 2 * 2 + 1] = f.y * scale;
+        }
+    }
+}
+__device__ __forceinline__ float largest(float (*S)[2][4]) {  // of this warp
+    float x = 0;
+#pragma unroll
+    for (int i = 0; i < 32; i++) x = fmaxf(x, fabsf(S[i / 8][i / 4 % 2][i % 4]));
+    return warp_max(x);
+}
+// times a number per column: `column` [64] in the order of the places
+__device__ __forceinline__ void scale_columns(float (*S)[2][4], const float* column, float factor) {
+#pragma unroll
+    for (int x = 0; x < 8; x++) {
+        const float2 f = *reinterpret_cast<const float2*>(column + x * 8 + threadIdx.x % 4 * 2);
+        float* s = S[x / 2][x % 2];
+        s[0] *= f.x * factor, s[1] *= f.y * factor, s[2] *= f.x * factor, s[3] *= f.y * factor;
+    }
+}
+
+// The power of two that takes numbers up to m to 8 at most: fp16 has the range for sums of 64 products of two such
+// numbers, and keeps its full precision down to 1e-5 of the largest.
+__device__ __forceinline__ float scale_for(float m) {
+    return __uint_as_float((uint32_t)min(max(256 - (int)(__float_as_uint(m) >> 23), 67), 187) << 23);
+}
+__device__ __forceinline__ float inverse(float power_of_two) {
+    return __uint_as_float((254u << 23) - __float_as_uint(power_of_two));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// tokens
+
+__device__ __forceinline__ float2 f32x2(const float* p) { return *reinterpret_cast<const float2*>(p); }
+__device__ __forceinline__ float2 f32x2(const bf16* p) {
+    const uint32_t x = *reinterpret_cast<const uint32_t*>(p);
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+}
+__device__ __forceinline__ void put4(float* p, float a, float b, float c, float d) {
+    *reinterpret_cast<float4*>(p) = make_float4(a, b, c, d);
+}
+__device__ __forceinline__ void put4(bf16* p, float a, float b, float c, float d) {
+    union { bf16 x[4]; uint2 u; } z = {{__float2bfloat16(a), __float2bfloat16(b), __float2bfloat16(c), __float2bfloat16(d)}};
+    *reinterpret_cast<uint2*>(p) = z.u;
+}
+// rows lo .. hi - 1 of a tile, columns 16 w .. of the head, times a factor; `to`: the head of the block's first token
+template <typename T>
+__device__ __forceinline__ void put_rows(T* to, int H, float (*c)[4], float factor, int lo, int hi) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const int t = row_of(i);
+        if (t >= lo && t < hi)
+            put4(to + (size_t)t * H * N + threadIdx.x / 32 * 16 + threadIdx.x % 4 * 4,
+                 c[0][i] * factor, c[0][i + 1] * factor, c[1][i] * factor, c[1][i + 1] * factor);
+    }
+}
+// start copying n tokens of one input to `to` [L, N], zeros after them
+template <typename T> __device__ __forceinline__ void copy_tokens(T (*to)[N], const T* from, int H, int n) {
+    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * (16 / sizeof(bf16));
+    from += t < n ? (size_t)t * H * N + c : 0;
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof(T) / sizeof(bf16)); i++)
+        copy16(&to[t][c + i * 4], from + (t < n ? i * 4 : 0), t < n);
+}
+// Lane i prepares channels 2 i and 2 i + 1; where these two go in a row of a tile
+__device__ __forceinline__ void put_pair(__half* tile, int t, float x, float y) {
+    const int i = threadIdx.x % 32;
+    reinterpret_cast<uint32_t*>(at<64>(tile, t, i / 8 * 2 + i % 2))[i / 2 % 4] = pack(x, y);
+}
+__device__ __forceinline__ int place() {  // the same as a number, 0 .. 62
+    const int i = threadIdx.x % 32;
+    return i / 8 * 16 + i % 2 * 8 + i / 2 % 4 * 2;
+}

@@ -1,0 +1,480 @@
+// WKV-7 (RWKV-7 "Goose", arXiv:2503.14456) on tensor cores, 16 tokens at a time, head size 64, bf16.
+//   sa_t = S_{t-1} a_t;   S_t = S_{t-1} diag(w_t) + sa_t b_t' + v_t k_t';   y_t = S_t r_t
+//
+// Inside a chunk, with c_t the sum of log w up to token t and m half of the chunk's whole sum, per channel:
+//   A_t = a_t exp(c_{t-1} - m),  R_t = r_t exp(c_t - m),  B_t = b_t exp(m - c_t),  K_t = k_t exp(m - c_t),  Z = S0 exp(m)
+//   AB, AK = tril(A B', A K'; -1),   RB, RK = tril(R B', R K'),   M = (1 - AB)^-1
+//   U = M (A Z' + AK V)   (row t is sa_t),   Y = R Z' + RK V + RB U,   S <- (Z + U' B + V' K) exp(m)
+// A chunk ends early where a channel's sum would pass -LIMIT, so the factors are never large: RWKV-7 itself reaches -9.7
+// in 16 tokens. A single log w below -LIMIT counts as -LIMIT, a factor of 1e-6.
+#include "chunk.cuh"
+
+namespace {
+
+constexpr float LIMIT = 14;
+
+template <typename W> struct Inputs {
+    const bf16* r;
+    const W* logw;
+    const bf16 *k, *v, *a, *b, *dy;
+};
+
+template <typename W> struct Chunk {  // in shared memory
+    W logw[L][N];
+    bf16 r[L][N], k[L][N], v[L][N], a[L][N], b[L][N];     // a block of tokens as it comes
+    __half A[L * N], R[L * N], B[L * N], K[L * N], V[L * N];
+    __half AB[L * L], AK[L * L], RB[L * L], RK[L * L], M[L * L];
+    float exp_m[N];
+    float largest[2][4];                                  // number in S, in G, by warp
+    union {
+        float solve[L][L + 4];
+        struct {                                          // the backward pass only
+            __half U[N * L], dZ[N * L];                   // transposed
+            bf16 dy[L][N];
+            __half DY[L * N], S[N * N], D[N * N];
+            float exp_c[L + 1][N];                        // exp(c - m), before the first token and after each
+        };
+    };
+};
+template <typename W> constexpr int FORWARD_BYTES = offsetof(Chunk<W>, solve) + sizeof(Chunk<W>::solve);
+
+// start copying the n tokens at `first` of head h
+template <typename W> __device__ void fetch(Chunk<W>& m, const Inputs<W>& x, int first, int n, int H, int h) {
+    const size_t p = ((size_t)first * H + h) * N;
+    copy_tokens(m.logw, x.logw + p, H, n);
+    copy_tokens(m.r, x.r + p, H, n);
+    copy_tokens(m.k, x.k + p, H, n);
+    copy_tokens(m.v, x.v + p, H, n);
+    copy_tokens(m.a, x.a + p, H, n);
+    copy_tokens(m.b, x.b + p, H, n);
+    if (x.dy) copy_tokens(m.dy, x.dy + p, H, n);
+}
+
+// A R B K V (DY) for the chunk that begins at token lo of a block and ends at token n or before; zeros for other tokens.
+// Returns the chunk's end, and the scales of what has the size of values (v, S) and of their gradients (dy, G).
+// Warp w makes tokens 4 w .. 4 w + 3, lane i channels 2 i and 2 i + 1.
+template <bool BACKWARD, typename W>
+__device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, float& value_scale, float& grad_scale) {
+    const int first = threadIdx.x / 32 * 4, j = threadIdx.x % 32 * 2;
+    auto logw = [&](int t) {
+        const float2 x = f32x2(&m.logw[t][j]);
+        return make_float2(fmaxf(x.x, -LIMIT), fmaxf(x.y, -LIMIT));
+    };
+    float2 c = {0, 0}, before = {0, 0};  // sums over the chunk, over its tokens before `first`
+    float most_v = 0, most_dy = 0;
+#pragma unroll
+    for (int t = 0; t < L; t++) {
+        if (t == first) before = c;
+        if (t >= lo && t < n) {
+            const float2 x = logw(t);
+            c.x += x.x, c.y += x.y;
+        }
+        const float2 v = f32x2(&m.v[t][j]);
+        most_v = fmaxf(most_v, fmaxf(fabsf(v.x), fabsf(v.y)));
+        if (BACKWARD) {
+            const float2 dy = f32x2(&m.dy[t][j]);
+            most_dy = fmaxf(most_dy, fmaxf(fabsf(dy.x), fabsf(dy.y)));
+        }
+    }
+    int hi = n;
+    if (!all(c.x >= -LIMIT && c.y >= -LIMIT)) {
+        c = before = {0, 0};
+        for (hi = lo; hi < n; hi++) {
+            const float2 x = logw(hi);
+            if (hi > lo && !all(c.x + x.x >= -LIMIT && c.y + x.y >= -LIMIT)) break;
+            if (hi == first) before = c;
+            c.x += x.x, c.y += x.y;
+        }
+    }
+    const float *S = m.largest[0], *G = m.largest[1];
+    value_scale = scale_for(fmaxf(warp_max(most_v), fmaxf(fmaxf(S[0], S[1]), fmaxf(S[2], S[3]))));
+    if (BACKWARD) grad_scale = scale_for(fmaxf(warp_max(most_dy), fmaxf(fmaxf(G[0], G[1]), fmaxf(G[2], G[3]))));
+    const float2 mid = {c.x / 2, c.y / 2};
+    c = before;
+    float2 e = {__expf(c.x - mid.x), __expf(c.y - mid.y)};
+    if (first == 0) *reinterpret_cast<float2*>(m.exp_m + place()) = make_float2(__expf(mid.x), __expf(mid.y));
+    if (BACKWARD && first == 0) *reinterpret_cast<float2*>(m.exp_c[0] + place()) = e;
+#pragma unroll
+    for (int t = first; t < first + 4; t++) {
+        const bool valid = t >= lo && t < hi;
+        float2 A = {0, 0}, R = A, B = A, K = A;
+        if (valid) {
+            const float2 x = logw(t), a = f32x2(&m.a[t][j]), r = f32x2(&m.r[t][j]), b = f32x2(&m.b[t][j]),
+                         k = f32x2(&m.k[t][j]);
+            A = {a.x * e.x, a.y * e.y};
+            c.x += x.x, c.y += x.y;
+            e = {__expf(c.x - mid.x), __expf(c.y - mid.y)};
+            const float2 f = {__expf(mid.x - c.x), __expf(mid.y - c.y)};
+            R = {r.x * e.x, r.y * e.y}, B = {b.x * f.x, b.y * f.y}, K = {k.x * f.x, k.y * f.y};
+        }
+        put_pair(m.A, t, A.x, A.y), put_pair(m.R, t, R.x, R.y), put_pair(m.B, t, B.x, B.y), put_pair(m.K, t, K.x, K.y);
+        const float2 v = f32x2(&m.v[t][j]);
+        put_pair(m.V, t, v.x * value_scale, v.y * value_scale);
+        if (BACKWARD) {
+            const float2 dy = f32x2(&m.dy[t][j]);
+            put_pair(m.DY, t, dy.x * grad_scale, dy.y * grad_scale);
+            *reinterpret_cast<float2*>(m.exp_c[t + 1] + place()) = e;
+        }
+    }
+    return hi;
+}
+
+// Column by column x = e + AB x, in fp32, each lane its own column: bounded also where one key comes again and again,
+// which the sum 1 + AB + AB^2 + ... is not. One warp; AB in its registers.
+template <typename W> __device__ __forceinline__ void invert(Chunk<W>& m, float (*c)[4]) {
+    const int column = threadIdx.x % L, half = threadIdx.x / L;
+#pragma unroll
+    for (int i = 0; i < 8; i++) m.solve[column_of(i / 4, i % 4)][row_of(i % 4)] = c[i / 4][i % 4];
+    __syncwarp();
+    float x[L];
+#pragma unroll
+    for (int i = 0; i < L; i++) x[i] = i == column;
+#pragma unroll
+    for (int j = 0; j < L - 1; j++)
+#pragma unroll
+        for (int i = (j + 1) / 4 * 4; i < L; i += 4) {
+            const float4 f = *reinterpret_cast<const float4*>(&m.solve[j][i]);  // zeros down to row j
+            x[i] += f.x * x[j], x[i + 1] += f.y * x[j], x[i + 2] += f.z * x[j], x[i + 3] += f.w * x[j];
+        }
+#pragma unroll
+    for (int i = 0; i < L / 2; i++)
+        at<16>(m.M, i + half * 8, column / 8)[column % 8] = __float2half(half ? x[i + 8] : x[i]);
+    __syncwarp();
+}
+
+// each warp one of AB, AK, RB, RK; the first one M too
+template <typename W> __device__ __forceinline__ void scores(Chunk<W>& m) {
+    const int warp = threadIdx.x / 32;
+    float c[2][4];
+    zero(c);
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+        uint32_t p[4], q[4];
+        left<64>(p, warp < 2 ? m.A : m.R, 0, 2 * x);
+        right_t<64>(q, warp % 2 ? m.K : m.B, 0, 2 * x);
+        multiply(c, p, q);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (column_of(i / 4, i % 4) > row_of(i % 4) - (warp < 2)) c[i / 4][i % 4] = 0;
+    store(m.AB + warp * L * L, c);
+    if (warp == 0) invert(m, c);
+}
+
+// U' = (Z A' + V' AK') M' for this warp's rows; on entry Zt = Z A'
+template <typename W> __device__ __forceinline__ void solve(Chunk<W>& m, uint32_t* U, float (*Zt)[4], const uint32_t* V) {
+    uint32_t p[4], q[4];
+    right_t<16>(q, m.AK, 0, 0);
+    multiply(Zt, V, q);
+    round(p, Zt);
+    zero(Zt);
+    right_t<16>(q, m.M, 0, 0);
+    multiply(Zt, p, q);
+    round(U, Zt);
+}
+
+// X += P' Y + Q' Z of four tiles: P, Q of this warp's rows as left operands; Y, Z [L, N] in shared memory
+__device__ __forceinline__ void add_outer(float (*X)[2][4], const uint32_t* P, __half* Y, const uint32_t* Q, __half* Z) {
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+        uint32_t y[4];
+        right<64>(y, Y, 0, 2 * x);
+        multiply(X[x], P, y);
+        right<64>(y, Z, 0, 2 * x);
+        multiply(X[x], Q, y);
+    }
+}
+
+// one block per (sequence, head). With `starts`, the state at the start of every CH tokens is kept
+template <typename W>
+__global__ void __launch_bounds__(THREADS, 4) forward(
+        int S_, int H, int total, const int* cu, Inputs<W> in, const float* __restrict__ state, bf16* y,
+        float* state_out, __half* starts) {
+    Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
+    const int s = blockIdx.x / H, h = blockIdx.x % H, warp = threadIdx.x / 32;
+    check(cu, s, S_, total);
+    const int first = cu[s], last = cu[s + 1];
+    float S[4][2][4];
+    load(S, state + (size_t)blockIdx.x * N * N);
+    m.largest[0][warp] = largest(S);
+    if (first < last) fetch(m, in, first, min(L, last - first), H, h);
+    for (int t = first; t < last; t += L) {
+        const int n = min(L, last - t);
+        bf16* out = y + ((size_t)t * H + h) * N;
+        for (int lo = 0, hi; lo < n; lo = hi) {
+            float value_scale, none;
+            if (lo == 0) wait_for_copies();
+            __syncthreads();
+            hi = prepare<false>(m, lo, n, value_scale, none);
+            if (starts && lo == 0 && (t - first) % CH == 0)
+                save(starts + ((size_t)(first_slot(cu, s) + (t - first) / CH) * H + h) * STATE, S, value_scale);
+            __syncthreads();
+            if (hi == n && t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
+            scores(m);
+            scale_columns(S, m.exp_m, value_scale);  // Z
+            float Zt[2][4], Y[2][4];
+            zero(Zt), zero(Y);
+#pragma unroll
+            for (int x = 0; x < 4; x++) {
+                uint32_t p[4], q[4];
+                round(p, S[x]);
+                right_t<64>(q, m.A, 0, 2 * x);
+                multiply(Zt, p, q);
+                left<64>(q, m.R, 0, 2 * x);
+                multiply_t(Y, q, p);
+            }
+            __syncthreads();
+            uint32_t V[4], U[4], q[4];
+            left_t<64>(V, m.V, 0, 2 * warp);
+            solve(m, U, Zt, V);
+            left<16>(q, m.RK, 0, 0);
+            multiply_t(Y, q, V);
+            left<16>(q, m.RB, 0, 0);
+            multiply_t(Y, q, U);
+            put_rows(out, H, Y, inverse(value_scale), lo, hi);
+            add_outer(S, U, m.B, V, m.K);
+            scale_columns(S, m.exp_m, inverse(value_scale));
+            m.largest[0][warp] = largest(S);
+        }
+    }
+    store(state_out + (size_t)blockIdx.x * N * N, S);
+}
+
+// One block per (sequence, head), last token first; G = dL/dS. In a chunk, with D = G exp(m):
+//   dU = RB' dY + B D',  dZ = M' dU,  dV = RK' dY + AK' dZ + K D',  G <- (D + dZ' A + dY' R) exp(m)
+//   dAB, dAK = tril(dZ U', dZ V'; -1),  dRB, dRK = tril(dY U', dY V')
+//   dR = dY Z + dRK K + dRB B,  dA = dZ Z + dAB B + dAK K,  dK = V D + dRK' R + dAK' A,  dB = U D + dRB' R + dAB' A
+//   dlogw_t = colsum(Z D) + sum_all (B (U D) + K (V D)) + sum_{i >= t} (R dR - B dB - K dK)_i + sum_{i > t} (A dA)_i
+// No chunk's sum reaches into another. S comes from the saved state, run forward again through the chunks in between.
+template <typename W>
+__global__ void __launch_bounds__(THREADS, 4) backward(
+        int H, const int* cu, Inputs<W> in, const __half* starts, const float* dstate_out, bf16* dr, W* dlogw,
+        bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate) {
+    Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
+    const int s = blockIdx.x / H, h = blockIdx.x % H, warp = threadIdx.x / 32;
+    const int first = cu[s], last = cu[s + 1];
+    float S[4][2][4], G[4][2][4];
+#pragma unroll
+    for (int x = 0; x < 4; x++) zero(G[x]);
+    if (dstate_out) load(G, dstate_out + (size_t)blockIdx.x * N * N);
+    m.largest[1][warp] = largest(G);
+    int loaded = -1;  // the block of tokens in m, or on its way there
+    auto need = [&](int block) {
+        if (block >= first && block != loaded) fetch(m, in, loaded = block, min(L, last - block), H, h);
+    };
+    const int segments = (last - first + CH - 1) / CH;
+    for (int segment = segments - 1; segment >= 0; segment--) {
+        const int begin = first + segment * CH;
+        need(begin);
+        for (int stop = min(CH, last - begin), lo; stop > 0; stop = lo) {  // the chunk that ends at `stop`
+            restore(S, starts + ((size_t)(first_slot(cu, s) + segment) * H + h) * STATE);
+            float value_scale, grad_scale;
+            uint32_t U[4], V[4];
+            int hi;
+            for (lo = 0;; lo = hi) {
+                const int block = lo / L * L;
+                m.largest[0][warp] = largest(S);
+                wait_for_copies();
+                __syncthreads();
+                hi = block + prepare<true>(m, lo - block, min(stop - block, L), value_scale, grad_scale);
+                __syncthreads();
+                if (hi < stop) need(begin + hi / L * L);
+                else need(lo > 0 ? begin : begin - CH);
+                scores(m);
+                scale_columns(S, m.exp_m, value_scale);  // Z
+                float Zt[2][4];
+                zero(Zt);
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    uint32_t p[4], q[4];
+                    round(p, S[x]);
+                    right_t<64>(q, m.A, 0, 2 * x);
+                    multiply(Zt, p, q);
+                    if (hi == stop) store<64>(m.S, 16 * warp, 2 * x, p);
+                }
+                __syncthreads();
+                left_t<64>(V, m.V, 0, 2 * warp);
+                solve(m, U, Zt, V);
+                if (hi == stop) break;
+                add_outer(S, U, m.B, V, m.K);
+                scale_columns(S, m.exp_m, inverse(value_scale));
+            }
+            const int from = lo % L, to = hi - lo / L * L;
+            const size_t p = ((size_t)(begin + lo / L * L) * H + h) * N;
+            {
+                uint32_t DY[4], dZ[4], q[4];
+                float dV[2][4], dU[2][4];
+                zero(dV), zero(dU);
+                scale_columns(G, m.exp_m, grad_scale);  // D
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    uint32_t D[4];
+                    round(D, G[x]);
+                    store<64>(m.D, 16 * warp, 2 * x, D);
+                    right_t<64>(q, m.B, 0, 2 * x);
+                    multiply(dU, D, q);
+                    left<64>(q, m.K, 0, 2 * x);
+                    multiply_t(dV, q, D);
+                }
+                left_t<64>(DY, m.DY, 0, 2 * warp);
+                right<16>(q, m.RB, 0, 0);
+                multiply(dU, DY, q);
+                round(dZ, dU);
+                zero(dU);
+                right<16>(q, m.M, 0, 0);
+                multiply(dU, dZ, q);
+                round(dZ, dU);
+                left_t<16>(q, m.RK, 0, 0);
+                multiply_t(dV, q, DY);
+                left_t<16>(q, m.AK, 0, 0);
+                multiply_t(dV, q, dZ);
+                put_rows(dv + p, H, dV, inverse(grad_scale), from, to);
+                add_outer(G, dZ, m.A, DY, m.R);
+                scale_columns(G, m.exp_m, inverse(grad_scale));
+                store<16>(m.U, 16 * warp, 0, U);
+                store<16>(m.dZ, 16 * warp, 0, dZ);
+            }
+            __syncthreads();
+            {   // each warp one of dAB dAK dRB dRK, in the place of AB AK RB RK
+                float c[2][4];
+                zero(c);
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    uint32_t y[4], z[4];
+                    if (warp < 2) left_t<16>(y, m.dZ, 16 * x, 0);
+                    else left<64>(y, m.DY, 0, 2 * x);
+                    if (warp % 2) right_t<64>(z, m.V, 0, 2 * x);
+                    else right<16>(z, m.U, 16 * x, 0);
+                    multiply(c, y, z);
+                }
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    if (column_of(i / 4, i % 4) > row_of(i % 4) - (warp < 2)) c[i / 4][i % 4] = 0;
+                store(m.AB + warp * L * L, c);
+            }
+            m.largest[1][warp] = largest(G);
+            __syncthreads();
+            // the other gradients, each warp 16 channels
+            float dR[2][4], dA[2][4], dK[2][4], dB[2][4], ZD[2][4];
+            zero(dR), zero(dA), zero(dK), zero(dB), zero(ZD);
+#pragma unroll
+            for (int x = 0; x < 4; x++) {
+                uint32_t Z[4], D[4], q[4];
+                right<64>(Z, m.S, 16 * x, 2 * warp);
+                left<64>(q, m.DY, 0, 2 * x);
+                multiply(dR, q, Z);
+                left_t<16>(q, m.dZ, 16 * x, 0);
+                multiply(dA, q, Z);
+                right<64>(D, m.D, 16 * x, 2 * warp);
+                left<64>(q, m.V, 0, 2 * x);
+                multiply(dK, q, D);
+                left_t<16>(q, m.U, 16 * x, 0);
+                multiply(dB, q, D);
+                const uint32_t Zt[4] = {Z[0], Z[2], Z[1], Z[3]};  // as a left operand: Z'
+                multiply(ZD, Zt, D);
+            }
+            float sum[2][2];  // what all tokens of a channel have in common, first colsum(Z D), a diagonal
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int q = threadIdx.x % 4;
+                sum[i / 2][i % 2] = shuffle(ZD[i / 2][i / 2 * 2 + i % 2], (2 * q + i % 2) * 4 + q);
+            }
+            uint32_t A[4], R[4], B[4], K[4], q[4];
+            auto mine = [&](uint32_t* x, __half* tile) {  // the numbers where this lane has its sums, as round() has them
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    x[i] = reinterpret_cast<uint32_t*>(at<64>(tile, row_of(i % 2 * 2), 2 * warp + i / 2))[threadIdx.x % 4];
+            };
+            mine(A, m.A), mine(R, m.R), mine(B, m.B), mine(K, m.K);
+            auto times = [&](const uint32_t* x, float (*c)[4], int j, int i) {
+                const float2 f = unpack(x[2 * j + i / 2]);
+                return (i % 2 ? f.y : f.x) * c[j][i];
+            };
+            float common[2][2] = {};
+#pragma unroll
+            for (int i = 0; i < 8; i++) common[i / 4][i % 2] += times(B, dB, i / 4, i % 4) + times(K, dK, i / 4, i % 4);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                for (int lanes = 4; lanes < 32; lanes *= 2) common[i / 2][i % 2] += shuffle_xor(common[i / 2][i % 2], lanes);
+            {
+                uint32_t y[4];
+                right<64>(y, m.K, 0, 2 * warp);
+                left<16>(q, m.RK, 0, 0), multiply(dR, q, y);
+                left<16>(q, m.AK, 0, 0), multiply(dA, q, y);
+                right<64>(y, m.B, 0, 2 * warp);
+                left<16>(q, m.RB, 0, 0), multiply(dR, q, y);
+                left<16>(q, m.AB, 0, 0), multiply(dA, q, y);
+                right<64>(y, m.R, 0, 2 * warp);
+                left_t<16>(q, m.RK, 0, 0), multiply(dK, q, y);
+                left_t<16>(q, m.RB, 0, 0), multiply(dB, q, y);
+                right<64>(y, m.A, 0, 2 * warp);
+                left_t<16>(q, m.AK, 0, 0), multiply(dK, q, y);
+                left_t<16>(q, m.AB, 0, 0), multiply(dB, q, y);
+            }
+            float dlog[2][4];
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float x[2], after = 0;  // rows 0 .. 7, 8 .. 15
+#pragma unroll
+                    for (int i = 1; i >= 0; i--) {
+                        const int c = 2 * i + e;
+                        const float own = times(A, dA, j, c);
+                        const float d = own + times(R, dR, j, c) - times(B, dB, j, c) - times(K, dK, j, c);
+                        x[i] = d;
+#pragma unroll
+                        for (int rows = 1; rows < 8; rows *= 2) {  // sum over this and later rows
+                            const float y = shuffle(x[i], (threadIdx.x + 4 * rows) % 32);
+                            if (threadIdx.x % 32 / 4 + rows < 8) x[i] += y;
+                        }
+                        dlog[j][c] = sum[j][e] + common[j][e] + after + x[i] - own;
+                        after = shuffle(x[i], threadIdx.x % 4);
+                    }
+                }
+            const float factor = inverse(value_scale) * inverse(grad_scale);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int j = i / 4, c = i % 4, t = row_of(c), at = 16 * warp + column_of(j, c);
+                const float e = m.exp_c[t + 1][at];
+                dR[j][c] *= e, dA[j][c] *= m.exp_c[t][at], dK[j][c] /= e, dB[j][c] /= e;
+            }
+            put_rows(dr + p, H, dR, factor, from, to);
+            put_rows(da + p, H, dA, factor, from, to);
+            put_rows(dk + p, H, dK, factor, from, to);
+            put_rows(db + p, H, dB, factor, from, to);
+            put_rows(dlogw + p, H, dlog, factor, from, to);
+        }
+    }
+    store(dstate + (size_t)blockIdx.x * N * N, G);
+}
+
+}  // namespace
+
+#define WITH_LOGW(dtype, ...)                                      \
+    switch (dtype) {                                               \
+        case 0: { using W = float; __VA_ARGS__; break; }           \
+        case 1: { using W = bf16; __VA_ARGS__; break; }            \
+        default: return cudaErrorInvalidValue;                     \
+    }
+
+extern "C" int wkv7_chunk_forward(
+        const bf16* r, const void* logw, const bf16* k, const bf16* v, const bf16* a, const bf16* b, const float* state,
+        const int* cu, bf16* y, float* state_out, __half* starts, int S, int H, int total, int dtype,
+        cudaStream_t stream) {
+    if (S * H == 0) return cudaSuccess;
+    WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, a, b, nullptr};
+        LAUNCH_CHUNKED(forward<W>, S * H, FORWARD_BYTES<W>, stream, S, H, total, cu, in, state, y, state_out, starts));
+    return cudaGetLastError();
+}
+
+extern "C" int wkv7_chunk_backward(
+        const bf16* r, const void* logw, const bf16* k, const bf16* v, const bf16* a, const bf16* b, const float* state,
+        const int* cu, const __half* starts, const bf16* dy, const float* dstate_out, bf16* dr, void* dlogw, bf16* dk,
+        bf16* dv, bf16* da, bf16* db, float* dstate, int S, int H, int total, int dtype, cudaStream_t stream) {
+    if (S * H == 0) return cudaSuccess;
+    WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, a, b, dy};
+        LAUNCH_CHUNKED(backward<W>, S * H, sizeof(Chunk<W>), stream, H, cu, in, starts, dstate_out, dr, (W*)dlogw, dk,
+                       dv, da, db, dstate));
+    return cudaGetLastError();
+}
