@@ -23,7 +23,7 @@ template <typename W> struct Chunk {  // in shared memory
     W logw[L][N];
     bf16 r[L][N], k[L][N], v[L][N], a[L][N], b[L][N];     // a block of tokens as it comes
     __half A[L * N], R[L * N], B[L * N], K[L * N], V[L * N];
-    __half AB[L * L], AK[L * L], RB[L * L], RK[L * L], M[L * L];
+    __half AB[L * L], AK[L * L], RB[L * L], RK[L * L], M[L * L], M_low[L * L];  // M = M + M_low
     float exp_m[N];
     float largest[2][4];                                  // number in S, in G, by warp
     union {
@@ -138,7 +138,12 @@ template <typename W> __device__ __forceinline__ void invert(Chunk<W>& m, float 
         }
 #pragma unroll
     for (int i = 0; i < L / 2; i++)
-        at<16>(m.M, i + half * 8, column / 8)[column % 8] = __float2half(half ? x[i + 8] : x[i]);
+    {
+        const float f = half ? x[i + 8] : x[i];
+        const __half high = __float2half(f);
+        at<16>(m.M, i + half * 8, column / 8)[column % 8] = high;
+        at<16>(m.M_low, i + half * 8, column / 8)[column % 8] = __float2half(f - __half2float(high));
+    }
     __syncwarp();
 }
 
@@ -161,15 +166,30 @@ template <typename W> __device__ __forceinline__ void scores(Chunk<W>& m) {
     if (warp == 0) invert(m, c);
 }
 
+// X <- X M' or, T, X M. With one key again and again most of X cancels: both factors are kept to 22 bits
+template <bool T, typename W> __device__ __forceinline__ void by_inverse(Chunk<W>& m, float (*X)[4]) {
+    uint32_t high[4], low[4], M[4], M_low[4];
+    round(high, X);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 f = unpack(high[i]);
+        float* x = X[i / 2] + i % 2 * 2;
+        low[i] = pack(x[0] - f.x, x[1] - f.y);
+    }
+    if (T) right<16>(M, m.M, 0, 0), right<16>(M_low, m.M_low, 0, 0);
+    else right_t<16>(M, m.M, 0, 0), right_t<16>(M_low, m.M_low, 0, 0);
+    zero(X);
+    multiply(X, high, M_low);
+    multiply(X, low, M);
+    multiply(X, high, M);
+}
+
 // U' = (Z A' + V' AK') M' for this warp's rows; on entry Zt = Z A'
 template <typename W> __device__ __forceinline__ void solve(Chunk<W>& m, uint32_t* U, float (*Zt)[4], const uint32_t* V) {
-    uint32_t p[4], q[4];
+    uint32_t q[4];
     right_t<16>(q, m.AK, 0, 0);
     multiply(Zt, V, q);
-    round(p, Zt);
-    zero(Zt);
-    right_t<16>(q, m.M, 0, 0);
-    multiply(Zt, p, q);
+    by_inverse<false>(m, Zt);
     round(U, Zt);
 }
 
@@ -319,10 +339,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 left_t<64>(DY, m.DY, 0, 2 * warp);
                 right<16>(q, m.RB, 0, 0);
                 multiply(dU, DY, q);
-                round(dZ, dU);
-                zero(dU);
-                right<16>(q, m.M, 0, 0);
-                multiply(dU, dZ, q);
+                by_inverse<true>(m, dU);
                 round(dZ, dU);
                 left_t<16>(q, m.RK, 0, 0);
                 multiply_t(dV, q, DY);
