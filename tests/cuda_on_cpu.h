@@ -169,7 +169,7 @@ inline float warp_max(float x) {
 }
 inline void __syncwarp() { cuda_on_cpu::pause(cuda_on_cpu::WARP); }
 inline float shuffle_xor(float x, int mask) { return shuffle(x, (threadIdx.x & 31) ^ mask); }
-inline bool all(bool x) {
+inline bool every(bool x) {
     cuda_on_cpu::Slot s, *warp;
     s.u = x;
     warp = cuda_on_cpu::exchange(s);

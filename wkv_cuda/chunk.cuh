@@ -13,6 +13,7 @@
 // channels do not mind.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include "wkv.cuh"
 
 constexpr int L = 16;         // tokens at a time
@@ -36,7 +37,7 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 __device__ __forceinline__ float2 unpack(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
 __device__ __forceinline__ float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
-__device__ __forceinline__ bool all(bool x) { return __all_sync(~0u, x); }
+__device__ __forceinline__ bool every(bool x) { return __all_sync(~0u, x); }
 __device__ __forceinline__ uint32_t address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
 
 // four 8 x 8 matrices of halves, lane i gives the address of row i % 8 of matrix i / 8
@@ -107,6 +108,10 @@ __device__ __forceinline__ void multiply_t(float (*c)[4], const uint32_t* x, con
 __device__ __forceinline__ void round(uint32_t* x, float (*c)[4]) {  // sums -> left operand
 #pragma unroll
     for (int i = 0; i < 4; i++) x[i] = pack(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+}
+__device__ __forceinline__ void round(uint32_t* x, float (*c)[4], float scale) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = pack(c[i / 2][i % 2 * 2] * scale, c[i / 2][i % 2 * 2 + 1] * scale);
 }
 template <int WIDTH> __device__ __forceinline__ void store(__half* tile, int row, int group, const uint32_t* x) {
     const int i = threadIdx.x % 32;
@@ -190,6 +195,11 @@ __device__ __forceinline__ void scale_columns(float (*S)[2][4], const float* col
     }
 }
 
+__device__ __forceinline__ void scale_all(float (*S)[2][4], float factor) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) S[i / 8][i / 4 % 2][i % 4] *= factor;
+}
+
 // The power of two that takes numbers up to m to 8 at most: fp16 has the range for sums of 64 products of two such
 // numbers, and keeps its full precision down to 1e-5 of the largest.
 __device__ __forceinline__ float scale_for(float m) {
@@ -206,6 +216,11 @@ __device__ __forceinline__ float2 f32x2(const float* p) { return *reinterpret_ca
 __device__ __forceinline__ float2 f32x2(const bf16* p) {
     const uint32_t x = *reinterpret_cast<const uint32_t*>(p);
     return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+}
+__device__ __forceinline__ void get4(float* x, const bf16* p) {
+    const uint2 u = *reinterpret_cast<const uint2*>(p);
+    x[0] = __uint_as_float(u.x << 16), x[1] = __uint_as_float(u.x & 0xffff0000u);
+    x[2] = __uint_as_float(u.y << 16), x[3] = __uint_as_float(u.y & 0xffff0000u);
 }
 __device__ __forceinline__ void put4(float* p, float a, float b, float c, float d) {
     *reinterpret_cast<float4*>(p) = make_float4(a, b, c, d);
@@ -242,3 +257,44 @@ __device__ __forceinline__ int place() {  // the same as a number, 0 .. 62
     const int i = threadIdx.x % 32;
     return i / 8 * 16 + i % 2 * 8 + i / 2 % 4 * 2;
 }
+template <typename T> __device__ __forceinline__ float larger(float x, const T* p) {  // of x and two numbers
+    const float2 f = f32x2(p);
+    return fmaxf(x, fmaxf(fabsf(f.x), fabsf(f.y)));
+}
+__device__ __forceinline__ float largest4(const float* x) { return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])); }
+
+// X += P' Y, four tiles: P' this warp's rows of a left operand, Y [L, N] in shared memory
+__device__ __forceinline__ void add_outer(float (*X)[2][4], const uint32_t* P, __half* Y) {
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+        uint32_t y[4];
+        right<64>(y, Y, 0, 2 * x);
+        multiply(X[x], P, y);
+    }
+}
+// this warp's 16 channels of a [L, N] tile, where the lane has its sums: element i of c[j] is half i % 2 of x[2 j + i / 2]
+__device__ __forceinline__ void mine(uint32_t* x, __half* tile) {
+    const int i = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int m = 0; m < 4; m++)
+        x[m] = reinterpret_cast<uint32_t*>(at<64>(tile, i / 4 + m % 2 * 8, 2 * warp + m / 2))[i % 4];
+}
+__device__ __forceinline__ float element(const uint32_t* x, int j, int i) {
+    const float2 f = unpack(x[2 * j + i / 2]);
+    return i % 2 ? f.y : f.x;
+}
+// colsum(X Y) of this warp's 16 channels, from C = X' Y: its diagonal
+__device__ __forceinline__ void diagonal(float (*sum)[2], float (*c)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int q = threadIdx.x % 4;
+        sum[i / 2][i % 2] = shuffle(c[i / 2][i / 2 * 2 + i % 2], (2 * q + i % 2) * 4 + q);
+    }
+}
+
+#define WITH_LOGW(dtype, ...)                                      \
+    switch (dtype) {                                               \
+        case 0: { using W = float; __VA_ARGS__; break; }           \
+        case 1: { using W = bf16; __VA_ARGS__; break; }            \
+        default: return cudaErrorInvalidValue;                     \
+    }

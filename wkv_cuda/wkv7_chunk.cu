@@ -69,26 +69,21 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, float& value_
             const float2 x = logw(t);
             c.x += x.x, c.y += x.y;
         }
-        const float2 v = f32x2(&m.v[t][j]);
-        most_v = fmaxf(most_v, fmaxf(fabsf(v.x), fabsf(v.y)));
-        if (BACKWARD) {
-            const float2 dy = f32x2(&m.dy[t][j]);
-            most_dy = fmaxf(most_dy, fmaxf(fabsf(dy.x), fabsf(dy.y)));
-        }
+        most_v = larger(most_v, &m.v[t][j]);
+        if (BACKWARD) most_dy = larger(most_dy, &m.dy[t][j]);
     }
     int hi = n;
-    if (!all(c.x >= -LIMIT && c.y >= -LIMIT)) {
+    if (!every(c.x >= -LIMIT && c.y >= -LIMIT)) {
         c = before = {0, 0};
         for (hi = lo; hi < n; hi++) {
             const float2 x = logw(hi);
-            if (hi > lo && !all(c.x + x.x >= -LIMIT && c.y + x.y >= -LIMIT)) break;
+            if (hi > lo && !every(c.x + x.x >= -LIMIT && c.y + x.y >= -LIMIT)) break;
             if (hi == first) before = c;
             c.x += x.x, c.y += x.y;
         }
     }
-    const float *S = m.largest[0], *G = m.largest[1];
-    value_scale = scale_for(fmaxf(warp_max(most_v), fmaxf(fmaxf(S[0], S[1]), fmaxf(S[2], S[3]))));
-    if (BACKWARD) grad_scale = scale_for(fmaxf(warp_max(most_dy), fmaxf(fmaxf(G[0], G[1]), fmaxf(G[2], G[3]))));
+    value_scale = scale_for(fmaxf(warp_max(most_v), largest4(m.largest[0])));
+    if (BACKWARD) grad_scale = scale_for(fmaxf(warp_max(most_dy), largest4(m.largest[1])));
     const float2 mid = {c.x / 2, c.y / 2};
     c = before;
     float2 e = {__expf(c.x - mid.x), __expf(c.y - mid.y)};
@@ -193,18 +188,6 @@ template <typename W> __device__ __forceinline__ void solve(Chunk<W>& m, uint32_
     round(U, Zt);
 }
 
-// X += P' Y + Q' Z of four tiles: P, Q of this warp's rows as left operands; Y, Z [L, N] in shared memory
-__device__ __forceinline__ void add_outer(float (*X)[2][4], const uint32_t* P, __half* Y, const uint32_t* Q, __half* Z) {
-#pragma unroll
-    for (int x = 0; x < 4; x++) {
-        uint32_t y[4];
-        right<64>(y, Y, 0, 2 * x);
-        multiply(X[x], P, y);
-        right<64>(y, Z, 0, 2 * x);
-        multiply(X[x], Q, y);
-    }
-}
-
 // one block per (sequence, head). With `starts`, the state at the start of every CH tokens is kept
 template <typename W>
 __global__ void __launch_bounds__(THREADS, 4) forward(
@@ -252,7 +235,7 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
             left<16>(q, m.RB, 0, 0);
             multiply_t(Y, q, U);
             put_rows(out, H, Y, inverse(value_scale), lo, hi);
-            add_outer(S, U, m.B, V, m.K);
+            add_outer(S, U, m.B), add_outer(S, V, m.K);
             scale_columns(S, m.exp_m, inverse(value_scale));
             m.largest[0][warp] = largest(S);
         }
@@ -316,7 +299,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 left_t<64>(V, m.V, 0, 2 * warp);
                 solve(m, U, Zt, V);
                 if (hi == stop) break;
-                add_outer(S, U, m.B, V, m.K);
+                add_outer(S, U, m.B), add_outer(S, V, m.K);
                 scale_columns(S, m.exp_m, inverse(value_scale));
             }
             const int from = lo % L, to = hi - lo / L * L;
@@ -346,7 +329,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 left_t<16>(q, m.AK, 0, 0);
                 multiply_t(dV, q, dZ);
                 put_rows(dv + p, H, dV, inverse(grad_scale), from, to);
-                add_outer(G, dZ, m.A, DY, m.R);
+                add_outer(G, dZ, m.A), add_outer(G, DY, m.R);
                 scale_columns(G, m.exp_m, inverse(grad_scale));
                 store<16>(m.U, 16 * warp, 0, U);
                 store<16>(m.dZ, 16 * warp, 0, dZ);
@@ -391,21 +374,11 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 multiply(ZD, Zt, D);
             }
             float sum[2][2];  // what all tokens of a channel have in common, first colsum(Z D), a diagonal
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int q = threadIdx.x % 4;
-                sum[i / 2][i % 2] = shuffle(ZD[i / 2][i / 2 * 2 + i % 2], (2 * q + i % 2) * 4 + q);
-            }
+            diagonal(sum, ZD);
             uint32_t A[4], R[4], B[4], K[4], q[4];
-            auto mine = [&](uint32_t* x, __half* tile) {  // the numbers where this lane has its sums, as round() has them
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    x[i] = reinterpret_cast<uint32_t*>(at<64>(tile, row_of(i % 2 * 2), 2 * warp + i / 2))[threadIdx.x % 4];
-            };
             mine(A, m.A), mine(R, m.R), mine(B, m.B), mine(K, m.K);
             auto times = [&](const uint32_t* x, float (*c)[4], int j, int i) {
-                const float2 f = unpack(x[2 * j + i / 2]);
-                return (i % 2 ? f.y : f.x) * c[j][i];
+                return element(x, j, i) * c[j][i];
             };
             float common[2][2] = {};
 #pragma unroll
@@ -467,13 +440,6 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
 }
 
 }  // namespace
-
-#define WITH_LOGW(dtype, ...)                                      \
-    switch (dtype) {                                               \
-        case 0: { using W = float; __VA_ARGS__; break; }           \
-        case 1: { using W = bf16; __VA_ARGS__; break; }            \
-        default: return cudaErrorInvalidValue;                     \
-    }
 
 extern "C" int wkv7_chunk_forward(
         const bf16* r, const void* logw, const bf16* k, const bf16* v, const bf16* a, const bf16* b, const float* state,
