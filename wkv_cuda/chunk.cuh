@@ -157,7 +157,7 @@ __device__ inline void store(float* to, float (*S)[2][4]) {
 }
 // in halves, for the backward pass alone: fragment after fragment, times a power of two
 __device__ inline void save(__half* to, float (*S)[2][4], float scale) {
-    if (threadIdx.x == 0) *reinterpret_cast<float*>(to) = scale;
+    if (threadIdx.x == 0) *reinterpret_cast<float4*>(to) = make_float4(scale, 0, 0, 0);
 #pragma unroll
     for (int x = 0; x < 4; x++) {
         uint32_t p[4];

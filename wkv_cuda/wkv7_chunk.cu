@@ -58,7 +58,7 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, float& value_
     const int first = threadIdx.x / 32 * 4, j = threadIdx.x % 32 * 2;
     auto logw = [&](int t) {
         const float2 x = f32x2(&m.logw[t][j]);
-        return make_float2(fmaxf(x.x, -LIMIT), fmaxf(x.y, -LIMIT));
+        return make_float2(x.x < -LIMIT ? -LIMIT : x.x, x.y < -LIMIT ? -LIMIT : x.y);  // NaN stays NaN
     };
     float2 c = {0, 0}, before = {0, 0};  // sums over the chunk, over its tokens before `first`
     float most_v = 0, most_dy = 0;
