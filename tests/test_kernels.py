@@ -174,6 +174,17 @@ def test_documents_equal_each_alone(version, device):
 
 
 @both
+@pytest.mark.parametrize("kind", KINDS)
+def test_spans(version, kind, device, monkeypatch):
+    """Where sequences and heads are few: sequences cut into spans that run at once."""
+    assert cuda_seq._span(1, 32, 65536) == 8192 and cuda_seq._span(8, 12, 32768) == 0
+    monkeypatch.setattr(cuda_seq, "_span", lambda *sizes: 32)
+    check(version, make(version, 100, kind, B=2, H=1), kind, device)
+    borders = [0, 5, 5, 69, 133, 140]
+    check(version, make(version, 140, kind, H=1, sequences=5), kind, device, cu_seqlens=torch.tensor(borders))
+
+
+@both
 def test_two_runs_and_any_order_of_warps_give_the_same_bits(version, device, request):
     borders = torch.tensor([0, 33, 40, 70], device=device)
     case = make(version, 70, "plain", sequences=3)

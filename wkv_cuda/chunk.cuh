@@ -292,6 +292,74 @@ __device__ __forceinline__ void diagonal(float (*sum)[2], float (*c)[4]) {
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Few sequences and heads leave most of the card idle. Then each sequence is cut into spans: the state at a span's end is
+// S T + D, S the one at its start, and one more pass finds T (from the unit matrix, with v = 0) and D (from zero) of all
+// spans at once; combine() goes from span to span, and all run at once from the right states. Backward: G <- G T' + E.
+
+struct Part {  // what a block works on: tokens first .. last - 1 of sequence s; `slot` counts the spans
+    int s, first, last, slot;
+    bool opens, closes;  // the sequence begins, ends here
+};
+__device__ __forceinline__ bool find(Part& p, const int* cu, int S, int span, int slot) {  // false: an unused slot
+    p.s = span ? sequence_of(cu, S, slot, span) : slot, p.slot = slot;
+    const int i = span ? slot - first_slot(cu, p.s, span) : 0, end = cu[p.s + 1];
+    p.first = cu[p.s] + i * span;
+    p.last = span ? min(p.first + span, end) : end;
+    p.opens = i == 0, p.closes = p.last == end;
+    return p.opens || p.first < p.last;
+}
+inline int slots(int S, int total, int span) { return span ? total / span + S : S; }
+
+namespace {
+constexpr int COMBINE_BYTES = 2 * N * (N + 4) * sizeof(float);
+
+// one block per (sequence, head), in fp32: x <- x T + d from span to span, d replaced by the x it is added to
+template <bool REVERSE>  // last span first, T transposed
+__global__ void __launch_bounds__(THREADS) combine(
+        int H, const int* cu, int span, const float* from, float* d, int d_stride, const float* T, int T_stride) {
+    float *X = reinterpret_cast<float*>(shared_memory()), *M = X + N * (N + 4);
+    const int s = blockIdx.x / H, h = blockIdx.x % H, row = threadIdx.x / 2, side = threadIdx.x % 2 * 4;
+    const int count = max(1, (cu[s + 1] - cu[s] + span - 1) / span);
+    float x[N / 2], add[N / 2];
+#pragma unroll
+    for (int j = 0; j < N / 2; j++) x[j] = from ? from[((size_t)blockIdx.x * N + row) * N + j / 4 * 8 + side + j % 4] : 0;
+    for (int n = 0; n < count; n++) {
+        const size_t slot = (size_t)(first_slot(cu, s, span) + (REVERSE ? count - 1 - n : n)) * H + h;
+        float* place = d + slot * d_stride + row * N + side;
+#pragma unroll
+        for (int j = 0; j < N / 2; j++) add[j] = place[j / 4 * 8 + j % 4], place[j / 4 * 8 + j % 4] = x[j];
+        if (n + 1 == count) break;
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < N / 2; j++) X[row * (N + 1) + j / 4 * 8 + side + j % 4] = x[j];
+        for (int i = threadIdx.x; i < N * N; i += THREADS)
+            M[REVERSE ? i % N * (N + 4) + i / N : i / N * (N + 4) + i % N] = T[slot * T_stride + i];
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < N / 2; j++) x[j] = add[j];
+        for (int k = 0; k < N; k++) {
+            const float f = X[row * (N + 1) + k];
+#pragma unroll
+            for (int j = 0; j < N / 2; j++) x[j] += f * M[k * (N + 4) + j / 4 * 8 + side + j % 4];
+        }
+    }
+}
+}  // namespace
+
+// the state a forward block begins with: the sequence's, the span's (in the place of D) or, while T and D are looked for
+// zero or one
+__device__ inline void begin(float (*S)[2][4], const Part& p, int H, int h, const float* state, const float* spans, bool probe) {
+    if (!probe) return load(S, p.opens ? state + ((size_t)p.s * H + h) * N * N : spans + ((size_t)p.slot * H + h) * 2 * N * N);
+#pragma unroll
+    for (int x = 0; x < 32; x++) {
+        const int i = x % 4, j = x / 4 % 2;
+        const int value = 16 * (threadIdx.x / 32) + threadIdx.x % 32 / 8 * 4 + i / 2 * 2 + threadIdx.x / 4 % 2;
+        const int key = 16 * (x / 8) + threadIdx.x % 4 * 4 + 2 * j + i % 2;
+        S[x / 8][j][i] = blockIdx.x % 2 && value == key;
+    }
+}
+
 #define WITH_LOGW(dtype, ...)                                      \
     switch (dtype) {                                               \
         case 0: { using W = float; __VA_ARGS__; break; }           \

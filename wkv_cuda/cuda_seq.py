@@ -99,20 +99,27 @@ def _register(name, launch, *names, chunked=False):
     launch(function, *tensors, *sizes) runs a function of the library, _launch with scratch memory.
     Tokens are flat here: vectors [total, H, N], cu [S + 1]. With save, the forward also returns what the backward
     needs, in fp32: sa [total, H, N] (version 7) and the state at every chunk's end [total // CHUNK + S, H, N, N]; or,
-    `chunked`, the state at every chunk's start in fp16.
+    `chunked`, the state at every chunk's start in fp16 and what passes from span to span.
     """
-    n, n_kept = len(names), 2 if "a" in names and not chunked else 1
+    n, n_kept = len(names), 2 if "a" in names or chunked else 1
     tensors = ", ".join(f"Tensor {x}" for x in names) + ", Tensor cu"
     outputs = lambda count: "(" + ", ".join(["Tensor"] * count) + ")"
     empty = lambda like: [x.new_empty(x.shape) for x in like]  # contiguous, whatever the strides of `like`
-    sizes = lambda r, logw, *args: (args[n - 3].shape[0], *r.shape[1::-1], DTYPES[(logw if chunked else r).dtype])
-    scratch = empty if launch is _launch and not chunked else lambda like: []
+
+    def sizes(*args):
+        r, S = args[0], args[n - 1].shape[0]
+        return S, *r.shape[1::-1], DTYPES[args[chunked].dtype], *([_span(S, *r.shape[1::-1])] if chunked else [])
+
+    def scratch(state, kept):
+        return [] if launch is not _launch else [kept[1].new_empty(len(kept[1]), *state.shape[1:])] if chunked else empty(kept)
 
     def forward_outputs(*args):
         r, state, save = args[0], args[n - 1], args[-1]
         total, slots = (r.shape[0], r.shape[0] // CHUNK + state.shape[0]) if save else (0, 0)
         if chunked:
-            kept = [r.new_empty(slots, r.shape[1], SAVED_STATE, dtype=torch.float16)]
+            span = _span(state.shape[0], *r.shape[1::-1])
+            kept = (r.new_empty(slots, r.shape[1], SAVED_STATE, dtype=torch.float16),
+                    state.new_empty(r.shape[0] // span + state.shape[0] if span else 0, r.shape[1], 2, N, N))
         else:
             kept = state.new_empty(total, *r.shape[1:]), state.new_empty(slots, *state.shape[1:])
         return *empty((r, state)), *kept[-n_kept:]
@@ -125,9 +132,10 @@ def _register(name, launch, *names, chunked=False):
     def backward(*args):  # the inputs, cu, kept, dy, dstate
         kept, grads = args[n + 1:-2], empty(args[:n])
         if "u" in names:
-            # du: a part per chunk or, chunked, per sequence, summed here in a fixed order
-            grads[4] = args[n - 1].new_zeros(*(args[n - 1] if chunked else kept[0]).shape[:3])
-        launch(f"{name}_backward", *args, *grads, *scratch(kept), *sizes(*args))
+            # du: a part per chunk or, chunked, per sequence or span, summed here in a fixed order
+            parts = (len(kept[1]) or len(args[n - 1])) if chunked else len(kept[0])
+            grads[4] = args[n - 1].new_zeros(parts, *args[n - 1].shape[1:3])
+        launch(f"{name}_backward", *args, *grads, *scratch(args[n - 1], kept), *sizes(*args))
         if "u" in names:
             grads[4] = grads[4].sum(0)
         return tuple(grads)
@@ -150,6 +158,13 @@ def _register(name, launch, *names, chunked=False):
                             schema=f"({tensors}{kept}, Tensor dy, Tensor? dstate) -> {outputs(n)}")
     backward_op.register_fake(lambda *args: tuple(empty(args[:n])))
     return op
+
+
+def _span(S, H, total):
+    """Tokens of a span where S sequences of H heads leave most of a card idle (chunk.cuh), else 0. For 2 blocks on each of
+    132 processors, but not from the card at hand: the same inputs give the same bits everywhere."""
+    spans = 264 // max(S * H, 1)
+    return max(total // (S * spans) // CHUNK * CHUNK, 512) if spans >= 4 and total >= 1024 * S else 0
 
 
 def _launch(function, r, *args):

@@ -28,12 +28,14 @@ template <typename W> struct Chunk {  // in shared memory
     __half decay[3][L * N], before[L * N], after[L * N];  // exp of log w between t and the middle (n = 8, 4, 2), before t, after t
 };
 
+template <typename W> constexpr int FORWARD_BYTES = offsetof(Chunk<W>, dy);
+
 template <typename W> __device__ void fetch(Chunk<W>& m, const Inputs<W>& x, int first, int n, int H, int h) {
     const size_t p = ((size_t)first * H + h) * N;
     copy_tokens(m.logw, x.logw + p, H, n);
     copy_tokens(m.r, x.r + p, H, n);
     copy_tokens(m.k, x.k + p, H, n);
-    copy_tokens(m.v, x.v + p, H, n);
+    copy_tokens(m.v, (x.v ? x.v : x.r) + p, H, x.v ? n : 0);
     if (x.dy) copy_tokens(m.dy, x.dy + p, H, n);
 }
 
@@ -116,18 +118,23 @@ template <typename W> __device__ __forceinline__ void scores(Chunk<W>& m) {
     }
 }
 
-// one block per (sequence, head). With `starts`, the state at the start of every CH tokens is kept
+// one block per (sequence or span, head). With `starts`, the state at the start of every CH tokens is kept. Without state_out:
+// two blocks per (span, head) find D and T (of the last span T alone, for the backward pass)
 template <typename W>
 __global__ void __launch_bounds__(THREADS, 4) forward(
-        int S_, int H, int total, const int* cu, Inputs<W> in, const float* __restrict__ u,
-        const float* __restrict__ state, bf16* y, float* state_out, __half* starts) {
+        int S_, int H, int total, const int* cu, int span, Inputs<W> in, const float* __restrict__ u, const float* __restrict__ state, bf16* y,
+        float* state_out, __half* starts, float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
-    const int s = blockIdx.x / H, h = blockIdx.x % H, warp = threadIdx.x / 32;
-    check(cu, s, S_, total);
-    const int first = cu[s], last = cu[s + 1];
+    const bool probe = !state_out;
+    const int index = probe ? blockIdx.x / 2 : blockIdx.x, h = index % H, warp = threadIdx.x / 32;
+    Part part;
+    if (!find(part, cu, S_, span, index / H) || (probe && part.closes && (part.opens || blockIdx.x % 2 == 0))) return;
+    check(cu, part.s, S_, total);
+    const int first = part.first, last = part.last;
+    if (probe && blockIdx.x % 2) in.v = nullptr;  // counts as 0
     const float2 own_u = f32x2(u + h * N + threadIdx.x % 32 * 2);
     float S[4][2][4];
-    load(S, state + (size_t)blockIdx.x * N * N);
+    begin(S, part, H, h, state, spans, probe);
     m.largest[0][warp] = largest(S);
     if (first < last) fetch(m, in, first, min(L, last - first), H, h);
     for (int t = first; t < last; t += L) {
@@ -136,7 +143,7 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
         __syncthreads();
         prepare<false>(m, own_u, scale, none);
         if (starts && (t - first) % CH == 0)
-            save(starts + ((size_t)(first_slot(cu, s) + (t - first) / CH) * H + h) * STATE, S, scale);
+            save(starts + ((size_t)(first_slot(cu, part.s) + (t - cu[part.s]) / CH) * H + h) * STATE, S, scale);
         __syncthreads();
         if (t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
         scores(m);
@@ -157,10 +164,11 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
         __syncthreads();
         left<16>(A, m.A, 0, 0);
         multiply_t(Y, A, V);
-        put_rows(y + ((size_t)t * H + h) * N, H, Y, inverse(scale), 0, last - t);
+        if (!probe) put_rows(y + ((size_t)t * H + h) * N, H, Y, inverse(scale), 0, last - t);
         m.largest[0][warp] = largest(S);
     }
-    store(state_out + (size_t)blockIdx.x * N * N, S);
+    if (probe) store(spans + (size_t)blockIdx.x * N * N, S);
+    else if (part.closes) store(state_out + ((size_t)part.s * H + h) * N * N, S);
 }
 
 // sum of x over the rows of a tile after this one, or before it, in blocks of `size` <= 8 rows; x becomes its block's sum
@@ -191,23 +199,27 @@ __device__ __forceinline__ void spread(float (*dlog)[4], const uint32_t* x, floa
     }
 }
 
-// One block per (sequence, head), last token first; G = dL/dS. In a chunk, with dA = dY V' (its diagonal: delta):
+// One block per (sequence or span, head), last token first; G = dL/dS. Without dstate only G is looked for, from zero. In a chunk, with dA = dY V' (its diagonal: delta):
 //   dV = A' dY + K G',   G <- G diag(P) + dY' R;   rho = dY S,  kappa = V G,  Q_n = (dA + dA')_n X_n, only pairs of n
 //   dr = rho exp(before) + (upper) sum_n Q_n exp(..) + delta u k;   dk = kappa exp(after) + (lower) sum_n Q_n exp(..) + delta u r
 // and dlogw sums each product where its decay acts, never as a difference: R rho before t, K kappa after t, X_n Q_n
 // between t and the middle, P colsum(S G) everywhere. S comes from the saved state.
 template <typename W>
 __global__ void __launch_bounds__(THREADS, 4) backward(
-        int H, const int* cu, Inputs<W> in, const float* __restrict__ u, const __half* starts, const float* dstate_out,
-        bf16* dr, W* dlogw, bf16* dk, bf16* dv, float* du, float* dstate) {
+        int S_, int H, const int* cu, int span, Inputs<W> in, const float* __restrict__ u, const __half* starts, const float* dstate_out,
+        bf16* dr, W* dlogw, bf16* dk, bf16* dv, float* du, float* dstate, float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
-    const int s = blockIdx.x / H, h = blockIdx.x % H, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int first = cu[s], last = cu[s + 1], channel = 16 * warp + lane % 4 * 4;
+    const bool scan = !dstate;
+    const int h = blockIdx.x % H, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Part part;
+    if (!find(part, cu, S_, span, blockIdx.x / H) || (scan && part.opens)) return;
+    const int s = part.s, first = part.first, last = part.last, channel = 16 * warp + lane % 4 * 4;
     const float2 own_u = f32x2(u + h * N + lane * 2);
     float S[4][2][4], G[4][2][4], four_u[4], du_sum[4] = {};  // u of channel, ... channel + 3
 #pragma unroll
     for (int x = 0; x < 4; x++) zero(G[x]);
-    if (dstate_out) load(G, dstate_out + (size_t)blockIdx.x * N * N);
+    if (!scan && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
+    else if (!scan && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
     for (int i = 0; i < 4; i++) four_u[i] = u[h * N + channel + i];
     m.largest[1][warp] = largest(G);
     int loaded = -1;  // the block of tokens in m, or on its way there
@@ -215,24 +227,33 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
         if (block >= first && block != loaded) fetch(m, in, loaded = block, min(L, last - block), H, h);
     };
     const int blocks = (last - first + L - 1) / L;
-    if (blocks) need(first + (blocks - 1) * L / CH * CH);
+    if (blocks) need(first + (blocks - 1) * L / (scan ? L : CH) * (scan ? L : CH));
     for (int block = blocks - 1; block >= 0; block--) {
-        const int t0 = first + block * L, begin = first + block * L / CH * CH;
-        restore(S, starts + ((size_t)(first_slot(cu, s) + block * L / CH) * H + h) * STATE);
+        const int t0 = first + block * L, begin = scan ? t0 : first + block * L / CH * CH;
+        if (!scan) restore(S, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
         float value_scale, grad_scale;
         uint32_t V[4];
         for (int t = begin;; t += L) {
-            m.largest[0][warp] = largest(S);
+            m.largest[0][warp] = scan ? 0 : largest(S);
             wait_for_copies();
             __syncthreads();
             prepare<true>(m, own_u, value_scale, grad_scale);
             __syncthreads();
-            need(t < t0 ? t + L : t0 > begin ? begin : begin - CH);
+            need(t < t0 ? t + L : t0 > begin ? begin : begin - (scan ? L : CH));
             left_t<64>(V, m.V, 0, 2 * warp);
             if (t == t0) break;
             scale_columns(S, m.P, value_scale);
             add_outer(S, V, m.K);
             scale_all(S, inverse(value_scale));
+        }
+        uint32_t DY[4], A[4], q[4];
+        left_t<64>(DY, m.DY, 0, 2 * warp);
+        if (scan) {
+            scale_columns(G, m.P, grad_scale);
+            add_outer(G, DY, m.R);
+            scale_all(G, inverse(grad_scale));
+            m.largest[1][warp] = largest(G);
+            continue;
         }
         const size_t p = ((size_t)t0 * H + h) * N;
         float r[2][4] = {}, k[2][4] = {};  // of this lane's rows and channels
@@ -242,8 +263,6 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
             if (t0 + row_of(2 * i) < last) get4(r[i], in.r + token), get4(k[i], in.k + token);
         }
         scores(m);
-        uint32_t DY[4], A[4], q[4];
-        left_t<64>(DY, m.DY, 0, 2 * warp);
         float dV[2][4];
         zero(dV);
 #pragma unroll
@@ -340,30 +359,52 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         for (int lanes = 4; lanes < 32; lanes *= 2) du_sum[i] += shuffle_xor(du_sum[i], lanes);
-        if (lane < 4) du[(size_t)blockIdx.x * N + channel + i] = du_sum[i];
+        if (lane < 4 && !scan) du[(size_t)blockIdx.x * N + channel + i] = du_sum[i];
     }
-    store(dstate + (size_t)blockIdx.x * N * N, G);
+    if (scan) store(spans + (size_t)blockIdx.x * N * N, G);
+    else if (part.opens) store(dstate + ((size_t)s * H + h) * N * N, G);
 }
 
 }  // namespace
 
 extern "C" int wkv6_chunk_forward(
         const bf16* r, const void* logw, const bf16* k, const bf16* v, const float* u, const float* state, const int* cu,
-        bf16* y, float* state_out, __half* starts, int S, int H, int total, int dtype, cudaStream_t stream) {
+        bf16* y, float* state_out, __half* starts, float* spans, int S, int H, int total, int dtype, int span,
+        cudaStream_t stream) {
     if (S * H == 0) return cudaSuccess;
+    const int blocks = slots(S, total, span) * H;
     WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, nullptr};
-        LAUNCH_CHUNKED(forward<W>, S * H, offsetof(Chunk<W>, dy), stream, S, H, total, cu, in, u, state, y, state_out,
-                       starts));
+        if (span) {
+            LAUNCH_CHUNKED(forward<W>, 2 * blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, u, state, nullptr,
+                           nullptr, nullptr, spans);
+            LAUNCH_CHUNKED(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, state, spans, 2 * N * N,
+                           spans + N * N, 2 * N * N);
+        }
+        LAUNCH_CHUNKED(forward<W>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, u, state, y, state_out,
+                       starts, spans));
     return cudaGetLastError();
 }
 
 extern "C" int wkv6_chunk_backward(
         const bf16* r, const void* logw, const bf16* k, const bf16* v, const float* u, const float* state, const int* cu,
-        const __half* starts, const bf16* dy, const float* dstate_out, bf16* dr, void* dlogw, bf16* dk, bf16* dv,
-        float* du, float* dstate, int S, int H, int total, int dtype, cudaStream_t stream) {
+        const __half* starts, const float* spans, const bf16* dy, const float* dstate_out, bf16* dr, void* dlogw, bf16* dk,
+        bf16* dv, float* du, float* dstate, float* scratch, int S, int H, int total, int dtype, int span,
+        cudaStream_t stream) {
     if (S * H == 0) return cudaSuccess;
+    const int blocks = slots(S, total, span) * H;
     WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, dy};
-        LAUNCH_CHUNKED(backward<W>, S * H, sizeof(Chunk<W>), stream, H, cu, in, u, starts, dstate_out, dr, (W*)dlogw, dk,
-                       dv, du, dstate));
+        if (span) {
+            LAUNCH_CHUNKED(backward<W>, blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, u, nullptr, nullptr, nullptr,
+                           nullptr, nullptr, nullptr, nullptr, nullptr, scratch);
+            LAUNCH_CHUNKED(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
+                           spans + N * N, 2 * N * N);
+        }
+        LAUNCH_CHUNKED(backward<W>, blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, u, starts, dstate_out, dr,
+                       (W*)dlogw, dk, dv, du, dstate, scratch));
     return cudaGetLastError();
+}
+
+// for bench/kernels.py
+extern "C" int wkv6_chunk_shared_bytes(int backward, int dtype) {
+    WITH_LOGW(dtype, return backward ? sizeof(Chunk<W>) : FORWARD_BYTES<W>);
 }

@@ -44,7 +44,7 @@ template <typename W> __device__ void fetch(Chunk<W>& m, const Inputs<W>& x, int
     copy_tokens(m.logw, x.logw + p, H, n);
     copy_tokens(m.r, x.r + p, H, n);
     copy_tokens(m.k, x.k + p, H, n);
-    copy_tokens(m.v, x.v + p, H, n);
+    copy_tokens(m.v, (x.v ? x.v : x.r) + p, H, x.v ? n : 0);
     copy_tokens(m.a, x.a + p, H, n);
     copy_tokens(m.b, x.b + p, H, n);
     if (x.dy) copy_tokens(m.dy, x.dy + p, H, n);
@@ -188,17 +188,22 @@ template <typename W> __device__ __forceinline__ void solve(Chunk<W>& m, uint32_
     round(U, Zt);
 }
 
-// one block per (sequence, head). With `starts`, the state at the start of every CH tokens is kept
+// one block per (sequence or span, head). With `starts`, the state at the start of every CH tokens is kept. Without state_out:
+// two blocks per (span, head) find D and T (of the last span T alone, for the backward pass)
 template <typename W>
 __global__ void __launch_bounds__(THREADS, 4) forward(
-        int S_, int H, int total, const int* cu, Inputs<W> in, const float* __restrict__ state, bf16* y,
-        float* state_out, __half* starts) {
+        int S_, int H, int total, const int* cu, int span, Inputs<W> in, const float* __restrict__ state, bf16* y,
+        float* state_out, __half* starts, float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
-    const int s = blockIdx.x / H, h = blockIdx.x % H, warp = threadIdx.x / 32;
-    check(cu, s, S_, total);
-    const int first = cu[s], last = cu[s + 1];
+    const bool probe = !state_out;
+    const int index = probe ? blockIdx.x / 2 : blockIdx.x, h = index % H, warp = threadIdx.x / 32;
+    Part part;
+    if (!find(part, cu, S_, span, index / H) || (probe && part.closes && (part.opens || blockIdx.x % 2 == 0))) return;
+    check(cu, part.s, S_, total);
+    const int first = part.first, last = part.last;
+    if (probe && blockIdx.x % 2) in.v = nullptr;  // counts as 0
     float S[4][2][4];
-    load(S, state + (size_t)blockIdx.x * N * N);
+    begin(S, part, H, h, state, spans, probe);
     m.largest[0][warp] = largest(S);
     if (first < last) fetch(m, in, first, min(L, last - first), H, h);
     for (int t = first; t < last; t += L) {
@@ -210,7 +215,7 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
             __syncthreads();
             hi = prepare<false>(m, lo, n, value_scale, none);
             if (starts && lo == 0 && (t - first) % CH == 0)
-                save(starts + ((size_t)(first_slot(cu, s) + (t - first) / CH) * H + h) * STATE, S, value_scale);
+                save(starts + ((size_t)(first_slot(cu, part.s) + (t - cu[part.s]) / CH) * H + h) * STATE, S, value_scale);
             __syncthreads();
             if (hi == n && t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
             scores(m);
@@ -234,16 +239,17 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
             multiply_t(Y, q, V);
             left<16>(q, m.RB, 0, 0);
             multiply_t(Y, q, U);
-            put_rows(out, H, Y, inverse(value_scale), lo, hi);
+            if (!probe) put_rows(out, H, Y, inverse(value_scale), lo, hi);
             add_outer(S, U, m.B), add_outer(S, V, m.K);
             scale_columns(S, m.exp_m, inverse(value_scale));
             m.largest[0][warp] = largest(S);
         }
     }
-    store(state_out + (size_t)blockIdx.x * N * N, S);
+    if (probe) store(spans + (size_t)blockIdx.x * N * N, S);
+    else if (part.closes) store(state_out + ((size_t)part.s * H + h) * N * N, S);
 }
 
-// One block per (sequence, head), last token first; G = dL/dS. In a chunk, with D = G exp(m):
+// One block per (sequence or span, head), last token first; G = dL/dS. Without dstate only G is looked for, from zero. In a chunk, with D = G exp(m):
 //   dU = RB' dY + B D',  dZ = M' dU,  dV = RK' dY + AK' dZ + K D',  G <- (D + dZ' A + dY' R) exp(m)
 //   dAB, dAK = tril(dZ U', dZ V'; -1),  dRB, dRK = tril(dY U', dY V')
 //   dR = dY Z + dRK K + dRB B,  dA = dZ Z + dAB B + dAK K,  dK = V D + dRK' R + dAK' A,  dB = U D + dRB' R + dAB' A
@@ -251,15 +257,19 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
 // No chunk's sum reaches into another. S comes from the saved state, run forward again through the chunks in between.
 template <typename W>
 __global__ void __launch_bounds__(THREADS, 4) backward(
-        int H, const int* cu, Inputs<W> in, const __half* starts, const float* dstate_out, bf16* dr, W* dlogw,
-        bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate) {
+        int S_, int H, const int* cu, int span, Inputs<W> in, const __half* starts, const float* dstate_out, bf16* dr, W* dlogw,
+        bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
-    const int s = blockIdx.x / H, h = blockIdx.x % H, warp = threadIdx.x / 32;
-    const int first = cu[s], last = cu[s + 1];
+    const bool scan = !dstate;
+    const int h = blockIdx.x % H, warp = threadIdx.x / 32;
+    Part part;
+    if (!find(part, cu, S_, span, blockIdx.x / H) || (scan && part.opens)) return;
+    const int s = part.s, first = part.first, last = part.last;
     float S[4][2][4], G[4][2][4];
 #pragma unroll
     for (int x = 0; x < 4; x++) zero(G[x]);
-    if (dstate_out) load(G, dstate_out + (size_t)blockIdx.x * N * N);
+    if (!scan && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
+    else if (!scan && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
     m.largest[1][warp] = largest(G);
     int loaded = -1;  // the block of tokens in m, or on its way there
     auto need = [&](int block) {
@@ -268,22 +278,25 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
     const int segments = (last - first + CH - 1) / CH;
     for (int segment = segments - 1; segment >= 0; segment--) {
         const int begin = first + segment * CH;
-        need(begin);
+        need(begin + (scan ? (min(CH, last - begin) - 1) / L * L : 0));
         for (int stop = min(CH, last - begin), lo; stop > 0; stop = lo) {  // the chunk that ends at `stop`
-            restore(S, starts + ((size_t)(first_slot(cu, s) + segment) * H + h) * STATE);
+            if (!scan) restore(S, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
             float value_scale, grad_scale;
             uint32_t U[4], V[4];
             int hi;
-            for (lo = 0;; lo = hi) {
+            for (lo = scan ? (stop - 1) / L * L : 0;; lo = hi) {
                 const int block = lo / L * L;
-                m.largest[0][warp] = largest(S);
+                m.largest[0][warp] = scan ? 0 : largest(S);
                 wait_for_copies();
                 __syncthreads();
                 hi = block + prepare<true>(m, lo - block, min(stop - block, L), value_scale, grad_scale);
                 __syncthreads();
+                // the block after this one: on the way to `stop`, back at the start, the segment before
                 if (hi < stop) need(begin + hi / L * L);
-                else need(lo > 0 ? begin : begin - CH);
+                else need(lo == 0 ? begin - CH + (scan ? L : 0) : begin + (scan ? (lo - 1) / L * L : 0));
+                if (scan && hi < stop) continue;
                 scores(m);
+                if (scan) break;
                 scale_columns(S, m.exp_m, value_scale);  // Z
                 float Zt[2][4];
                 zero(Zt);
@@ -302,6 +315,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 add_outer(S, U, m.B), add_outer(S, V, m.K);
                 scale_columns(S, m.exp_m, inverse(value_scale));
             }
+            if (scan) __syncthreads();
             const int from = lo % L, to = hi - lo / L * L;
             const size_t p = ((size_t)(begin + lo / L * L) * H + h) * N;
             {
@@ -324,13 +338,17 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 multiply(dU, DY, q);
                 by_inverse<true>(m, dU);
                 round(dZ, dU);
-                left_t<16>(q, m.RK, 0, 0);
-                multiply_t(dV, q, DY);
-                left_t<16>(q, m.AK, 0, 0);
-                multiply_t(dV, q, dZ);
-                put_rows(dv + p, H, dV, inverse(grad_scale), from, to);
+                if (!scan) {
+                    left_t<16>(q, m.RK, 0, 0);
+                    multiply_t(dV, q, DY);
+                    left_t<16>(q, m.AK, 0, 0);
+                    multiply_t(dV, q, dZ);
+                    put_rows(dv + p, H, dV, inverse(grad_scale), from, to);
+                }
                 add_outer(G, dZ, m.A), add_outer(G, DY, m.R);
                 scale_columns(G, m.exp_m, inverse(grad_scale));
+                m.largest[1][warp] = largest(G);
+                if (scan) continue;
                 store<16>(m.U, 16 * warp, 0, U);
                 store<16>(m.dZ, 16 * warp, 0, dZ);
             }
@@ -352,7 +370,6 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                     if (column_of(i / 4, i % 4) > row_of(i % 4) - (warp < 2)) c[i / 4][i % 4] = 0;
                 store(m.AB + warp * L * L, c);
             }
-            m.largest[1][warp] = largest(G);
             __syncthreads();
             // the other gradients, each warp 16 channels
             float dR[2][4], dA[2][4], dK[2][4], dB[2][4], ZD[2][4];
@@ -436,28 +453,50 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
             put_rows(dlogw + p, H, dlog, factor, from, to);
         }
     }
-    store(dstate + (size_t)blockIdx.x * N * N, G);
+    if (scan) store(spans + (size_t)blockIdx.x * N * N, G);
+    else if (part.opens) store(dstate + ((size_t)s * H + h) * N * N, G);
 }
 
 }  // namespace
 
 extern "C" int wkv7_chunk_forward(
         const bf16* r, const void* logw, const bf16* k, const bf16* v, const bf16* a, const bf16* b, const float* state,
-        const int* cu, bf16* y, float* state_out, __half* starts, int S, int H, int total, int dtype,
+        const int* cu, bf16* y, float* state_out, __half* starts, float* spans, int S, int H, int total, int dtype, int span,
         cudaStream_t stream) {
     if (S * H == 0) return cudaSuccess;
+    const int blocks = slots(S, total, span) * H;
     WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, a, b, nullptr};
-        LAUNCH_CHUNKED(forward<W>, S * H, FORWARD_BYTES<W>, stream, S, H, total, cu, in, state, y, state_out, starts));
+        if (span) {
+            LAUNCH_CHUNKED(forward<W>, 2 * blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, nullptr,
+                           nullptr, nullptr, spans);
+            LAUNCH_CHUNKED(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, state, spans, 2 * N * N,
+                           spans + N * N, 2 * N * N);
+        }
+        LAUNCH_CHUNKED(forward<W>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, y, state_out,
+                       starts, spans));
     return cudaGetLastError();
 }
 
 extern "C" int wkv7_chunk_backward(
         const bf16* r, const void* logw, const bf16* k, const bf16* v, const bf16* a, const bf16* b, const float* state,
-        const int* cu, const __half* starts, const bf16* dy, const float* dstate_out, bf16* dr, void* dlogw, bf16* dk,
-        bf16* dv, bf16* da, bf16* db, float* dstate, int S, int H, int total, int dtype, cudaStream_t stream) {
+        const int* cu, const __half* starts, const float* spans, const bf16* dy, const float* dstate_out, bf16* dr,
+        void* dlogw, bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, float* scratch, int S, int H, int total,
+        int dtype, int span, cudaStream_t stream) {
     if (S * H == 0) return cudaSuccess;
+    const int blocks = slots(S, total, span) * H;
     WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, a, b, dy};
-        LAUNCH_CHUNKED(backward<W>, S * H, sizeof(Chunk<W>), stream, H, cu, in, starts, dstate_out, dr, (W*)dlogw, dk,
-                       dv, da, db, dstate));
+        if (span) {
+            LAUNCH_CHUNKED(backward<W>, blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, nullptr, nullptr, nullptr,
+                           nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, scratch);
+            LAUNCH_CHUNKED(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
+                           spans + N * N, 2 * N * N);
+        }
+        LAUNCH_CHUNKED(backward<W>, blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, starts, dstate_out, dr,
+                       (W*)dlogw, dk, dv, da, db, dstate, scratch));
     return cudaGetLastError();
+}
+
+// for bench/kernels.py
+extern "C" int wkv7_chunk_shared_bytes(int backward, int dtype) {
+    WITH_LOGW(dtype, return backward ? sizeof(Chunk<W>) : FORWARD_BYTES<W>);
 }
