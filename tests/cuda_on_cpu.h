@@ -45,6 +45,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline float __uint_as_float(uint32_t x) { float f; memcpy(&f, &x, 4); return f; }
 inline uint32_t __float_as_uint(float f) { uint32_t x; memcpy(&x, &f, 4); return x; }
 inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 struct __half { _Float16 x; };
 inline float __half2float(__half h) { return (float)h.x; }

@@ -155,29 +155,39 @@ __device__ inline void store(float* to, float (*S)[2][4]) {
         *reinterpret_cast<float4*>(to + state_at(x % 2, x / 2)) = make_float4(s[0][i], s[0][i + 1], s[1][i], s[1][i + 1]);
     }
 }
+// x: as it was kept; returns its scale
+__device__ inline float restore(uint4* x, const __half* from) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = reinterpret_cast<const uint4*>(from + 8)[i * THREADS + threadIdx.x];
+    return *reinterpret_cast<const float*>(from);
+}
+__device__ __forceinline__ void unpack(float (*c)[4], uint4 x, float factor) {
+    const uint32_t p[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        const float2 f = unpack(p[m]);
+        c[m / 2][m % 2 * 2] = f.x * factor, c[m / 2][m % 2 * 2 + 1] = f.y * factor;
+    }
+}
+__device__ __forceinline__ void unpack(float (*S)[2][4], const uint4* x, float factor) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) unpack(S[i], x[i], factor);
+}
+__device__ __forceinline__ void pack(uint4* x, float (*S)[2][4], float factor) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t p[4];
+        round(p, S[i], factor);
+        x[i] = {p[0], p[1], p[2], p[3]};
+    }
+}
 // in halves, for the backward pass alone: fragment after fragment, times a power of two
 __device__ inline void save(__half* to, float (*S)[2][4], float scale) {
     if (threadIdx.x == 0) *reinterpret_cast<float4*>(to) = make_float4(scale, 0, 0, 0);
+    uint4 x[4];
+    pack(x, S, scale);
 #pragma unroll
-    for (int x = 0; x < 4; x++) {
-        uint32_t p[4];
-#pragma unroll
-        for (int m = 0; m < 4; m++) p[m] = pack(S[x][m / 2][m % 2 * 2] * scale, S[x][m / 2][m % 2 * 2 + 1] * scale);
-        reinterpret_cast<uint4*>(to + 8)[x * THREADS + threadIdx.x] = {p[0], p[1], p[2], p[3]};
-    }
-}
-__device__ inline void restore(float (*S)[2][4], const __half* from) {
-    const float scale = 1 / *reinterpret_cast<const float*>(from);
-#pragma unroll
-    for (int x = 0; x < 4; x++) {
-        const uint4 u = reinterpret_cast<const uint4*>(from + 8)[x * THREADS + threadIdx.x];
-        const uint32_t p[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-        for (int m = 0; m < 4; m++) {
-            const float2 f = unpack(p[m]);
-            S[x][m / 2][m % 2 * 2] = f.x * scale, S[x][m / 2][m % 2 * 2 + 1] = f.y * scale;
-        }
-    }
+    for (int i = 0; i < 4; i++) reinterpret_cast<uint4*>(to + 8)[i * THREADS + threadIdx.x] = x[i];
 }
 __device__ __forceinline__ float largest(float (*S)[2][4]) {  // of this warp
     float x = 0;

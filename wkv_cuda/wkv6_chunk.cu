@@ -46,7 +46,7 @@ __device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, float& value_scal
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane * 2;
     float2 own[4], before = {0, 0}, after = {0, 0}, near = {0, 0};  // log w: of this warp's tokens, the others' sums
     float most_v = 0, most_dy = 0;
-#pragma unroll
+#pragma unroll 4
     for (int t = 0; t < L; t++) {
         const float2 x = f32x2(&m.logw[t][c]);
         if (t / 4 < warp) before.x += x.x, before.y += x.y;
@@ -215,7 +215,8 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
     if (!find(part, cu, S_, span, blockIdx.x / H) || (scan && part.opens)) return;
     const int s = part.s, first = part.first, last = part.last, channel = 16 * warp + lane % 4 * 4;
     const float2 own_u = f32x2(u + h * N + lane * 2);
-    float S[4][2][4], G[4][2][4], four_u[4], du_sum[4] = {};  // u of channel, ... channel + 3
+    uint4 kept[4];  // S in halves, where its registers are needed
+    float G[4][2][4], four_u[4], du_sum[4] = {};  // u of channel, ... channel + 3
 #pragma unroll
     for (int x = 0; x < 4; x++) zero(G[x]);
     if (!scan && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
@@ -230,11 +231,11 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
     if (blocks) need(first + (blocks - 1) * L / (scan ? L : CH) * (scan ? L : CH));
     for (int block = blocks - 1; block >= 0; block--) {
         const int t0 = first + block * L, begin = scan ? t0 : first + block * L / CH * CH;
-        if (!scan) restore(S, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
-        float value_scale, grad_scale;
+        float value_scale, grad_scale, scale = 1;  // scale: of kept
+        if (!scan) scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
         uint32_t V[4];
         for (int t = begin;; t += L) {
-            m.largest[0][warp] = scan ? 0 : largest(S);
+            m.largest[0][warp] = scan ? 0 : 7.99f * inverse(scale);
             wait_for_copies();
             __syncthreads();
             prepare<true>(m, own_u, value_scale, grad_scale);
@@ -242,9 +243,13 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
             need(t < t0 ? t + L : t0 > begin ? begin : begin - (scan ? L : CH));
             left_t<64>(V, m.V, 0, 2 * warp);
             if (t == t0) break;
-            scale_columns(S, m.P, value_scale);
+            float S[4][2][4];
+            unpack(S, kept, value_scale * inverse(scale));
+            scale_columns(S, m.P, 1);
             add_outer(S, V, m.K);
             scale_all(S, inverse(value_scale));
+            scale = scale_for(largest(S));
+            pack(kept, S, scale);
         }
         uint32_t DY[4], A[4], q[4];
         left_t<64>(DY, m.DY, 0, 2 * warp);
@@ -268,7 +273,9 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
 #pragma unroll
         for (int x = 0; x < 4; x++) {
             uint32_t D[4];
-            round(D, S[x], value_scale);
+            float S[2][4];
+            unpack(S, kept[x], value_scale * inverse(scale));
+            round(D, S);
             store<64>(m.S, 16 * warp, 2 * x, D);
             round(D, G[x], grad_scale);
             store<64>(m.D, 16 * warp, 2 * x, D);

@@ -62,7 +62,7 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, float& value_
     };
     float2 c = {0, 0}, before = {0, 0};  // sums over the chunk, over its tokens before `first`
     float most_v = 0, most_dy = 0;
-#pragma unroll
+#pragma unroll 4
     for (int t = 0; t < L; t++) {
         if (t == first) before = c;
         if (t >= lo && t < n) {
@@ -265,7 +265,8 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
     Part part;
     if (!find(part, cu, S_, span, blockIdx.x / H) || (scan && part.opens)) return;
     const int s = part.s, first = part.first, last = part.last;
-    float S[4][2][4], G[4][2][4];
+    float G[4][2][4];
+    uint4 kept[4];  // S in halves, where its registers are needed
 #pragma unroll
     for (int x = 0; x < 4; x++) zero(G[x]);
     if (!scan && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
@@ -280,13 +281,13 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
         const int begin = first + segment * CH;
         need(begin + (scan ? (min(CH, last - begin) - 1) / L * L : 0));
         for (int stop = min(CH, last - begin), lo; stop > 0; stop = lo) {  // the chunk that ends at `stop`
-            if (!scan) restore(S, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
-            float value_scale, grad_scale;
+            float value_scale, grad_scale, scale = 1;  // scale: of kept
+            if (!scan) scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
             uint32_t U[4], V[4];
             int hi;
             for (lo = scan ? (stop - 1) / L * L : 0;; lo = hi) {
                 const int block = lo / L * L;
-                m.largest[0][warp] = scan ? 0 : largest(S);
+                m.largest[0][warp] = scan ? 0 : 7.99f * inverse(scale);
                 wait_for_copies();
                 __syncthreads();
                 hi = block + prepare<true>(m, lo - block, min(stop - block, L), value_scale, grad_scale);
@@ -297,7 +298,9 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 if (scan && hi < stop) continue;
                 scores(m);
                 if (scan) break;
-                scale_columns(S, m.exp_m, value_scale);  // Z
+                float S[4][2][4];
+                unpack(S, kept, 1);
+                scale_columns(S, m.exp_m, value_scale * inverse(scale));  // Z
                 float Zt[2][4];
                 zero(Zt);
 #pragma unroll
@@ -314,6 +317,8 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 if (hi == stop) break;
                 add_outer(S, U, m.B), add_outer(S, V, m.K);
                 scale_columns(S, m.exp_m, inverse(value_scale));
+                scale = scale_for(largest(S));
+                pack(kept, S, scale);
             }
             if (scan) __syncthreads();
             const int from = lo % L, to = hi - lo / L * L;
@@ -371,85 +376,86 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 store(m.AB + warp * L * L, c);
             }
             __syncthreads();
-            // the other gradients, each warp 16 channels
-            float dR[2][4], dA[2][4], dK[2][4], dB[2][4], ZD[2][4];
-            zero(dR), zero(dA), zero(dK), zero(dB), zero(ZD);
-#pragma unroll
-            for (int x = 0; x < 4; x++) {
-                uint32_t Z[4], D[4], q[4];
-                right<64>(Z, m.S, 16 * x, 2 * warp);
-                left<64>(q, m.DY, 0, 2 * x);
-                multiply(dR, q, Z);
-                left_t<16>(q, m.dZ, 16 * x, 0);
-                multiply(dA, q, Z);
-                right<64>(D, m.D, 16 * x, 2 * warp);
-                left<64>(q, m.V, 0, 2 * x);
-                multiply(dK, q, D);
-                left_t<16>(q, m.U, 16 * x, 0);
-                multiply(dB, q, D);
-                const uint32_t Zt[4] = {Z[0], Z[2], Z[1], Z[3]};  // as a left operand: Z'
-                multiply(ZD, Zt, D);
-            }
-            float sum[2][2];  // what all tokens of a channel have in common, first colsum(Z D), a diagonal
-            diagonal(sum, ZD);
-            uint32_t A[4], R[4], B[4], K[4], q[4];
-            mine(A, m.A), mine(R, m.R), mine(B, m.B), mine(K, m.K);
-            auto times = [&](const uint32_t* x, float (*c)[4], int j, int i) {
-                return element(x, j, i) * c[j][i];
-            };
-            float common[2][2] = {};
-#pragma unroll
-            for (int i = 0; i < 8; i++) common[i / 4][i % 2] += times(B, dB, i / 4, i % 4) + times(K, dK, i / 4, i % 4);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                for (int lanes = 4; lanes < 32; lanes *= 2) common[i / 2][i % 2] += shuffle_xor(common[i / 2][i % 2], lanes);
-            {
-                uint32_t y[4];
-                right<64>(y, m.K, 0, 2 * warp);
-                left<16>(q, m.RK, 0, 0), multiply(dR, q, y);
-                left<16>(q, m.AK, 0, 0), multiply(dA, q, y);
-                right<64>(y, m.B, 0, 2 * warp);
-                left<16>(q, m.RB, 0, 0), multiply(dR, q, y);
-                left<16>(q, m.AB, 0, 0), multiply(dA, q, y);
-                right<64>(y, m.R, 0, 2 * warp);
-                left_t<16>(q, m.RK, 0, 0), multiply(dK, q, y);
-                left_t<16>(q, m.RB, 0, 0), multiply(dB, q, y);
-                right<64>(y, m.A, 0, 2 * warp);
-                left_t<16>(q, m.AK, 0, 0), multiply(dK, q, y);
-                left_t<16>(q, m.AB, 0, 0), multiply(dB, q, y);
-            }
-            float dlog[2][4];
-#pragma unroll
-            for (int j = 0; j < 2; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float x[2], after = 0;  // rows 0 .. 7, 8 .. 15
-#pragma unroll
-                    for (int i = 1; i >= 0; i--) {
-                        const int c = 2 * i + e;
-                        const float own = times(A, dA, j, c);
-                        const float d = own + times(R, dR, j, c) - times(B, dB, j, c) - times(K, dK, j, c);
-                        x[i] = d;
-#pragma unroll
-                        for (int rows = 1; rows < 8; rows *= 2) {  // sum over this and later rows
-                            const float y = shuffle(x[i], (threadIdx.x + 4 * rows) % 32);
-                            if (threadIdx.x % 32 / 4 + rows < 8) x[i] += y;
-                        }
-                        dlog[j][c] = sum[j][e] + common[j][e] + after + x[i] - own;
-                        after = shuffle(x[i], threadIdx.x % 4);
-                    }
-                }
+            // the other gradients, each warp 16 channels; first of what reads the state, then of what writes it
             const float factor = inverse(value_scale) * inverse(grad_scale);
+            float dlog[2][4], own[2][4], common[2][2] = {}, sum[2][2];  // own: A dA;  dlog: R dR + A dA - B dB - K dK
+            {
+                float dR[2][4], dA[2][4];
+                uint32_t y[4], z[4];
+                zero(dR), zero(dA);
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int j = i / 4, c = i % 4, t = row_of(c), at = 16 * warp + column_of(j, c);
-                const float e = m.exp_c[t + 1][at];
-                dR[j][c] *= e, dA[j][c] *= m.exp_c[t][at], dK[j][c] /= e, dB[j][c] /= e;
+                for (int x = 0; x < 4; x++) {
+                    right<64>(z, m.S, 16 * x, 2 * warp);
+                    left<64>(y, m.DY, 0, 2 * x), multiply(dR, y, z);
+                    left_t<16>(y, m.dZ, 16 * x, 0), multiply(dA, y, z);
+                }
+                right<64>(z, m.K, 0, 2 * warp);
+                left<16>(y, m.RK, 0, 0), multiply(dR, y, z);
+                left<16>(y, m.AK, 0, 0), multiply(dA, y, z);
+                right<64>(z, m.B, 0, 2 * warp);
+                left<16>(y, m.RB, 0, 0), multiply(dR, y, z);
+                left<16>(y, m.AB, 0, 0), multiply(dA, y, z);
+                mine(y, m.A), mine(z, m.R);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const int j = i / 4, c = i % 4, t = row_of(c), at = 16 * warp + column_of(j, c);
+                    own[j][c] = element(y, j, c) * dA[j][c];
+                    dlog[j][c] = own[j][c] + element(z, j, c) * dR[j][c];
+                    dR[j][c] *= m.exp_c[t + 1][at], dA[j][c] *= m.exp_c[t][at];
+                }
+                put_rows(dr + p, H, dR, factor, from, to);
+                put_rows(da + p, H, dA, factor, from, to);
             }
-            put_rows(dr + p, H, dR, factor, from, to);
-            put_rows(da + p, H, dA, factor, from, to);
-            put_rows(dk + p, H, dK, factor, from, to);
-            put_rows(db + p, H, dB, factor, from, to);
+            {
+                float dK[2][4], dB[2][4], ZD[2][4];
+                uint32_t B[4], K[4], y[4], z[4];
+                zero(dK), zero(dB), zero(ZD);
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    right<64>(z, m.D, 16 * x, 2 * warp);
+                    left<64>(y, m.V, 0, 2 * x), multiply(dK, y, z);
+                    left_t<16>(y, m.U, 16 * x, 0), multiply(dB, y, z);
+                    left_t<64>(y, m.S, 16 * x, 2 * warp), multiply(ZD, y, z);
+                }
+                diagonal(sum, ZD);  // colsum(Z D)
+                mine(B, m.B), mine(K, m.K);
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    common[i / 4][i % 2] += element(B, i / 4, i % 4) * dB[i / 4][i % 4] + element(K, i / 4, i % 4) * dK[i / 4][i % 4];
+                right<64>(z, m.R, 0, 2 * warp);
+                left_t<16>(y, m.RK, 0, 0), multiply(dK, y, z);
+                left_t<16>(y, m.RB, 0, 0), multiply(dB, y, z);
+                right<64>(z, m.A, 0, 2 * warp);
+                left_t<16>(y, m.AK, 0, 0), multiply(dK, y, z);
+                left_t<16>(y, m.AB, 0, 0), multiply(dB, y, z);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const int j = i / 4, c = i % 4;
+                    const float f = __fdividef(1, m.exp_c[row_of(c) + 1][16 * warp + column_of(j, c)]);
+                    dlog[j][c] -= element(B, j, c) * dB[j][c] + element(K, j, c) * dK[j][c];
+                    dK[j][c] *= f, dB[j][c] *= f;
+                }
+                put_rows(dk + p, H, dK, factor, from, to);
+                put_rows(db + p, H, dB, factor, from, to);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int j = i / 2, e = i % 2;
+                float later = 0;
+#pragma unroll
+                for (int lanes = 4; lanes < 32; lanes *= 2) common[j][e] += shuffle_xor(common[j][e], lanes);
+#pragma unroll
+                for (int c = 2 + e; c >= 0; c -= 2) {  // rows 8 .. 15, then 0 .. 7
+                    float x = dlog[j][c];
+#pragma unroll
+                    for (int rows = 1; rows < 8; rows *= 2) {  // sum over this and later rows
+                        const float y = shuffle(x, (threadIdx.x + 4 * rows) % 32);
+                        if (threadIdx.x % 32 / 4 + rows < 8) x += y;
+                    }
+                    dlog[j][c] = sum[j][e] + common[j][e] + later + x - own[j][c];
+                    later = shuffle(x, threadIdx.x % 4);
+                }
+            }
             put_rows(dlogw + p, H, dlog, factor, from, to);
         }
     }
