@@ -109,7 +109,7 @@ def errors(version, form, kind, T=2048, H=4):
 
 
 def nvcc(version):
-    """Registers, spills and shared memory of each kernel, for sm_80 and sm_90."""
+    """Registers, spills and shared memory of each kernel, for sm_80 and sm_90, as nvcc tells them."""
     said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
@@ -120,14 +120,14 @@ def nvcc(version):
             raise common.UserError(f"nvcc failed: {done.stderr[-2000:]}")
         shared = getattr(ctypes.CDLL(f"{folder}/wkv.so"), f"wkv{version}_chunk_shared_bytes")
         for part in done.stderr.split("Compiling entry function")[1:]:
-            kernel = re.search(r"\d(forward|backward)I(f|13__nv_bfloat16)E.*for 'sm_(\d+)'", part)
+            kernel = re.search(r"\d(forward|backward|combine)I(\w+?)E.*for 'sm_(\d+)'", part)
             stores, loads, registers = map(int, re.search(
                 r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", part, re.S).groups())
-            backward, logw = kernel[1] == "backward", {"f": "float32"}.get(kernel[2], "bfloat16")
-            yield dict(bench="nvcc", date=str(date.today()), version=version, kernel=kernel[1], logw=logw,
+            which, logw = ("forward", "backward", "combine").index(kernel[1]), kernel[2].endswith("bfloat16")
+            yield dict(bench="nvcc", date=str(date.today()), version=version, kernel=kernel[1],
+                       of={"f": "logw float32", "13__nv_bfloat16": "logw bfloat16", "Lb0": "states"}.get(kernel[2], "gradients"),
                        sm=int(kernel[3]), registers=registers, spill_store_bytes=stores, spill_load_bytes=loads,
-                       shared_bytes=shared(int(backward), int(logw == "bfloat16")), threads=128,
-                       nvcc=re.search(r"release ([\d.]+)", said)[1])
+                       shared_bytes=shared(which, int(logw)), threads=128, nvcc=re.search(r"release ([\d.]+)", said)[1])
 
 
 def measure(version, cfg):

@@ -289,6 +289,14 @@ __device__ __forceinline__ void mine(uint32_t* x, __half* tile) {
     for (int m = 0; m < 4; m++)
         x[m] = reinterpret_cast<uint32_t*>(at<64>(tile, i / 4 + m % 2 * 8, 2 * warp + m / 2))[i % 4];
 }
+__device__ __forceinline__ void mine(float (*x)[4], const float (*rows)[N + 8]) {  // the same of a tile of floats
+    const int i = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        const float2 f = f32x2(&rows[i / 4 + m % 2 * 8][16 * warp + m / 2 * 8 + i % 4 * 2]);
+        x[m / 2][m % 2 * 2] = f.x, x[m / 2][m % 2 * 2 + 1] = f.y;
+    }
+}
 __device__ __forceinline__ float element(const uint32_t* x, int j, int i) {
     const float2 f = unpack(x[2 * j + i / 2]);
     return i % 2 ? f.y : f.x;

@@ -411,7 +411,7 @@ extern "C" int wkv6_chunk_backward(
     return cudaGetLastError();
 }
 
-// for bench/kernels.py
-extern "C" int wkv6_chunk_shared_bytes(int backward, int dtype) {
-    WITH_LOGW(dtype, return backward ? sizeof(Chunk<W>) : FORWARD_BYTES<W>);
+// for bench/kernels.py: of forward, backward, combine
+extern "C" int wkv6_chunk_shared_bytes(int kernel, int dtype) {
+    WITH_LOGW(dtype, return kernel == 0 ? FORWARD_BYTES<W> : kernel == 1 ? sizeof(Chunk<W>) : COMBINE_BYTES);
 }

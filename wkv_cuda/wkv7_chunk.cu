@@ -23,7 +23,7 @@ template <typename W> struct Chunk {  // in shared memory
     W logw[L][N];
     bf16 r[L][N], k[L][N], v[L][N], a[L][N], b[L][N];     // a block of tokens as it comes
     __half A[L * N], R[L * N], B[L * N], K[L * N], V[L * N];
-    __half AB[L * L], AK[L * L], RB[L * L], RK[L * L], M[L * L], M_low[L * L];  // M = M + M_low
+    __half M_low[L * L], AK[L * L], RB[L * L], RK[L * L], M[L * L];  // the inverse: M + M_low
     float exp_m[N];
     float largest[2][4];                                  // number in S, in G, by warp
     union {
@@ -32,7 +32,7 @@ template <typename W> struct Chunk {  // in shared memory
             __half U[N * L], dZ[N * L];                   // transposed
             bf16 dy[L][N];
             __half DY[L * N], S[N * N], D[N * N];
-            float exp_c[L + 1][N];                        // exp(c - m), before the first token and after each
+            float exp_c[L + 1][N + 8];                    // exp(c - m), before the first token and after each
         };
     };
 };
@@ -142,7 +142,7 @@ template <typename W> __device__ __forceinline__ void invert(Chunk<W>& m, float 
     __syncwarp();
 }
 
-// each warp one of AB, AK, RB, RK; the first one M too
+// each warp one of AB, AK, RB, RK; of AB only the inverse is kept
 template <typename W> __device__ __forceinline__ void scores(Chunk<W>& m) {
     const int warp = threadIdx.x / 32;
     float c[2][4];
@@ -157,8 +157,8 @@ template <typename W> __device__ __forceinline__ void scores(Chunk<W>& m) {
 #pragma unroll
     for (int i = 0; i < 8; i++)
         if (column_of(i / 4, i % 4) > row_of(i % 4) - (warp < 2)) c[i / 4][i % 4] = 0;
-    store(m.AB + warp * L * L, c);
     if (warp == 0) invert(m, c);
+    else store(m.M_low + warp * L * L, c);
 }
 
 // X <- X M' or, T, X M. With one key again and again most of X cancels: both factors are kept to 22 bits
@@ -358,7 +358,8 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 store<16>(m.dZ, 16 * warp, 0, dZ);
             }
             __syncthreads();
-            {   // each warp one of dAB dAK dRB dRK, in the place of AB AK RB RK
+            __half *const dAB = m.M_low, *const dAK = m.AK, *const dRB = m.RB, *const dRK = m.RK;  // their places are free
+            {   // each warp one of dAB dAK dRB dRK
                 float c[2][4];
                 zero(c);
 #pragma unroll
@@ -373,7 +374,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
 #pragma unroll
                 for (int i = 0; i < 8; i++)
                     if (column_of(i / 4, i % 4) > row_of(i % 4) - (warp < 2)) c[i / 4][i % 4] = 0;
-                store(m.AB + warp * L * L, c);
+                store(dAB + warp * L * L, c);
             }
             __syncthreads();
             // the other gradients, each warp 16 channels; first of what reads the state, then of what writes it
@@ -390,18 +391,20 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                     left_t<16>(y, m.dZ, 16 * x, 0), multiply(dA, y, z);
                 }
                 right<64>(z, m.K, 0, 2 * warp);
-                left<16>(y, m.RK, 0, 0), multiply(dR, y, z);
-                left<16>(y, m.AK, 0, 0), multiply(dA, y, z);
+                left<16>(y, dRK, 0, 0), multiply(dR, y, z);
+                left<16>(y, dAK, 0, 0), multiply(dA, y, z);
                 right<64>(z, m.B, 0, 2 * warp);
-                left<16>(y, m.RB, 0, 0), multiply(dR, y, z);
-                left<16>(y, m.AB, 0, 0), multiply(dA, y, z);
+                left<16>(y, dRB, 0, 0), multiply(dR, y, z);
+                left<16>(y, dAB, 0, 0), multiply(dA, y, z);
                 mine(y, m.A), mine(z, m.R);
+                float e[2][4], before[2][4];
+                mine(e, m.exp_c + 1), mine(before, m.exp_c);
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
-                    const int j = i / 4, c = i % 4, t = row_of(c), at = 16 * warp + column_of(j, c);
+                    const int j = i / 4, c = i % 4;
                     own[j][c] = element(y, j, c) * dA[j][c];
                     dlog[j][c] = own[j][c] + element(z, j, c) * dR[j][c];
-                    dR[j][c] *= m.exp_c[t + 1][at], dA[j][c] *= m.exp_c[t][at];
+                    dR[j][c] *= e[j][c], dA[j][c] *= before[j][c];
                 }
                 put_rows(dr + p, H, dR, factor, from, to);
                 put_rows(da + p, H, dA, factor, from, to);
@@ -423,15 +426,17 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 for (int i = 0; i < 8; i++)
                     common[i / 4][i % 2] += element(B, i / 4, i % 4) * dB[i / 4][i % 4] + element(K, i / 4, i % 4) * dK[i / 4][i % 4];
                 right<64>(z, m.R, 0, 2 * warp);
-                left_t<16>(y, m.RK, 0, 0), multiply(dK, y, z);
-                left_t<16>(y, m.RB, 0, 0), multiply(dB, y, z);
+                left_t<16>(y, dRK, 0, 0), multiply(dK, y, z);
+                left_t<16>(y, dRB, 0, 0), multiply(dB, y, z);
                 right<64>(z, m.A, 0, 2 * warp);
-                left_t<16>(y, m.AK, 0, 0), multiply(dK, y, z);
-                left_t<16>(y, m.AB, 0, 0), multiply(dB, y, z);
+                left_t<16>(y, dAK, 0, 0), multiply(dK, y, z);
+                left_t<16>(y, dAB, 0, 0), multiply(dB, y, z);
+                float e[2][4];
+                mine(e, m.exp_c + 1);
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     const int j = i / 4, c = i % 4;
-                    const float f = __fdividef(1, m.exp_c[row_of(c) + 1][16 * warp + column_of(j, c)]);
+                    const float f = __fdividef(1, e[j][c]);
                     dlog[j][c] -= element(B, j, c) * dB[j][c] + element(K, j, c) * dK[j][c];
                     dK[j][c] *= f, dB[j][c] *= f;
                 }
@@ -502,7 +507,7 @@ extern "C" int wkv7_chunk_backward(
     return cudaGetLastError();
 }
 
-// for bench/kernels.py
-extern "C" int wkv7_chunk_shared_bytes(int backward, int dtype) {
-    WITH_LOGW(dtype, return backward ? sizeof(Chunk<W>) : FORWARD_BYTES<W>);
+// for bench/kernels.py: of forward, backward, combine
+extern "C" int wkv7_chunk_shared_bytes(int kernel, int dtype) {
+    WITH_LOGW(dtype, return kernel == 0 ? FORWARD_BYTES<W> : kernel == 1 ? sizeof(Chunk<W>) : COMBINE_BYTES);
 }
