@@ -120,14 +120,17 @@ def nvcc(version):
             raise common.UserError(f"nvcc failed: {done.stderr[-2000:]}")
         shared = getattr(ctypes.CDLL(f"{folder}/wkv.so"), f"wkv{version}_chunk_shared_bytes")
         for part in done.stderr.split("Compiling entry function")[1:]:
-            kernel = re.search(r"\d(forward|backward|combine)I(\w+?)E.*for 'sm_(\d+)'", part)
+            kernel, logw, flag, sm = re.search(
+                r"\d(forward|backward|combine)I(f|13__nv_bfloat16)?(?:Lb([01])E)?.*for 'sm_(\d+)'", part).groups()
             stores, loads, registers = map(int, re.search(
                 r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", part, re.S).groups())
-            which, logw = ("forward", "backward", "combine").index(kernel[1]), kernel[2].endswith("bfloat16")
-            yield dict(bench="nvcc", date=str(date.today()), version=version, kernel=kernel[1],
-                       of={"f": "logw float32", "13__nv_bfloat16": "logw bfloat16", "Lb0": "states"}.get(kernel[2], "gradients"),
-                       sm=int(kernel[3]), registers=registers, spill_store_bytes=stores, spill_load_bytes=loads,
-                       shared_bytes=shared(which, int(logw)), threads=128, nvcc=re.search(r"release ([\d.]+)", said)[1])
+            bytes_ = shared(("forward", "backward", "combine").index(kernel), int(logw != "f" and logw is not None))
+            if flag == "1":
+                kernel = {"backward": "scan", "combine": "combine_backward"}[kernel]
+            yield dict(bench="nvcc", date=str(date.today()), version=version, kernel=kernel,
+                       logw={"f": "float32", None: None}.get(logw, "bfloat16"), sm=int(sm), registers=registers,
+                       spill_store_bytes=stores, spill_load_bytes=loads, shared_bytes=bytes_, threads=128,
+                       nvcc=re.search(r"release ([\d.]+)", said)[1])
 
 
 def measure(version, cfg):

@@ -155,6 +155,8 @@ inline float2 unpack(uint32_t bits) {
     return {(float)x[0], (float)x[1]};
 }
 
+inline void forget(uint4*) {}
+
 inline float shuffle(float x, int lane) {
     cuda_on_cpu::Slot s;
     s.u = __float_as_uint(x);

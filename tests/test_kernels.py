@@ -312,6 +312,6 @@ def test_nvcc_compiles(version):
     done = subprocess.run([sys.executable, str(ROOT / "bench/kernels.py"), "--compile", f"--version={version}"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r'"registers": (\d+)', done.stdout)) == 12, done.stdout
-    for kind, most in (("registers", 128), ("shared_bytes", 227 * 1024 // 4 - 1024), ("spill_store_bytes", 800)):
+    assert len(re.findall(r'"registers": (\d+)', done.stdout)) == 16, done.stdout
+    for kind, most in (("registers", 128), ("shared_bytes", 227 * 1024 // 4 - 1024), ("spill_store_bytes", 500)):
         assert all(int(x) <= most for x in re.findall(rf'"{kind}": (\d+)', done.stdout)), done.stdout

@@ -35,6 +35,11 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return *reinterpret_cast<uint32_t*>(&x);
 }
 __device__ __forceinline__ float2 unpack(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
+// what is computed from x later is computed anew, and not kept in registers until then
+__device__ __forceinline__ void forget(uint4* x) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) asm volatile("" : "+r"(x[i].x), "+r"(x[i].y), "+r"(x[i].z), "+r"(x[i].w));
+}
 __device__ __forceinline__ float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 __device__ __forceinline__ bool every(bool x) { return __all_sync(~0u, x); }
@@ -195,16 +200,18 @@ __device__ __forceinline__ float largest(float (*S)[2][4]) {  // of this warp
     for (int i = 0; i < 32; i++) x = fmaxf(x, fabsf(S[i / 8][i / 4 % 2][i % 4]));
     return warp_max(x);
 }
-// times a number per column: `column` [64] in the order of the places
-__device__ __forceinline__ void scale_columns(float (*S)[2][4], const float* column, float factor) {
+// a tile or the state, times a number per column, in the order of the places
+__device__ __forceinline__ void scale_columns(float (*c)[4], const float* column, float factor) {
 #pragma unroll
-    for (int x = 0; x < 8; x++) {
-        const float2 f = *reinterpret_cast<const float2*>(column + x * 8 + threadIdx.x % 4 * 2);
-        float* s = S[x / 2][x % 2];
-        s[0] *= f.x * factor, s[1] *= f.y * factor, s[2] *= f.x * factor, s[3] *= f.y * factor;
+    for (int j = 0; j < 2; j++) {
+        const float2 f = *reinterpret_cast<const float2*>(column + j * 8 + threadIdx.x % 4 * 2);
+        c[j][0] *= f.x * factor, c[j][1] *= f.y * factor, c[j][2] *= f.x * factor, c[j][3] *= f.y * factor;
     }
 }
-
+__device__ __forceinline__ void scale_columns(float (*S)[2][4], const float* column, float factor) {
+#pragma unroll
+    for (int x = 0; x < 4; x++) scale_columns(S[x], column + 16 * x, factor);
+}
 __device__ __forceinline__ void scale_all(float (*S)[2][4], float factor) {
 #pragma unroll
     for (int i = 0; i < 32; i++) S[i / 8][i / 4 % 2][i % 4] *= factor;

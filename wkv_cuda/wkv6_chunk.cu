@@ -199,28 +199,27 @@ __device__ __forceinline__ void spread(float (*dlog)[4], const uint32_t* x, floa
     }
 }
 
-// One block per (sequence or span, head), last token first; G = dL/dS. Without dstate only G is looked for, from zero. In a chunk, with dA = dY V' (its diagonal: delta):
+// One block per (sequence or span, head), last token first; G = dL/dS. SCAN: only G is looked for, from zero. In a chunk, with dA = dY V' (its diagonal: delta):
 //   dV = A' dY + K G',   G <- G diag(P) + dY' R;   rho = dY S,  kappa = V G,  Q_n = (dA + dA')_n X_n, only pairs of n
 //   dr = rho exp(before) + (upper) sum_n Q_n exp(..) + delta u k;   dk = kappa exp(after) + (lower) sum_n Q_n exp(..) + delta u r
 // and dlogw sums each product where its decay acts, never as a difference: R rho before t, K kappa after t, X_n Q_n
 // between t and the middle, P colsum(S G) everywhere. S comes from the saved state.
-template <typename W>
+template <typename W, bool SCAN>
 __global__ void __launch_bounds__(THREADS, 4) backward(
         int S_, int H, const int* cu, int span, Inputs<W> in, const float* __restrict__ u, const __half* starts, const float* dstate_out,
         bf16* dr, W* dlogw, bf16* dk, bf16* dv, float* du, float* dstate, float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
-    const bool scan = !dstate;
     const int h = blockIdx.x % H, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Part part;
-    if (!find(part, cu, S_, span, blockIdx.x / H) || (scan && part.opens)) return;
+    if (!find(part, cu, S_, span, blockIdx.x / H) || (SCAN && part.opens)) return;
     const int s = part.s, first = part.first, last = part.last, channel = 16 * warp + lane % 4 * 4;
     const float2 own_u = f32x2(u + h * N + lane * 2);
     uint4 kept[4];  // S in halves, where its registers are needed
     float G[4][2][4], four_u[4], du_sum[4] = {};  // u of channel, ... channel + 3
 #pragma unroll
     for (int x = 0; x < 4; x++) zero(G[x]);
-    if (!scan && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
-    else if (!scan && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
+    if (!SCAN && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
+    else if (!SCAN && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
     for (int i = 0; i < 4; i++) four_u[i] = u[h * N + channel + i];
     m.largest[1][warp] = largest(G);
     int loaded = -1;  // the block of tokens in m, or on its way there
@@ -228,19 +227,19 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
         if (block >= first && block != loaded) fetch(m, in, loaded = block, min(L, last - block), H, h);
     };
     const int blocks = (last - first + L - 1) / L;
-    if (blocks) need(first + (blocks - 1) * L / (scan ? L : CH) * (scan ? L : CH));
+    if (blocks) need(first + (blocks - 1) * L / (SCAN ? L : CH) * (SCAN ? L : CH));
     for (int block = blocks - 1; block >= 0; block--) {
-        const int t0 = first + block * L, begin = scan ? t0 : first + block * L / CH * CH;
+        const int t0 = first + block * L, begin = SCAN ? t0 : first + block * L / CH * CH;
         float value_scale, grad_scale, scale = 1;  // scale: of kept
-        if (!scan) scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
+        if (!SCAN) scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
         uint32_t V[4];
         for (int t = begin;; t += L) {
-            m.largest[0][warp] = scan ? 0 : 7.99f * inverse(scale);
+            m.largest[0][warp] = SCAN ? 0 : 7.99f * inverse(scale);
             wait_for_copies();
             __syncthreads();
             prepare<true>(m, own_u, value_scale, grad_scale);
             __syncthreads();
-            need(t < t0 ? t + L : t0 > begin ? begin : begin - (scan ? L : CH));
+            need(t < t0 ? t + L : t0 > begin ? begin : begin - (SCAN ? L : CH));
             left_t<64>(V, m.V, 0, 2 * warp);
             if (t == t0) break;
             float S[4][2][4];
@@ -253,7 +252,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
         }
         uint32_t DY[4], A[4], q[4];
         left_t<64>(DY, m.DY, 0, 2 * warp);
-        if (scan) {
+        if (SCAN) {
             scale_columns(G, m.P, grad_scale);
             add_outer(G, DY, m.R);
             scale_all(G, inverse(grad_scale));
@@ -366,9 +365,9 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         for (int lanes = 4; lanes < 32; lanes *= 2) du_sum[i] += shuffle_xor(du_sum[i], lanes);
-        if (lane < 4 && !scan) du[(size_t)blockIdx.x * N + channel + i] = du_sum[i];
+        if (lane < 4 && !SCAN) du[(size_t)blockIdx.x * N + channel + i] = du_sum[i];
     }
-    if (scan) store(spans + (size_t)blockIdx.x * N * N, G);
+    if (SCAN) store(spans + (size_t)blockIdx.x * N * N, G);
     else if (part.opens) store(dstate + ((size_t)s * H + h) * N * N, G);
 }
 
@@ -401,12 +400,12 @@ extern "C" int wkv6_chunk_backward(
     const int blocks = slots(S, total, span) * H;
     WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, dy};
         if (span) {
-            LAUNCH_CHUNKED(backward<W>, blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, u, nullptr, nullptr, nullptr,
+            LAUNCH_CHUNKED((backward<W, true>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, u, nullptr, nullptr, nullptr,
                            nullptr, nullptr, nullptr, nullptr, nullptr, scratch);
             LAUNCH_CHUNKED(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
                            spans + N * N, 2 * N * N);
         }
-        LAUNCH_CHUNKED(backward<W>, blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, u, starts, dstate_out, dr,
+        LAUNCH_CHUNKED((backward<W, false>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, u, starts, dstate_out, dr,
                        (W*)dlogw, dk, dv, du, dstate, scratch));
     return cudaGetLastError();
 }

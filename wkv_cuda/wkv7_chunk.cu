@@ -249,28 +249,28 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
     else if (part.closes) store(state_out + ((size_t)part.s * H + h) * N * N, S);
 }
 
-// One block per (sequence or span, head), last token first; G = dL/dS. Without dstate only G is looked for, from zero. In a chunk, with D = G exp(m):
+// One block per (sequence or span, head), last token first; G = dL/dS. SCAN: only G is looked for, from zero.
+// In a chunk, with D = G exp(m):
 //   dU = RB' dY + B D',  dZ = M' dU,  dV = RK' dY + AK' dZ + K D',  G <- (D + dZ' A + dY' R) exp(m)
 //   dAB, dAK = tril(dZ U', dZ V'; -1),  dRB, dRK = tril(dY U', dY V')
 //   dR = dY Z + dRK K + dRB B,  dA = dZ Z + dAB B + dAK K,  dK = V D + dRK' R + dAK' A,  dB = U D + dRB' R + dAB' A
 //   dlogw_t = colsum(Z D) + sum_all (B (U D) + K (V D)) + sum_{i >= t} (R dR - B dB - K dK)_i + sum_{i > t} (A dA)_i
 // No chunk's sum reaches into another. S comes from the saved state, run forward again through the chunks in between.
-template <typename W>
+template <typename W, bool SCAN>
 __global__ void __launch_bounds__(THREADS, 4) backward(
         int S_, int H, const int* cu, int span, Inputs<W> in, const __half* starts, const float* dstate_out, bf16* dr, W* dlogw,
         bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
-    const bool scan = !dstate;
     const int h = blockIdx.x % H, warp = threadIdx.x / 32;
     Part part;
-    if (!find(part, cu, S_, span, blockIdx.x / H) || (scan && part.opens)) return;
+    if (!find(part, cu, S_, span, blockIdx.x / H) || (SCAN && part.opens)) return;
     const int s = part.s, first = part.first, last = part.last;
     float G[4][2][4];
     uint4 kept[4];  // S in halves, where its registers are needed
 #pragma unroll
     for (int x = 0; x < 4; x++) zero(G[x]);
-    if (!scan && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
-    else if (!scan && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
+    if (!SCAN && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
+    else if (!SCAN && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
     m.largest[1][warp] = largest(G);
     int loaded = -1;  // the block of tokens in m, or on its way there
     auto need = [&](int block) {
@@ -279,34 +279,34 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
     const int segments = (last - first + CH - 1) / CH;
     for (int segment = segments - 1; segment >= 0; segment--) {
         const int begin = first + segment * CH;
-        need(begin + (scan ? (min(CH, last - begin) - 1) / L * L : 0));
+        need(begin + (SCAN ? (min(CH, last - begin) - 1) / L * L : 0));
         for (int stop = min(CH, last - begin), lo; stop > 0; stop = lo) {  // the chunk that ends at `stop`
             float value_scale, grad_scale, scale = 1;  // scale: of kept
-            if (!scan) scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
+            if (!SCAN) scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
             uint32_t U[4], V[4];
             int hi;
-            for (lo = scan ? (stop - 1) / L * L : 0;; lo = hi) {
+            for (lo = SCAN ? (stop - 1) / L * L : 0;; lo = hi) {
                 const int block = lo / L * L;
-                m.largest[0][warp] = scan ? 0 : 7.99f * inverse(scale);
+                m.largest[0][warp] = SCAN ? 0 : 7.99f * inverse(scale);
                 wait_for_copies();
                 __syncthreads();
                 hi = block + prepare<true>(m, lo - block, min(stop - block, L), value_scale, grad_scale);
                 __syncthreads();
                 // the block after this one: on the way to `stop`, back at the start, the segment before
                 if (hi < stop) need(begin + hi / L * L);
-                else need(lo == 0 ? begin - CH + (scan ? L : 0) : begin + (scan ? (lo - 1) / L * L : 0));
-                if (scan && hi < stop) continue;
+                else need(lo == 0 ? begin - CH + (SCAN ? L : 0) : begin + (SCAN ? (lo - 1) / L * L : 0));
+                if (SCAN && hi < stop) continue;
                 scores(m);
-                if (scan) break;
-                float S[4][2][4];
-                unpack(S, kept, 1);
-                scale_columns(S, m.exp_m, value_scale * inverse(scale));  // Z
+                if (SCAN) break;
                 float Zt[2][4];
                 zero(Zt);
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     uint32_t p[4], q[4];
-                    round(p, S[x]);
+                    float Z[2][4];
+                    unpack(Z, kept[x], value_scale * inverse(scale));
+                    scale_columns(Z, m.exp_m + 16 * x, 1);
+                    round(p, Z);
                     right_t<64>(q, m.A, 0, 2 * x);
                     multiply(Zt, p, q);
                     if (hi == stop) store<64>(m.S, 16 * warp, 2 * x, p);
@@ -315,12 +315,16 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 left_t<64>(V, m.V, 0, 2 * warp);
                 solve(m, U, Zt, V);
                 if (hi == stop) break;
+                float S[4][2][4];
+                forget(kept);
+                unpack(S, kept, value_scale * inverse(scale));
+                scale_columns(S, m.exp_m, 1);
                 add_outer(S, U, m.B), add_outer(S, V, m.K);
                 scale_columns(S, m.exp_m, inverse(value_scale));
                 scale = scale_for(largest(S));
                 pack(kept, S, scale);
             }
-            if (scan) __syncthreads();
+            if (SCAN) __syncthreads();
             const int from = lo % L, to = hi - lo / L * L;
             const size_t p = ((size_t)(begin + lo / L * L) * H + h) * N;
             {
@@ -343,7 +347,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 multiply(dU, DY, q);
                 by_inverse<true>(m, dU);
                 round(dZ, dU);
-                if (!scan) {
+                if (!SCAN) {
                     left_t<16>(q, m.RK, 0, 0);
                     multiply_t(dV, q, DY);
                     left_t<16>(q, m.AK, 0, 0);
@@ -353,7 +357,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 add_outer(G, dZ, m.A), add_outer(G, DY, m.R);
                 scale_columns(G, m.exp_m, inverse(grad_scale));
                 m.largest[1][warp] = largest(G);
-                if (scan) continue;
+                if (SCAN) continue;
                 store<16>(m.U, 16 * warp, 0, U);
                 store<16>(m.dZ, 16 * warp, 0, dZ);
             }
@@ -381,15 +385,17 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
             const float factor = inverse(value_scale) * inverse(grad_scale);
             float dlog[2][4], own[2][4], common[2][2] = {}, sum[2][2];  // own: A dA;  dlog: R dR + A dA - B dB - K dK
             {
-                float dR[2][4], dA[2][4];
+                float dR[2][4], dA[2][4], ZD[2][4];
                 uint32_t y[4], z[4];
-                zero(dR), zero(dA);
+                zero(dR), zero(dA), zero(ZD);
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     right<64>(z, m.S, 16 * x, 2 * warp);
                     left<64>(y, m.DY, 0, 2 * x), multiply(dR, y, z);
                     left_t<16>(y, m.dZ, 16 * x, 0), multiply(dA, y, z);
+                    left_t<64>(y, m.S, 16 * x, 2 * warp), right<64>(z, m.D, 16 * x, 2 * warp), multiply(ZD, y, z);
                 }
+                diagonal(sum, ZD);  // colsum(Z D)
                 right<64>(z, m.K, 0, 2 * warp);
                 left<16>(y, dRK, 0, 0), multiply(dR, y, z);
                 left<16>(y, dAK, 0, 0), multiply(dA, y, z);
@@ -410,17 +416,15 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 put_rows(da + p, H, dA, factor, from, to);
             }
             {
-                float dK[2][4], dB[2][4], ZD[2][4];
+                float dK[2][4], dB[2][4];
                 uint32_t B[4], K[4], y[4], z[4];
-                zero(dK), zero(dB), zero(ZD);
+                zero(dK), zero(dB);
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     right<64>(z, m.D, 16 * x, 2 * warp);
                     left<64>(y, m.V, 0, 2 * x), multiply(dK, y, z);
                     left_t<16>(y, m.U, 16 * x, 0), multiply(dB, y, z);
-                    left_t<64>(y, m.S, 16 * x, 2 * warp), multiply(ZD, y, z);
                 }
-                diagonal(sum, ZD);  // colsum(Z D)
                 mine(B, m.B), mine(K, m.K);
 #pragma unroll
                 for (int i = 0; i < 8; i++)
@@ -464,7 +468,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
             put_rows(dlogw + p, H, dlog, factor, from, to);
         }
     }
-    if (scan) store(spans + (size_t)blockIdx.x * N * N, G);
+    if (SCAN) store(spans + (size_t)blockIdx.x * N * N, G);
     else if (part.opens) store(dstate + ((size_t)s * H + h) * N * N, G);
 }
 
@@ -497,12 +501,12 @@ extern "C" int wkv7_chunk_backward(
     const int blocks = slots(S, total, span) * H;
     WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, a, b, dy};
         if (span) {
-            LAUNCH_CHUNKED(backward<W>, blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, nullptr, nullptr, nullptr,
+            LAUNCH_CHUNKED((backward<W, true>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, nullptr, nullptr, nullptr,
                            nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, scratch);
             LAUNCH_CHUNKED(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
                            spans + N * N, 2 * N * N);
         }
-        LAUNCH_CHUNKED(backward<W>, blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, starts, dstate_out, dr,
+        LAUNCH_CHUNKED((backward<W, false>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, starts, dstate_out, dr,
                        (W*)dlogw, dk, dv, da, db, dstate, scratch));
     return cudaGetLastError();
 }
