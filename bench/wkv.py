@@ -1,7 +1,6 @@
-"""Speed of the recurrences alone, forward and backward: every form that runs here, as a ratio to the naive loop.
+"""Speed of the recurrences alone on a CPU, forward and backward, as a ratio to the naive loop. A GPU's: bench/kernels.py.
 
-    python bench/wkv.py                         # CPU: process CPU time, interleaved, median; JSON lines
-    python bench/wkv.py --device=cuda --T=4096 --H=32 --dtype=bfloat16
+    python bench/wkv.py                         # process CPU time, interleaved, median; JSON lines
 """
 import json
 import statistics
@@ -21,11 +20,10 @@ import wkv_cuda  # noqa: E402
 
 @dataclass
 class Config:
-    device: str = "cpu"   # cpu or cuda
     B: int = 8            # rows
     T: int = 512          # tokens
     H: int = 4            # heads of 64
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of everything but log w and the state
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of everything but log w and the state
     rounds: int = 5       # counted passes of each form, interleaved
     threads: int = 1      # CPU threads
 
@@ -33,36 +31,27 @@ class Config:
 def make(version, cfg):
     torch.manual_seed(0)
     dtype = getattr(torch, cfg.dtype)
-    r, k, v, x, y = (torch.randn(cfg.B, cfg.T, cfg.H, 64, device=cfg.device) for _ in range(5))
+    r, k, v, x, y = (torch.randn(cfg.B, cfg.T, cfg.H, 64) for _ in range(5))
     if version == 7:
         kappa = torch.nn.functional.normalize(y, dim=-1)
         xs = [r, -0.6065 * x.sigmoid(), k * 0.3, v, -kappa, kappa * x.sigmoid()]
     else:
-        xs = [r, -torch.exp(x - 1), k * 0.3, v, torch.randn(cfg.H, 64, device=cfg.device)]
+        xs = [r, -torch.exp(x - 1), k * 0.3, v, torch.randn(cfg.H, 64)]
     return [t.to(torch.float32 if i == 1 else dtype).requires_grad_() for i, t in enumerate(xs)]
 
 
 def seconds(version, backend, xs):
-    """One forward and one backward: CPU time on a CPU, elapsed time between synchronisations on a GPU."""
-    cuda = xs[0].is_cuda
-    clock = time.perf_counter if cuda else time.process_time
-    times = []
-    for _ in range(2):
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(clock())
-        if len(times) == 1:
-            y, _ = (wkv_cuda.wkv7 if version == 7 else wkv_cuda.wkv6)(*xs, backend=backend)
-        else:
-            torch.autograd.grad(y, xs, torch.ones_like(y))
-    if cuda:
-        torch.cuda.synchronize()
-    return times[1] - times[0], clock() - times[1]
+    """CPU time of one forward and one backward."""
+    start = time.process_time()
+    y, _ = (wkv_cuda.wkv7 if version == 7 else wkv_cuda.wkv6)(*xs, backend=backend)
+    middle = time.process_time()
+    torch.autograd.grad(y, xs, torch.ones_like(y))
+    return middle - start, time.process_time() - middle
 
 
 def main(cfg):
     torch.set_num_threads(cfg.threads)
-    forms = ["naive", "chunked", "cuda_seq" if cfg.device.startswith("cuda") else "cpu"]
+    forms = ["naive", "chunked", "cpu"]
     for version in (7, 6):
         xs = make(version, cfg)
         us = {form: ([], []) for form in forms}  # per token and head
@@ -82,7 +71,7 @@ def main(cfg):
                 naive_us_per_token_head=round(statistics.median(a + b for a, b in zip(*us["naive"])), 2),
                 times_faster_than_naive=round(ratio["naive"], 2),
                 times_faster_than_chunked=round(ratio["chunked"], 2), threads=cfg.threads, torch=torch.__version__,
-                device=torch.cuda.get_device_name() if cfg.device.startswith("cuda") else common.cpu_name())), flush=True)
+                device=common.cpu_name())), flush=True)
 
 
 if __name__ == "__main__":

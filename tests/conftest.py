@@ -1,5 +1,8 @@
 """Paths, one thread per process (two-thread runs beside other work are several times slower), and the slow marker."""
+import ctypes
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +14,30 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def library_on_cpu(tmp_path_factory):
+    """The CUDA sources, compiled by g++."""
+    from wkv_cuda import cpu, cuda_seq
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not on PATH")
+    path = tmp_path_factory.mktemp("wkv") / "wkv.so"
+    sources = [str(p) for p in cuda_seq.SOURCES if p.suffix == ".cu"]
+    subprocess.run(["g++", cpu.FLAGS[0], "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-include",
+                    str(ROOT / "tests/cuda_on_cpu.h"), "-x", "c++", *sources, "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture
+def emulated(library_on_cpu, monkeypatch):
+    """The CUDA ops take CPU tensors, and run there."""
+    from wkv_cuda import cuda_seq
+    monkeypatch.setattr(cuda_seq, "_library", lambda: library_on_cpu)
+    monkeypatch.setattr(cuda_seq, "DEVICE", "cpu")
+    torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN: what a kernel forgot to write shows
+    yield library_on_cpu
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """wkv_cuda/cuda_seq.py and its .cu files. Without a GPU the same .cu sources are compiled by g++ (cuda_on_cpu.h) and go
 through the whole Python path on CPU tensors; where there is a GPU every comparison runs there as well."""
-import ctypes
 import os
 import re
 import shutil
@@ -21,31 +20,16 @@ NAMES = {"wkv6": ["r", "logw", "k", "v", "u", "state"], "wkv7": ["r", "logw", "k
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 
-@pytest.fixture(scope="session")
-def library_on_cpu(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not on PATH")
-    path = tmp_path_factory.mktemp("wkv") / "wkv.so"
-    sources = [str(p) for p in cuda_seq.SOURCES if p.suffix == ".cu"]
-    subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-include",
-                    str(ROOT / "tests/cuda_on_cpu.h"), "-x", "c++", *sources, "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
-
-
 @pytest.fixture(params=["cpu", "cuda"])
-def device(request, monkeypatch):
+def device(request):
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
         assert cuda_seq.unavailable() is None
         yield "cuda"
     else:
-        library = request.getfixturevalue("library_on_cpu")
-        monkeypatch.setattr(cuda_seq, "_library", lambda: library)
-        monkeypatch.setattr(cuda_seq, "DEVICE", "cpu")
-        torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN: what a kernel forgot to write shows
+        request.getfixturevalue("emulated")
         yield "cpu"
-        torch.use_deterministic_algorithms(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

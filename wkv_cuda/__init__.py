@@ -7,15 +7,16 @@ documents laid end to end, state [D, H, N, N]; a document of length 0 passes its
 `naive` below is the specification. The other forms agree with it to rounding:
   "chunked"   PyTorch matrix products over chunks of tokens, any device (chunked.py)
   "cpu"       C++, one task per sequence and head, built by the first call that needs a gradient (cpu.py)
-  "cuda_seq"  one CUDA thread block per sequence and head, built at first use (cuda_seq.py)
+  "cuda_seq"  one CUDA thread block per sequence and head, token by token, built at first use (cuda_seq.py)
+  "cuda"      the same on tensor cores, 16 tokens at a time, for bf16 (cuda.py)
 """
 import warnings
 
 import torch
 
-from . import chunked, cpu, cuda_seq
+from . import chunked, cpu, cuda, cuda_seq
 
-BACKENDS = ("naive", "chunked", "cpu", "cuda_seq")
+BACKENDS = ("naive", "chunked", "cpu", "cuda_seq", "cuda")
 
 
 def wkv7(r, logw, k, v, a, b, state=None, *, cu_seqlens=None, backend=None):
@@ -71,7 +72,7 @@ def _run(version, backend, inputs, state, cu_seqlens):
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "naive":
         return naive(version, inputs, state, cu_seqlens)
-    module = dict(chunked=chunked, cpu=cpu, cuda_seq=cuda_seq)[backend]
+    module = dict(chunked=chunked, cpu=cpu, cuda_seq=cuda_seq, cuda=cuda)[backend]
     if module is not chunked and (missing := module.unavailable()):
         raise RuntimeError(f"backend {backend!r}: {missing}")
     return (module.wkv7 if version == 7 else module.wkv6)(*inputs, state, cu_seqlens)
@@ -80,10 +81,16 @@ def _run(version, backend, inputs, state, cu_seqlens):
 def _fastest(inputs, state):
     """The backend for None. On a CPU only a call that needs a gradient builds; others take what is there."""
     r = inputs[0]
-    if r.is_cuda and r.shape[-1] == 64 and r.dtype != torch.float64:
-        if not (missing := cuda_seq.unavailable()):
+    if r.is_cuda and r.dtype != torch.float64:
+        sequential = r.shape[-1] == 64 and not cuda_seq.unavailable()
+        if sequential and r.shape[1] == 1:
+            return "cuda_seq"  # one token: nothing to gain
+        if not (missing := cuda.unsupported(inputs) or cuda.unavailable()):
+            return "cuda"
+        other = "sequential kernel" if sequential else "PyTorch form"
+        warnings.warn(f"no WKV kernel on tensor cores ({missing}); the slower {other} takes over")  # shown once
+        if sequential:
             return "cuda_seq"
-        warnings.warn(f"the CUDA recurrence cannot be built ({missing}); the slower PyTorch form takes over")
     if r.device.type == "cpu" and r.shape[-1] in cpu.HEAD_SIZES and all(x.dtype in cpu.DTYPES for x in inputs):
         train = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
         if (train or r.shape[1] > 1) and not cpu.unavailable(build=train):

@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 
 N, CHUNK = 64, 32  # head size; tokens between two saved states. Both as in wkv.cuh
+SAVED_STATE = N * N + 8  # halves: STATE in chunk.cuh
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DEVICE = "cuda"  # the tests run the same sources on "cpu"
-SOURCES = [Path(__file__).parent / name for name in ("wkv6.cu", "wkv7.cu", "wkv.cuh")]
+SOURCES = [Path(__file__).parent / name for name in ("wkv6.cu", "wkv7.cu", "wkv6_chunk.cu", "wkv7_chunk.cu", "wkv.cuh",
+                                                     "chunk.cuh")]
 
 
 def wkv7(r, logw, k, v, a, b, state=None, cu_seqlens=None):
@@ -41,9 +43,7 @@ def wkv6(r, logw, k, v, u, state=None, cu_seqlens=None):
     u [H, 64], used in fp32; everything else as in wkv7. exp(logw) may underflow to 0.
     """
     inputs, state, cu = _flatten("wkv6", dict(r=r, logw=logw, k=k, v=v), state, cu_seqlens)
-    if u.shape != r.shape[2:] or u.device != r.device:
-        raise ValueError(f"wkv6: u must be {list(r.shape[2:])} on {r.device}, got {list(u.shape)} on {u.device}")
-    inputs.append(u.float())
+    inputs.append(_check_u(u, r))
     y, state, *_ = _wkv6(*inputs, state, cu, _wants_grad(*inputs, state))
     return y.view(r.shape).to(r.dtype), state
 
@@ -58,8 +58,15 @@ def _wants_grad(*tensors):
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _flatten(op, vectors, state, cu_seqlens, device=None, head_sizes=(64,), dtypes=tuple(DTYPES)):
-    """Check, then: vectors as [B * T, H, N] in one dtype (logw in fp32), the state, cu_seqlens int32 on the device."""
+def _check_u(u, r):
+    if u.shape != r.shape[2:] or u.device != r.device:
+        raise ValueError(f"wkv6: u must be {list(r.shape[2:])} on {r.device}, got {list(u.shape)} on {u.device}")
+    return u.float()
+
+
+def _flatten(op, vectors, state, cu_seqlens, device=None, head_sizes=(64,), dtypes=tuple(DTYPES), chunked=False):
+    """Check, then: vectors as [B * T, H, N] in one dtype (logw in fp32), the state, cu_seqlens int32 on the device.
+    chunked: in bf16, and logw may be."""
     r, device = vectors["r"], device or DEVICE
     if r.dim() != 4 or r.shape[3] not in head_sizes:
         raise ValueError(f"{op}: r must be [B, T, H, {' or '.join(map(str, head_sizes))}], got {list(r.shape)}")
@@ -73,46 +80,62 @@ def _flatten(op, vectors, state, cu_seqlens, device=None, head_sizes=(64,), dtyp
                          f"got {cu.dtype} {list(cu.shape)} with B = {B}")
     if state is None:
         state = torch.zeros(cu.shape[0] - 1, H, N, N, device=r.device)
-    for name, x, shape, allowed in [(name, x, r.shape, dtypes) for name, x in vectors.items()] + [
+    bf16 = (torch.bfloat16,)
+    for name, x, shape, allowed in [
+            *((name, x, r.shape, bf16 if chunked and name != "logw" else dtypes) for name, x in vectors.items()),
             ("state", state, (cu.shape[0] - 1, H, N, N), [torch.float32])]:
         if x.shape != shape or x.device != r.device or x.dtype not in allowed:
             raise ValueError(f"{op}: {name} must be {' or '.join(map(str, allowed))} {list(shape)} on {r.device}, got "
                              f"{x.dtype} {list(x.shape)} on {x.device}")
     one = all(x.dtype == r.dtype for name, x in vectors.items() if name != "logw")  # else (autocast) they meet in fp32
-    return [x.to(r.dtype if one and name != "logw" else torch.float32).reshape(B * T, H, N)
+    kept = lambda name, x: x.dtype in bf16 if chunked and name == "logw" else one and name != "logw"
+    return [x.to(r.dtype if kept(name, x) else torch.float32).reshape(B * T, H, N)
             for name, x in vectors.items()], state, cu.to(r.device, torch.int32)
 
 
-def _register(name, launch, *names):
+def _register(name, launch, *names, chunked=False):
     """Make gosling::<name> and gosling::<name>_backward; `names`: the inputs with a gradient, r first and state last.
 
     launch(function, *tensors, *sizes) runs a function of the library, _launch with scratch memory.
     Tokens are flat here: vectors [total, H, N], cu [S + 1]. With save, the forward also returns what the backward
-    needs, in fp32: sa [total, H, N] (version 7) and the state at every chunk's end [total // CHUNK + S, H, N, N].
+    needs, in fp32: sa [total, H, N] (version 7) and the state at every chunk's end [total // CHUNK + S, H, N, N]; or,
+    `chunked`, the state at every chunk's start in fp16 and what passes from span to span.
     """
-    n, n_kept = len(names), 2 if "a" in names else 1
+    n, n_kept = len(names), 2 if "a" in names or chunked else 1
     tensors = ", ".join(f"Tensor {x}" for x in names) + ", Tensor cu"
     outputs = lambda count: "(" + ", ".join(["Tensor"] * count) + ")"
     empty = lambda like: [x.new_empty(x.shape) for x in like]  # contiguous, whatever the strides of `like`
-    sizes = lambda r, state: (state.shape[0], r.shape[1], r.shape[0], DTYPES[r.dtype])
-    scratch = empty if launch is _launch else lambda like: []
+
+    def sizes(*args):
+        r, S = args[0], args[n - 1].shape[0]
+        return S, *r.shape[1::-1], DTYPES[args[chunked].dtype], *([_span(S, *r.shape[1::-1])] if chunked else [])
+
+    def scratch(state, kept):
+        return [] if launch is not _launch else [kept[1].new_empty(len(kept[1]), *state.shape[1:])] if chunked else empty(kept)
 
     def forward_outputs(*args):
         r, state, save = args[0], args[n - 1], args[-1]
         total, slots = (r.shape[0], r.shape[0] // CHUNK + state.shape[0]) if save else (0, 0)
-        kept = state.new_empty(total, *r.shape[1:]), state.new_empty(slots, *state.shape[1:])
-        return *empty((r, state)), *kept[2 - n_kept:]
+        if chunked:
+            span = _span(state.shape[0], *r.shape[1::-1])
+            kept = (r.new_empty(slots, r.shape[1], SAVED_STATE, dtype=torch.float16),
+                    state.new_empty(r.shape[0] // span + state.shape[0] if span else 0, r.shape[1], 2, N, N))
+        else:
+            kept = state.new_empty(total, *r.shape[1:]), state.new_empty(slots, *state.shape[1:])
+        return *empty((r, state)), *kept[-n_kept:]
 
     def forward(*args):
         out = forward_outputs(*args)  # without save the kept ones are empty, and null to the kernel
-        launch(f"{name}_forward", *args[:-1], *out, *sizes(args[0], args[n - 1]))
+        launch(f"{name}_forward", *args[:-1], *out, *sizes(*args))
         return out
 
     def backward(*args):  # the inputs, cu, kept, dy, dstate
         kept, grads = args[n + 1:-2], empty(args[:n])
         if "u" in names:
-            grads[4] = kept[0].new_zeros(kept[0].shape[:3])  # du: a part per chunk, summed here in a fixed order
-        launch(f"{name}_backward", *args, *grads, *scratch(kept), *sizes(args[0], args[n - 1]))
+            # du: a part per chunk or, chunked, per sequence or span, summed here in a fixed order
+            parts = (len(kept[1]) or len(args[n - 1])) if chunked else len(kept[0])
+            grads[4] = args[n - 1].new_zeros(parts, *args[n - 1].shape[1:3])
+        launch(f"{name}_backward", *args, *grads, *scratch(args[n - 1], kept), *sizes(*args))
         if "u" in names:
             grads[4] = grads[4].sum(0)
         return tuple(grads)
@@ -137,10 +160,18 @@ def _register(name, launch, *names):
     return op
 
 
+def _span(S, H, total):
+    """Tokens of a span where S sequences of H heads leave most of a card idle (chunk.cuh), else 0. For 2 blocks on each of
+    132 processors, but not from the card at hand: the same inputs give the same bits everywhere."""
+    spans = 264 // max(S * H, 1)
+    return max(total // (S * spans) // CHUNK * CHUNK, 512) if spans >= 4 and total >= 1024 * S else 0
+
+
 def _launch(function, r, *args):
     """Call a launcher on r's device and PyTorch's stream there: tensors as pointers, then sizes, then the stream."""
     library = _library()
-    args = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in (r, *args)]  # alive until the launch
+    aligned = lambda x: x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    args = [aligned(x) if isinstance(x, torch.Tensor) else x for x in (r, *args)]  # alive until the launch
     stream = torch.cuda.current_stream(r.device).cuda_stream if r.is_cuda else None
     raw = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else x for x in args]
     with torch.cuda.device_of(r):
@@ -189,7 +220,10 @@ def _build():
                                   is_python_module=False)
         # its documentation promises no path in return, so look if there is none
         library = ctypes.CDLL(path or str(max(folder.glob("*.so"), key=os.path.getmtime)))
-        torch.cuda.check_error(library.wkv_probe())
+        if error := library.wkv_probe():
+            return None, (f"{torch.cuda.CudaError(error)}; the card is sm_{'%d%d' % torch.cuda.get_device_capability()}, "
+                          f"TORCH_CUDA_ARCH_LIST is {os.environ.get('TORCH_CUDA_ARCH_LIST', 'not set')}, "
+                          f"nvcc {home}/bin/nvcc, PyTorch's CUDA {torch.version.cuda}")
         return library, None
     except Exception as error:  # the caller can go on with another backend
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]

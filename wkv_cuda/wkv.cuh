@@ -49,14 +49,14 @@ __device__ inline void store(float* to, const float* row) {  // `to` is 16-byte 
 }
 
 // The chunks of sequence s lie in slots first_slot(s), first_slot(s) + 1, ...; they never reach first_slot(s + 1).
-// In all there are total / CH + S slots, a few of them unused.
-__device__ inline int first_slot(const int* cu, int s) { return cu[s] / CH + s; }
+// In all there are total / CH + S slots, a few of them unused. So also for chunks of another length.
+__device__ inline int first_slot(const int* cu, int s, int length = CH) { return cu[s] / length + s; }
 
-__device__ inline int sequence_of(const int* cu, int S, int slot) {  // the last s with first_slot(s) <= slot
+__device__ inline int sequence_of(const int* cu, int S, int slot, int length = CH) {  // the last s with first_slot(s) <= slot
     int low = 0, high = S - 1;
     while (low < high) {
         int mid = (low + high + 1) / 2;
-        if (first_slot(cu, mid) <= slot) low = mid; else high = mid - 1;
+        if (first_slot(cu, mid, length) <= slot) low = mid; else high = mid - 1;
     }
     return low;
 }

@@ -152,5 +152,12 @@ extern "C" int wkv6_backward(
     return cudaGetLastError();
 }
 
-// 0 if this library's CUDA runtime works with the driver here
-extern "C" int wkv_probe() { return cudaFree(nullptr); }
+// 0 if this library's CUDA runtime works with the driver here, and its kernels with the card
+extern "C" int wkv_probe() {
+#ifndef CUDA_ON_CPU
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, forward6<float>);
+#else
+    return 0;
+#endif
+}

@@ -1,0 +1,393 @@
+// What wkv6_chunk.cu and wkv7_chunk.cu share: 16 x 16 tiles on tensor cores, rows of shared memory, blocks of tokens.
+//
+// A block of 128 threads, 4 warps, works on one sequence and head, L = 16 tokens at a time. Everything that is multiplied
+// is rounded to fp16 and summed in fp32. Warp w holds rows 16 w .. 16 w + 15 of the state in registers.
+//
+// A tile C [16, 16] of sums in registers is two fragments of mma.m16n8k16: lane i has, for j = 0, 1, columns 8 j + 2 (i % 4)
+// and one more, of rows i / 4 (first two numbers) and i / 4 + 8 (last two). Rounded to halves it is, as it stands, the left
+// operand C and also, in another order, the right operand C' of a next product: so nothing that stays with its warp goes
+// through shared memory.
+//
+// Channels are kept in an order in which a lane's four columns 8 j + 2 q + e (q = i % 4) are four neighbours in memory:
+// place 8 j + 2 q + e of every 16 holds channel 4 q + 2 j + e. The same for keys and values, rows and columns; sums over
+// channels do not mind.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include "wkv.cuh"
+
+constexpr int L = 16;         // tokens at a time
+constexpr int THREADS = 128;
+constexpr int STATE = N * N + 8;  // halves of a saved state: its scale (a float, in the first 16 bytes) and the fragments
+using bf16 = __nv_bfloat16;
+
+#ifndef CUDA_ON_CPU  // tests/cuda_on_cpu.h has all this for g++
+#define LAUNCH_CHUNKED(kernel, blocks, bytes, stream, ...)                                                   \
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);                      \
+    kernel<<<blocks, THREADS, bytes, stream>>>(__VA_ARGS__)
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+    extern __shared__ __align__(128) unsigned char bytes[];
+    return bytes;
+}
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    __half2 x = __floats2half2_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&x);
+}
+__device__ __forceinline__ float2 unpack(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
+// what is computed from x later is computed anew, and not kept in registers until then
+__device__ __forceinline__ void forget(uint4* x) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) asm volatile("" : "+r"(x[i].x), "+r"(x[i].y), "+r"(x[i].z), "+r"(x[i].w));
+}
+__device__ __forceinline__ float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
+__device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+__device__ __forceinline__ bool every(bool x) { return __all_sync(~0u, x); }
+__device__ __forceinline__ uint32_t address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+
+// four 8 x 8 matrices of halves, lane i gives the address of row i % 8 of matrix i / 8
+__device__ __forceinline__ void load_matrices(uint32_t* r, const __half* row, bool transposed) {
+    if (transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(row)) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(row)) : "memory");
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // compiles, for the sequential kernels' sake; never launched
+__device__ inline void mma(float*, const uint32_t*, uint32_t, uint32_t) { __trap(); }
+__device__ inline void copy16(void*, const void*, bool) {}
+__device__ inline void wait_for_copies() {}
+__device__ inline float warp_max(float x) { return x; }
+#else
+__device__ __forceinline__ void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {  // c += a b
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// 16 bytes to shared memory, zeros if not valid; they are there after wait_for_copies() and a barrier
+__device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ float warp_max(float x) {  // x >= 0
+    return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));
+}
+#endif
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// tiles of halves in shared memory, [rows, WIDTH], groups of 8 columns swapped around so that neither rows nor columns of
+// 8 x 8 matrices meet in a bank
+
+template <int WIDTH> __device__ __forceinline__ __half* at(__half* tile, int row, int group) {
+    return tile + row * WIDTH + (WIDTH == 64 ? group ^ (row & 7) : group ^ (row >> 2 & 1)) * 8;
+}
+
+// a 16 x 16 tile of `tile` as the left operand (x = rows) or the right one; `t`: the operand is its transpose
+template <int WIDTH> __device__ __forceinline__ void left(uint32_t* x, __half* tile, int row, int group) {
+    const int i = threadIdx.x % 32;
+    load_matrices(x, at<WIDTH>(tile, row + i % 16, group + i / 16), false);
+}
+template <int WIDTH> __device__ __forceinline__ void left_t(uint32_t* x, __half* tile, int row, int group) {
+    const int i = threadIdx.x % 32;
+    load_matrices(x, at<WIDTH>(tile, row + i % 8 + i / 16 * 8, group + i / 8 % 2), true);
+}
+template <int WIDTH> __device__ __forceinline__ void right(uint32_t* x, __half* tile, int row, int group) {
+    const int i = threadIdx.x % 32;
+    load_matrices(x, at<WIDTH>(tile, row + i % 16, group + i / 16), true);
+}
+template <int WIDTH> __device__ __forceinline__ void right_t(uint32_t* x, __half* tile, int row, int group) {
+    const int i = threadIdx.x % 32;
+    load_matrices(x, at<WIDTH>(tile, row + i % 8 + i / 16 * 8, group + i / 8 % 2), false);
+}
+
+__device__ __forceinline__ void multiply(float (*c)[4], const uint32_t* x, const uint32_t* y) {  // C += X Y
+    mma(c[0], x, y[0], y[1]);
+    mma(c[1], x, y[2], y[3]);
+}
+__device__ __forceinline__ void multiply_t(float (*c)[4], const uint32_t* x, const uint32_t* y) {  // C += X Y', Y as a left
+    mma(c[0], x, y[0], y[2]);
+    mma(c[1], x, y[1], y[3]);
+}
+__device__ __forceinline__ void round(uint32_t* x, float (*c)[4]) {  // sums -> left operand
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = pack(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+}
+__device__ __forceinline__ void round(uint32_t* x, float (*c)[4], float scale) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = pack(c[i / 2][i % 2 * 2] * scale, c[i / 2][i % 2 * 2 + 1] * scale);
+}
+template <int WIDTH> __device__ __forceinline__ void store(__half* tile, int row, int group, const uint32_t* x) {
+    const int i = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < 4; m++)
+        reinterpret_cast<uint32_t*>(at<WIDTH>(tile, row + i / 4 + m % 2 * 8, group + m / 2))[i % 4] = x[m];
+}
+__device__ __forceinline__ void store(__half* tile, float (*c)[4]) {
+    uint32_t x[4];
+    round(x, c);
+    store<16>(tile, 0, 0, x);
+}
+__device__ __forceinline__ void zero(float (*c)[4]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) c[i / 4][i % 4] = 0;
+}
+__device__ __forceinline__ int row_of(int i) { return threadIdx.x % 32 / 4 + i / 2 * 8; }          // of c[j][i]
+__device__ __forceinline__ int column_of(int j, int i) { return 8 * j + threadIdx.x % 4 * 2 + i % 2; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the state, [4][2][4] floats a lane: four tiles beside each other
+
+__device__ __forceinline__ size_t state_at(int half, int tile) {  // of the four neighbours (S[tile][0][2 half], ...)
+    const int warp = threadIdx.x / 32, i = threadIdx.x % 32;
+    return (16 * warp + i / 8 * 4 + half * 2 + i / 4 % 2) * N + 16 * tile + i % 4 * 4;
+}
+__device__ inline void load(float (*S)[2][4], const float* from) {
+#pragma unroll
+    for (int x = 0; x < 8; x++) {
+        const float4 f = *reinterpret_cast<const float4*>(from + state_at(x % 2, x / 2));
+        float(*s)[4] = S[x / 2];
+        const int i = x % 2 * 2;
+        s[0][i] = f.x, s[0][i + 1] = f.y, s[1][i] = f.z, s[1][i + 1] = f.w;
+    }
+}
+__device__ inline void store(float* to, float (*S)[2][4]) {
+#pragma unroll
+    for (int x = 0; x < 8; x++) {
+        float(*s)[4] = S[x / 2];
+        const int i = x % 2 * 2;
+        *reinterpret_cast<float4*>(to + state_at(x % 2, x / 2)) = make_float4(s[0][i], s[0][i + 1], s[1][i], s[1][i + 1]);
+    }
+}
+// x: as it was kept; returns its scale
+__device__ inline float restore(uint4* x, const __half* from) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = reinterpret_cast<const uint4*>(from + 8)[i * THREADS + threadIdx.x];
+    return *reinterpret_cast<const float*>(from);
+}
+__device__ __forceinline__ void unpack(float (*c)[4], uint4 x, float factor) {
+    const uint32_t p[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        const float2 f = unpack(p[m]);
+        c[m / 2][m % 2 * 2] = f.x * factor, c[m / 2][m % 2 * 2 + 1] = f.y * factor;
+    }
+}
+__device__ __forceinline__ void unpack(float (*S)[2][4], const uint4* x, float factor) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) unpack(S[i], x[i], factor);
+}
+__device__ __forceinline__ void pack(uint4* x, float (*S)[2][4], float factor) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t p[4];
+        round(p, S[i], factor);
+        x[i] = {p[0], p[1], p[2], p[3]};
+    }
+}
+// in halves, for the backward pass alone: fragment after fragment, times a power of two
+__device__ inline void save(__half* to, float (*S)[2][4], float scale) {
+    if (threadIdx.x == 0) *reinterpret_cast<float4*>(to) = make_float4(scale, 0, 0, 0);
+    uint4 x[4];
+    pack(x, S, scale);
+#pragma unroll
+    for (int i = 0; i < 4; i++) reinterpret_cast<uint4*>(to + 8)[i * THREADS + threadIdx.x] = x[i];
+}
+__device__ __forceinline__ float largest(float (*S)[2][4]) {  // of this warp
+    float x = 0;
+#pragma unroll
+    for (int i = 0; i < 32; i++) x = fmaxf(x, fabsf(S[i / 8][i / 4 % 2][i % 4]));
+    return warp_max(x);
+}
+// a tile or the state, times a number per column, in the order of the places
+__device__ __forceinline__ void scale_columns(float (*c)[4], const float* column, float factor) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const float2 f = *reinterpret_cast<const float2*>(column + j * 8 + threadIdx.x % 4 * 2);
+        c[j][0] *= f.x * factor, c[j][1] *= f.y * factor, c[j][2] *= f.x * factor, c[j][3] *= f.y * factor;
+    }
+}
+__device__ __forceinline__ void scale_columns(float (*S)[2][4], const float* column, float factor) {
+#pragma unroll
+    for (int x = 0; x < 4; x++) scale_columns(S[x], column + 16 * x, factor);
+}
+__device__ __forceinline__ void scale_all(float (*S)[2][4], float factor) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) S[i / 8][i / 4 % 2][i % 4] *= factor;
+}
+
+// The power of two that takes numbers up to m to 8 at most: fp16 has the range for sums of 64 products of two such
+// numbers, and keeps its full precision down to 1e-5 of the largest.
+__device__ __forceinline__ float scale_for(float m) {
+    return __uint_as_float((uint32_t)min(max(256 - (int)(__float_as_uint(m) >> 23), 67), 187) << 23);
+}
+__device__ __forceinline__ float inverse(float power_of_two) {
+    return __uint_as_float((254u << 23) - __float_as_uint(power_of_two));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// tokens
+
+__device__ __forceinline__ float2 f32x2(const float* p) { return *reinterpret_cast<const float2*>(p); }
+__device__ __forceinline__ float2 f32x2(const bf16* p) {
+    const uint32_t x = *reinterpret_cast<const uint32_t*>(p);
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+}
+__device__ __forceinline__ void get4(float* x, const bf16* p) {
+    const uint2 u = *reinterpret_cast<const uint2*>(p);
+    x[0] = __uint_as_float(u.x << 16), x[1] = __uint_as_float(u.x & 0xffff0000u);
+    x[2] = __uint_as_float(u.y << 16), x[3] = __uint_as_float(u.y & 0xffff0000u);
+}
+__device__ __forceinline__ void put4(float* p, float a, float b, float c, float d) {
+    *reinterpret_cast<float4*>(p) = make_float4(a, b, c, d);
+}
+__device__ __forceinline__ void put4(bf16* p, float a, float b, float c, float d) {
+    union { bf16 x[4]; uint2 u; } z = {{__float2bfloat16(a), __float2bfloat16(b), __float2bfloat16(c), __float2bfloat16(d)}};
+    *reinterpret_cast<uint2*>(p) = z.u;
+}
+// rows lo .. hi - 1 of a tile, columns 16 w .. of the head, times a factor; `to`: the head of the block's first token
+template <typename T>
+__device__ __forceinline__ void put_rows(T* to, int H, float (*c)[4], float factor, int lo, int hi) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const int t = row_of(i);
+        if (t >= lo && t < hi)
+            put4(to + (size_t)t * H * N + threadIdx.x / 32 * 16 + threadIdx.x % 4 * 4,
+                 c[0][i] * factor, c[0][i + 1] * factor, c[1][i] * factor, c[1][i + 1] * factor);
+    }
+}
+// start copying n tokens of one input to `to` [L, N], zeros after them
+template <typename T> __device__ __forceinline__ void copy_tokens(T (*to)[N], const T* from, int H, int n) {
+    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * (16 / sizeof(bf16));
+    from += t < n ? (size_t)t * H * N + c : 0;
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof(T) / sizeof(bf16)); i++)
+        copy16(&to[t][c + i * 4], from + (t < n ? i * 4 : 0), t < n);
+}
+// Lane i prepares channels 2 i and 2 i + 1; where these two go in a row of a tile
+__device__ __forceinline__ void put_pair(__half* tile, int t, float x, float y) {
+    const int i = threadIdx.x % 32;
+    reinterpret_cast<uint32_t*>(at<64>(tile, t, i / 8 * 2 + i % 2))[i / 2 % 4] = pack(x, y);
+}
+__device__ __forceinline__ int place() {  // the same as a number, 0 .. 62
+    const int i = threadIdx.x % 32;
+    return i / 8 * 16 + i % 2 * 8 + i / 2 % 4 * 2;
+}
+template <typename T> __device__ __forceinline__ float larger(float x, const T* p) {  // of x and two numbers
+    const float2 f = f32x2(p);
+    return fmaxf(x, fmaxf(fabsf(f.x), fabsf(f.y)));
+}
+__device__ __forceinline__ float largest4(const float* x) { return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])); }
+
+// X += P' Y, four tiles: P' this warp's rows of a left operand, Y [L, N] in shared memory
+__device__ __forceinline__ void add_outer(float (*X)[2][4], const uint32_t* P, __half* Y) {
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+        uint32_t y[4];
+        right<64>(y, Y, 0, 2 * x);
+        multiply(X[x], P, y);
+    }
+}
+// this warp's 16 channels of a [L, N] tile, where the lane has its sums: element i of c[j] is half i % 2 of x[2 j + i / 2]
+__device__ __forceinline__ void mine(uint32_t* x, __half* tile) {
+    const int i = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int m = 0; m < 4; m++)
+        x[m] = reinterpret_cast<uint32_t*>(at<64>(tile, i / 4 + m % 2 * 8, 2 * warp + m / 2))[i % 4];
+}
+__device__ __forceinline__ void mine(float (*x)[4], const float (*rows)[N + 8]) {  // the same of a tile of floats
+    const int i = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        const float2 f = f32x2(&rows[i / 4 + m % 2 * 8][16 * warp + m / 2 * 8 + i % 4 * 2]);
+        x[m / 2][m % 2 * 2] = f.x, x[m / 2][m % 2 * 2 + 1] = f.y;
+    }
+}
+__device__ __forceinline__ float element(const uint32_t* x, int j, int i) {
+    const float2 f = unpack(x[2 * j + i / 2]);
+    return i % 2 ? f.y : f.x;
+}
+// colsum(X Y) of this warp's 16 channels, from C = X' Y: its diagonal
+__device__ __forceinline__ void diagonal(float (*sum)[2], float (*c)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int q = threadIdx.x % 4;
+        sum[i / 2][i % 2] = shuffle(c[i / 2][i / 2 * 2 + i % 2], (2 * q + i % 2) * 4 + q);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Few sequences and heads leave most of the card idle. Then each sequence is cut into spans: the state at a span's end is
+// S T + D, S the one at its start, and one more pass finds T (from the unit matrix, with v = 0) and D (from zero) of all
+// spans at once; combine() goes from span to span, and all run at once from the right states. Backward: G <- G T' + E.
+
+struct Part {  // what a block works on: tokens first .. last - 1 of sequence s; `slot` counts the spans
+    int s, first, last, slot;
+    bool opens, closes;  // the sequence begins, ends here
+};
+__device__ __forceinline__ bool find(Part& p, const int* cu, int S, int span, int slot) {  // false: an unused slot
+    p.s = span ? sequence_of(cu, S, slot, span) : slot, p.slot = slot;
+    const int i = span ? slot - first_slot(cu, p.s, span) : 0, end = cu[p.s + 1];
+    p.first = cu[p.s] + i * span;
+    p.last = span ? min(p.first + span, end) : end;
+    p.opens = i == 0, p.closes = p.last == end;
+    return p.opens || p.first < p.last;
+}
+inline int slots(int S, int total, int span) { return span ? total / span + S : S; }
+
+namespace {
+constexpr int COMBINE_BYTES = 2 * N * (N + 4) * sizeof(float);
+
+// one block per (sequence, head), in fp32: x <- x T + d from span to span, d replaced by the x it is added to
+template <bool REVERSE>  // last span first, T transposed
+__global__ void __launch_bounds__(THREADS) combine(
+        int H, const int* cu, int span, const float* from, float* d, int d_stride, const float* T, int T_stride) {
+    float *X = reinterpret_cast<float*>(shared_memory()), *M = X + N * (N + 4);
+    const int s = blockIdx.x / H, h = blockIdx.x % H, row = threadIdx.x / 2, side = threadIdx.x % 2 * 4;
+    const int count = max(1, (cu[s + 1] - cu[s] + span - 1) / span);
+    float x[N / 2], add[N / 2];
+#pragma unroll
+    for (int j = 0; j < N / 2; j++) x[j] = from ? from[((size_t)blockIdx.x * N + row) * N + j / 4 * 8 + side + j % 4] : 0;
+    for (int n = 0; n < count; n++) {
+        const size_t slot = (size_t)(first_slot(cu, s, span) + (REVERSE ? count - 1 - n : n)) * H + h;
+        float* place = d + slot * d_stride + row * N + side;
+#pragma unroll
+        for (int j = 0; j < N / 2; j++) add[j] = place[j / 4 * 8 + j % 4], place[j / 4 * 8 + j % 4] = x[j];
+        if (n + 1 == count) break;
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < N / 2; j++) X[row * (N + 1) + j / 4 * 8 + side + j % 4] = x[j];
+        for (int i = threadIdx.x; i < N * N; i += THREADS)
+            M[REVERSE ? i % N * (N + 4) + i / N : i / N * (N + 4) + i % N] = T[slot * T_stride + i];
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < N / 2; j++) x[j] = add[j];
+        for (int k = 0; k < N; k++) {
+            const float f = X[row * (N + 1) + k];
+#pragma unroll
+            for (int j = 0; j < N / 2; j++) x[j] += f * M[k * (N + 4) + j / 4 * 8 + side + j % 4];
+        }
+    }
+}
+}  // namespace
+
+// the state a forward block begins with: the sequence's, the span's (in the place of D) or, while T and D are looked for
+// zero or one
+__device__ inline void begin(float (*S)[2][4], const Part& p, int H, int h, const float* state, const float* spans, bool probe) {
+    if (!probe) return load(S, p.opens ? state + ((size_t)p.s * H + h) * N * N : spans + ((size_t)p.slot * H + h) * 2 * N * N);
+#pragma unroll
+    for (int x = 0; x < 32; x++) {
+        const int i = x % 4, j = x / 4 % 2;
+        const int value = 16 * (threadIdx.x / 32) + threadIdx.x % 32 / 8 * 4 + i / 2 * 2 + threadIdx.x / 4 % 2;
+        const int key = 16 * (x / 8) + threadIdx.x % 4 * 4 + 2 * j + i % 2;
+        S[x / 8][j][i] = blockIdx.x % 2 && value == key;
+    }
+}
+
+#define WITH_LOGW(dtype, ...)                                      \
+    switch (dtype) {                                               \
+        case 0: { using W = float; __VA_ARGS__; break; }           \
+        case 1: { using W = bf16; __VA_ARGS__; break; }            \
+        default: return cudaErrorInvalidValue;                     \
+    }

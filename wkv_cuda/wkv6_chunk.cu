@@ -1,0 +1,416 @@
+// WKV-6 (RWKV-6 "Finch", arXiv:2404.05892) on tensor cores, 16 tokens at a time, head size 64, bf16, any decay in [0, 1].
+//   y_t = (S_{t-1} + v_t (u*k_t)') r_t;   S_t = S_{t-1} diag(w_t) + v_t k_t'
+//
+// In a chunk, per channel: R_t = r_t exp(log w of the tokens before), K_t = k_t exp(log w of those after), P = exp(all)
+//   Y = R S' + A V,   S <- S diag(P) + V' K
+// A[i][j], i > j, is sum_n r_i k_j exp(log w between them): the decay has no lower bound, so there is no one reference
+// that keeps the factors in range. For n = 8, 4, 2, 1 the pairs whose numbers i and j first differ in bit n are separated
+// by a middle: i in the upper half of a block of 2 n tokens, j in the lower. X_n[t] = r_t or k_t times the decay
+// between t and that middle, r in upper halves and k in lower: X_n X_n' has these pairs' scores, and no factor passes 1.
+#include "chunk.cuh"
+
+namespace {
+
+template <typename W> struct Inputs {
+    const bf16* r;
+    const W* logw;
+    const bf16 *k, *v, *dy;
+};
+
+template <typename W> struct Chunk {  // in shared memory
+    W logw[L][N];
+    bf16 r[L][N], k[L][N], v[L][N];     // a block of tokens as it comes
+    __half X[4][L * N];                 // n = 8, 4, 2, 1
+    __half R[L * N], K[L * N], V[L * N], A[L * L];
+    float P[N], largest[2][4];          // number in S, in G, by warp
+    bf16 dy[L][N];                      // from here the backward pass only
+    __half DY[L * N], S[N * N], D[N * N];
+    __half decay[3][L * N], before[L * N], after[L * N];  // exp of log w between t and the middle (n = 8, 4, 2), before t, after t
+};
+
+template <typename W> constexpr int FORWARD_BYTES = offsetof(Chunk<W>, dy);
+
+template <typename W> __device__ void fetch(Chunk<W>& m, const Inputs<W>& x, int first, int n, int H, int h) {
+    const size_t p = ((size_t)first * H + h) * N;
+    copy_tokens(m.logw, x.logw + p, H, n);
+    copy_tokens(m.r, x.r + p, H, n);
+    copy_tokens(m.k, x.k + p, H, n);
+    copy_tokens(m.v, (x.v ? x.v : x.r) + p, H, x.v ? n : 0);
+    if (x.dy) copy_tokens(m.dy, x.dy + p, H, n);
+}
+
+// X R K V P and A's diagonal; what fetch() made zero stays so. Returns the scales of what has the size of values (v, S) and
+// of their gradients (dy, G). Warp w makes tokens 4 w .. 4 w + 3, lane i channels 2 i and 2 i + 1; u of these two.
+template <bool BACKWARD, typename W>
+__device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, float& value_scale, float& grad_scale) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane * 2;
+    float2 own[4], before = {0, 0}, after = {0, 0}, near = {0, 0};  // log w: of this warp's tokens, the others' sums
+    float most_v = 0, most_dy = 0;
+#pragma unroll 4
+    for (int t = 0; t < L; t++) {
+        const float2 x = f32x2(&m.logw[t][c]);
+        if (t / 4 < warp) before.x += x.x, before.y += x.y;
+        if (t / 4 > warp) after.x += x.x, after.y += x.y;
+        if (t / 4 == (warp ^ 1)) near.x += x.x, near.y += x.y;
+        most_v = larger(most_v, &m.v[t][c]);
+        if (BACKWARD) most_dy = larger(most_dy, &m.dy[t][c]);
+    }
+    value_scale = scale_for(fmaxf(warp_max(most_v), largest4(m.largest[0])));
+    if (BACKWARD) grad_scale = scale_for(fmaxf(warp_max(most_dy), largest4(m.largest[1])));
+#pragma unroll
+    for (int i = 0; i < 4; i++) own[i] = f32x2(&m.logw[4 * warp + i][c]);
+    auto exp2 = [](float2 x) { return make_float2(__expf(x.x), __expf(x.y)); };
+    auto add = [](float2 x, float2 y) { return make_float2(x.x + y.x, x.y + y.y); };
+    auto times = [](float2 x, float2 y) { return make_float2(x.x * y.x, x.y * y.y); };
+    const float2 one = {1, 1};
+    if (warp == 0)
+        *reinterpret_cast<float2*>(m.P + place()) = exp2(add(add(own[0], own[1]), add(add(own[2], own[3]), after)));
+    before = exp2(before), after = exp2(after), near = warp % 3 ? one : exp2(near);
+    const float2 up[4] = {one, exp2(own[0]), exp2(add(own[0], own[1])), exp2(add(add(own[0], own[1]), own[2]))};
+    const float2 down[4] = {exp2(add(own[1], add(own[2], own[3]))), exp2(add(own[2], own[3])), exp2(own[3]), one};
+    const float2 within[4] = {exp2(own[1]), one, one, exp2(own[2])};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int t = 4 * warp + i;
+        const float2 r = f32x2(&m.r[t][c]), k = f32x2(&m.k[t][c]), v = f32x2(&m.v[t][c]);
+        auto put = [&](__half* tile, float2 x) { put_pair(tile, t, x.x, x.y); };
+        const float2 e8 = times(near, warp / 2 ? up[i] : down[i]), e4 = warp % 2 ? up[i] : down[i];
+        put(m.X[0], times(warp / 2 ? r : k, e8));
+        put(m.X[1], times(warp % 2 ? r : k, e4));
+        put(m.X[2], times(i / 2 ? r : k, within[i]));
+        put(m.X[3], i % 2 ? r : k);
+        put(m.R, times(r, times(before, up[i])));
+        put(m.K, times(k, times(after, down[i])));
+        put_pair(m.V, t, v.x * value_scale, v.y * value_scale);
+        if (BACKWARD) {
+            const float2 dy = f32x2(&m.dy[t][c]);
+            put_pair(m.DY, t, dy.x * grad_scale, dy.y * grad_scale);
+            put(m.decay[0], e8), put(m.decay[1], e4), put(m.decay[2], within[i]);
+            put(m.before, times(before, up[i])), put(m.after, times(after, down[i]));
+        }
+        float sum = r.x * u.x * k.x + r.y * u.y * k.y;
+#pragma unroll
+        for (int lanes = 1; lanes < 32; lanes *= 2) sum += shuffle_xor(sum, lanes);
+        if (lane == 0) at<16>(m.A, t, t / 8)[t % 8] = __float2half(sum);
+    }
+}
+
+// do i and j first differ in bit n?
+__device__ __forceinline__ bool meet(int i, int j, int n) { return (i ^ j) / n == 1; }
+
+// each warp the pairs of one n; together all of A but its diagonal
+template <typename W> __device__ __forceinline__ void scores(Chunk<W>& m) {
+    const int warp = threadIdx.x / 32;
+    float c[2][4];
+    zero(c);
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+        uint32_t p[4], q[4];
+        left<64>(p, m.X[warp], 0, 2 * x);
+        right_t<64>(q, m.X[warp], 0, 2 * x);
+        multiply(c, p, q);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int row = row_of(i % 4), column = column_of(i / 4, i % 4);
+        if (meet(row, column, 8 >> warp))
+            at<16>(m.A, row, i / 4)[column % 8] = __float2half(row > column ? c[i / 4][i % 4] : 0);
+    }
+}
+
+// one block per (sequence or span, head). With `starts`, the state at the start of every CH tokens is kept. Without state_out:
+// two blocks per (span, head) find D and T (of the last span T alone, for the backward pass)
+template <typename W>
+__global__ void __launch_bounds__(THREADS, 4) forward(
+        int S_, int H, int total, const int* cu, int span, Inputs<W> in, const float* __restrict__ u, const float* __restrict__ state, bf16* y,
+        float* state_out, __half* starts, float* spans) {
+    Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
+    const bool probe = !state_out;
+    const int index = probe ? blockIdx.x / 2 : blockIdx.x, h = index % H, warp = threadIdx.x / 32;
+    Part part;
+    if (!find(part, cu, S_, span, index / H) || (probe && part.closes && (part.opens || blockIdx.x % 2 == 0))) return;
+    check(cu, part.s, S_, total);
+    const int first = part.first, last = part.last;
+    if (probe && blockIdx.x % 2) in.v = nullptr;  // counts as 0
+    const float2 own_u = f32x2(u + h * N + threadIdx.x % 32 * 2);
+    float S[4][2][4];
+    begin(S, part, H, h, state, spans, probe);
+    m.largest[0][warp] = largest(S);
+    if (first < last) fetch(m, in, first, min(L, last - first), H, h);
+    for (int t = first; t < last; t += L) {
+        float scale, none;
+        wait_for_copies();
+        __syncthreads();
+        prepare<false>(m, own_u, scale, none);
+        if (starts && (t - first) % CH == 0)
+            save(starts + ((size_t)(first_slot(cu, part.s) + (t - cu[part.s]) / CH) * H + h) * STATE, S, scale);
+        __syncthreads();
+        if (t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
+        scores(m);
+        float Y[2][4];
+        zero(Y);
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            uint32_t p[4], q[4];
+            round(p, S[x], scale);
+            left<64>(q, m.R, 0, 2 * x);
+            multiply_t(Y, q, p);
+        }
+        uint32_t V[4], A[4];
+        left_t<64>(V, m.V, 0, 2 * warp);
+        scale_columns(S, m.P, scale);
+        add_outer(S, V, m.K);
+        scale_all(S, inverse(scale));
+        __syncthreads();
+        left<16>(A, m.A, 0, 0);
+        multiply_t(Y, A, V);
+        if (!probe) put_rows(y + ((size_t)t * H + h) * N, H, Y, inverse(scale), 0, last - t);
+        m.largest[0][warp] = largest(S);
+    }
+    if (probe) store(spans + (size_t)blockIdx.x * N * N, S);
+    else if (part.closes) store(state_out + ((size_t)part.s * H + h) * N * N, S);
+}
+
+// sum of x over the rows of a tile after this one, or before it, in blocks of `size` <= 8 rows; x becomes its block's sum
+__device__ __forceinline__ float others(float& x, int size, bool after) {
+    float sum = 0;
+#pragma unroll
+    for (int b = 1; b < size; b *= 2) {
+        const float y = shuffle_xor(x, 4 * b);
+        if ((threadIdx.x % 32 / 4 / b % 2 == 1) != after) sum += y;
+        x += y;
+    }
+    return sum;
+}
+
+// dlog += for every token the sum of x c over the tokens after it, or before it, in its block of SIZE = 16, or on its way
+// to the middle of 2 SIZE tokens
+template <int SIZE>
+__device__ __forceinline__ void spread(float (*dlog)[4], const uint32_t* x, float (*c)[4], bool after = false) {
+    const int row = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float *d = dlog[i / 2] + i % 2, low = c[i / 2][i % 2] * element(x, i / 2, i % 2),
+              high = c[i / 2][i % 2 + 2] * element(x, i / 2, i % 2 + 2);
+        if (SIZE < 8) after = row / SIZE % 2;
+        d[0] += others(low, min(SIZE, 8), SIZE == 8 ? false : after);
+        d[2] += others(high, min(SIZE, 8), SIZE == 8 ? true : after);
+        if (SIZE == 16) d[after ? 0 : 2] += after ? high : low;
+    }
+}
+
+// One block per (sequence or span, head), last token first; G = dL/dS. SCAN: only G is looked for, from zero. In a chunk, with dA = dY V' (its diagonal: delta):
+//   dV = A' dY + K G',   G <- G diag(P) + dY' R;   rho = dY S,  kappa = V G,  Q_n = (dA + dA')_n X_n, only pairs of n
+//   dr = rho exp(before) + (upper) sum_n Q_n exp(..) + delta u k;   dk = kappa exp(after) + (lower) sum_n Q_n exp(..) + delta u r
+// and dlogw sums each product where its decay acts, never as a difference: R rho before t, K kappa after t, X_n Q_n
+// between t and the middle, P colsum(S G) everywhere. S comes from the saved state.
+template <typename W, bool SCAN>
+__global__ void __launch_bounds__(THREADS, 4) backward(
+        int S_, int H, const int* cu, int span, Inputs<W> in, const float* __restrict__ u, const __half* starts, const float* dstate_out,
+        bf16* dr, W* dlogw, bf16* dk, bf16* dv, float* du, float* dstate, float* spans) {
+    Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
+    const int h = blockIdx.x % H, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Part part;
+    if (!find(part, cu, S_, span, blockIdx.x / H) || (SCAN && part.opens)) return;
+    const int s = part.s, first = part.first, last = part.last, channel = 16 * warp + lane % 4 * 4;
+    const float2 own_u = f32x2(u + h * N + lane * 2);
+    uint4 kept[4];  // S in halves, where its registers are needed
+    float G[4][2][4], four_u[4], du_sum[4] = {};  // u of channel, ... channel + 3
+#pragma unroll
+    for (int x = 0; x < 4; x++) zero(G[x]);
+    if (!SCAN && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
+    else if (!SCAN && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
+    for (int i = 0; i < 4; i++) four_u[i] = u[h * N + channel + i];
+    m.largest[1][warp] = largest(G);
+    int loaded = -1;  // the block of tokens in m, or on its way there
+    auto need = [&](int block) {
+        if (block >= first && block != loaded) fetch(m, in, loaded = block, min(L, last - block), H, h);
+    };
+    const int blocks = (last - first + L - 1) / L;
+    if (blocks) need(first + (blocks - 1) * L / (SCAN ? L : CH) * (SCAN ? L : CH));
+    for (int block = blocks - 1; block >= 0; block--) {
+        const int t0 = first + block * L, begin = SCAN ? t0 : first + block * L / CH * CH;
+        float value_scale, grad_scale, scale = 1;  // scale: of kept
+        if (!SCAN) scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
+        uint32_t V[4];
+        for (int t = begin;; t += L) {
+            m.largest[0][warp] = SCAN ? 0 : 7.99f * inverse(scale);
+            wait_for_copies();
+            __syncthreads();
+            prepare<true>(m, own_u, value_scale, grad_scale);
+            __syncthreads();
+            need(t < t0 ? t + L : t0 > begin ? begin : begin - (SCAN ? L : CH));
+            left_t<64>(V, m.V, 0, 2 * warp);
+            if (t == t0) break;
+            float S[4][2][4];
+            unpack(S, kept, value_scale * inverse(scale));
+            scale_columns(S, m.P, 1);
+            add_outer(S, V, m.K);
+            scale_all(S, inverse(value_scale));
+            scale = scale_for(largest(S));
+            pack(kept, S, scale);
+        }
+        uint32_t DY[4], A[4], q[4];
+        left_t<64>(DY, m.DY, 0, 2 * warp);
+        if (SCAN) {
+            scale_columns(G, m.P, grad_scale);
+            add_outer(G, DY, m.R);
+            scale_all(G, inverse(grad_scale));
+            m.largest[1][warp] = largest(G);
+            continue;
+        }
+        const size_t p = ((size_t)t0 * H + h) * N;
+        float r[2][4] = {}, k[2][4] = {};  // of this lane's rows and channels
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const size_t token = p + (size_t)row_of(2 * i) * H * N + channel;
+            if (t0 + row_of(2 * i) < last) get4(r[i], in.r + token), get4(k[i], in.k + token);
+        }
+        scores(m);
+        float dV[2][4];
+        zero(dV);
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            uint32_t D[4];
+            float S[2][4];
+            unpack(S, kept[x], value_scale * inverse(scale));
+            round(D, S);
+            store<64>(m.S, 16 * warp, 2 * x, D);
+            round(D, G[x], grad_scale);
+            store<64>(m.D, 16 * warp, 2 * x, D);
+            left<64>(q, m.K, 0, 2 * x);
+            multiply_t(dV, q, D);
+        }
+        scale_columns(G, m.P, grad_scale);
+        add_outer(G, DY, m.R);
+        scale_all(G, inverse(grad_scale));
+        m.largest[1][warp] = largest(G);
+        __syncthreads();
+        left_t<16>(A, m.A, 0, 0);
+        multiply_t(dV, A, DY);
+        put_rows(dv + p, H, dV, inverse(grad_scale), 0, last - t0);
+        // the other gradients, each warp 16 channels; dA and dA' made by every warp
+        float dA[2][4], dAt[2][4], rho[2][4], kappa[2][4], SD[2][4];
+        zero(dA), zero(dAt), zero(rho), zero(kappa), zero(SD);
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            uint32_t z[4], y[4];
+            left<64>(y, m.DY, 0, 2 * x);
+            right_t<64>(z, m.V, 0, 2 * x);
+            multiply(dA, y, z);
+            right<64>(z, m.S, 16 * x, 2 * warp);
+            multiply(rho, y, z);
+            const uint32_t St[4] = {z[0], z[2], z[1], z[3]};  // as a left operand: S'
+            left<64>(y, m.V, 0, 2 * x);
+            right<64>(z, m.D, 16 * x, 2 * warp);
+            multiply(kappa, y, z);
+            multiply(SD, St, z);
+            right_t<64>(z, m.DY, 0, 2 * x);
+            multiply(dAt, y, z);
+        }
+        const int row = lane / 4;
+        const float delta[2] = {shuffle(row % 2 ? dA[0][1] : dA[0][0], row * 4 + row / 2),
+                                shuffle(row % 2 ? dA[1][3] : dA[1][2], row * 4 + row / 2)};
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (row_of(i % 4) < column_of(i / 4, i % 4)) dA[i / 4][i % 4] = dAt[i / 4][i % 4];
+        round(A, dA);
+        const float factor = inverse(value_scale) * inverse(grad_scale);
+        float sum[2][2], dlog[2][4], dR[2][4], dK[2][4];
+        uint32_t x[4], e[4];
+        diagonal(sum, SD);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int j = i / 4, c = i % 4, at = 2 * j + c % 2;
+            const float d = delta[c / 2] * factor, rt = r[c / 2][at], kt = k[c / 2][at];
+            dR[j][c] = delta[c / 2] * four_u[at] * kt, dK[j][c] = delta[c / 2] * four_u[at] * rt;
+            du_sum[at] += d * rt * kt;
+            dlog[j][c] = m.P[16 * warp + column_of(j, c)] * sum[j][c % 2];
+        }
+        auto add = [&](float (*to)[4], float (*c)[4], int i) { to[i / 4][i % 4] += c[i / 4][i % 4] * element(e, i / 4, i % 4); };
+        mine(x, m.R), mine(e, m.before);
+        spread<16>(dlog, x, rho, true);
+#pragma unroll
+        for (int i = 0; i < 8; i++) add(dR, rho, i);
+        mine(x, m.K), mine(e, m.after);
+        spread<16>(dlog, x, kappa, false);
+#pragma unroll
+        for (int i = 0; i < 8; i++) add(dK, kappa, i);
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            const int n = 8 >> l;
+            float Q[2][4];
+            zero(Q);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {  // pairs of n only
+                const int column = column_of(i / 2, 0);
+                q[i] = A[i] & ((meet(row_of(i % 2 * 2), column, n) ? 0xffffu : 0) |
+                               (meet(row_of(i % 2 * 2), column + 1, n) ? 0xffff0000u : 0));
+            }
+            right<64>(e, m.X[l], 0, 2 * warp);
+            multiply(Q, q, e);
+            mine(x, m.X[l]);
+            if (n == 8) spread<8>(dlog, x, Q);
+            if (n == 4) spread<4>(dlog, x, Q);
+            if (n == 2) spread<2>(dlog, x, Q);
+            if (n > 1) mine(e, m.decay[l]);
+            else e[0] = e[1] = e[2] = e[3] = pack(1, 1);
+#pragma unroll
+            for (int i = 0; i < 8; i++) row_of(i % 4) / n % 2 ? add(dR, Q, i) : add(dK, Q, i);
+        }
+        put_rows(dr + p, H, dR, factor, 0, last - t0);
+        put_rows(dk + p, H, dK, factor, 0, last - t0);
+        put_rows(dlogw + p, H, dlog, factor, 0, last - t0);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        for (int lanes = 4; lanes < 32; lanes *= 2) du_sum[i] += shuffle_xor(du_sum[i], lanes);
+        if (lane < 4 && !SCAN) du[(size_t)blockIdx.x * N + channel + i] = du_sum[i];
+    }
+    if (SCAN) store(spans + (size_t)blockIdx.x * N * N, G);
+    else if (part.opens) store(dstate + ((size_t)s * H + h) * N * N, G);
+}
+
+}  // namespace
+
+extern "C" int wkv6_chunk_forward(
+        const bf16* r, const void* logw, const bf16* k, const bf16* v, const float* u, const float* state, const int* cu,
+        bf16* y, float* state_out, __half* starts, float* spans, int S, int H, int total, int dtype, int span,
+        cudaStream_t stream) {
+    if (S * H == 0) return cudaSuccess;
+    const int blocks = slots(S, total, span) * H;
+    WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, nullptr};
+        if (span) {
+            LAUNCH_CHUNKED(forward<W>, 2 * blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, u, state, nullptr,
+                           nullptr, nullptr, spans);
+            LAUNCH_CHUNKED(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, state, spans, 2 * N * N,
+                           spans + N * N, 2 * N * N);
+        }
+        LAUNCH_CHUNKED(forward<W>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, u, state, y, state_out,
+                       starts, spans));
+    return cudaGetLastError();
+}
+
+extern "C" int wkv6_chunk_backward(
+        const bf16* r, const void* logw, const bf16* k, const bf16* v, const float* u, const float* state, const int* cu,
+        const __half* starts, const float* spans, const bf16* dy, const float* dstate_out, bf16* dr, void* dlogw, bf16* dk,
+        bf16* dv, float* du, float* dstate, float* scratch, int S, int H, int total, int dtype, int span,
+        cudaStream_t stream) {
+    if (S * H == 0) return cudaSuccess;
+    const int blocks = slots(S, total, span) * H;
+    WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, dy};
+        if (span) {
+            LAUNCH_CHUNKED((backward<W, true>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, u, nullptr, nullptr, nullptr,
+                           nullptr, nullptr, nullptr, nullptr, nullptr, scratch);
+            LAUNCH_CHUNKED(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
+                           spans + N * N, 2 * N * N);
+        }
+        LAUNCH_CHUNKED((backward<W, false>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, u, starts, dstate_out, dr,
+                       (W*)dlogw, dk, dv, du, dstate, scratch));
+    return cudaGetLastError();
+}
+
+// for bench/kernels.py: of forward, backward, combine
+extern "C" int wkv6_chunk_shared_bytes(int kernel, int dtype) {
+    WITH_LOGW(dtype, return kernel == 0 ? FORWARD_BYTES<W> : kernel == 1 ? sizeof(Chunk<W>) : COMBINE_BYTES);
+}

@@ -1,0 +1,517 @@
+// WKV-7 (RWKV-7 "Goose", arXiv:2503.14456) on tensor cores, 16 tokens at a time, head size 64, bf16.
+//   sa_t = S_{t-1} a_t;   S_t = S_{t-1} diag(w_t) + sa_t b_t' + v_t k_t';   y_t = S_t r_t
+//
+// Inside a chunk, with c_t the sum of log w up to token t and m half of the chunk's whole sum, per channel:
+//   A_t = a_t exp(c_{t-1} - m),  R_t = r_t exp(c_t - m),  B_t = b_t exp(m - c_t),  K_t = k_t exp(m - c_t),  Z = S0 exp(m)
+//   AB, AK = tril(A B', A K'; -1),   RB, RK = tril(R B', R K'),   M = (1 - AB)^-1
+//   U = M (A Z' + AK V)   (row t is sa_t),   Y = R Z' + RK V + RB U,   S <- (Z + U' B + V' K) exp(m)
+// A chunk ends early where a channel's sum would pass -LIMIT, so the factors are never large: RWKV-7 itself reaches -9.7
+// in 16 tokens. A single log w below -LIMIT counts as -LIMIT, a factor of 1e-6.
+#include "chunk.cuh"
+
+namespace {
+
+constexpr float LIMIT = 14;
+
+template <typename W> struct Inputs {
+    const bf16* r;
+    const W* logw;
+    const bf16 *k, *v, *a, *b, *dy;
+};
+
+template <typename W> struct Chunk {  // in shared memory
+    W logw[L][N];
+    bf16 r[L][N], k[L][N], v[L][N], a[L][N], b[L][N];     // a block of tokens as it comes
+    __half A[L * N], R[L * N], B[L * N], K[L * N], V[L * N];
+    __half M_low[L * L], AK[L * L], RB[L * L], RK[L * L], M[L * L];  // the inverse: M + M_low
+    float exp_m[N];
+    float largest[2][4];                                  // number in S, in G, by warp
+    union {
+        float solve[L][L + 4];
+        struct {                                          // the backward pass only
+            __half U[N * L], dZ[N * L];                   // transposed
+            bf16 dy[L][N];
+            __half DY[L * N], S[N * N], D[N * N];
+            float exp_c[L + 1][N + 8];                    // exp(c - m), before the first token and after each
+        };
+    };
+};
+template <typename W> constexpr int FORWARD_BYTES = offsetof(Chunk<W>, solve) + sizeof(Chunk<W>::solve);
+
+// start copying the n tokens at `first` of head h
+template <typename W> __device__ void fetch(Chunk<W>& m, const Inputs<W>& x, int first, int n, int H, int h) {
+    const size_t p = ((size_t)first * H + h) * N;
+    copy_tokens(m.logw, x.logw + p, H, n);
+    copy_tokens(m.r, x.r + p, H, n);
+    copy_tokens(m.k, x.k + p, H, n);
+    copy_tokens(m.v, (x.v ? x.v : x.r) + p, H, x.v ? n : 0);
+    copy_tokens(m.a, x.a + p, H, n);
+    copy_tokens(m.b, x.b + p, H, n);
+    if (x.dy) copy_tokens(m.dy, x.dy + p, H, n);
+}
+
+// A R B K V (DY) for the chunk that begins at token lo of a block and ends at token n or before; zeros for other tokens.
+// Returns the chunk's end, and the scales of what has the size of values (v, S) and of their gradients (dy, G).
+// Warp w makes tokens 4 w .. 4 w + 3, lane i channels 2 i and 2 i + 1.
+template <bool BACKWARD, typename W>
+__device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, float& value_scale, float& grad_scale) {
+    const int first = threadIdx.x / 32 * 4, j = threadIdx.x % 32 * 2;
+    auto logw = [&](int t) {
+        const float2 x = f32x2(&m.logw[t][j]);
+        return make_float2(x.x < -LIMIT ? -LIMIT : x.x, x.y < -LIMIT ? -LIMIT : x.y);  // NaN stays NaN
+    };
+    float2 c = {0, 0}, before = {0, 0};  // sums over the chunk, over its tokens before `first`
+    float most_v = 0, most_dy = 0;
+#pragma unroll 4
+    for (int t = 0; t < L; t++) {
+        if (t == first) before = c;
+        if (t >= lo && t < n) {
+            const float2 x = logw(t);
+            c.x += x.x, c.y += x.y;
+        }
+        most_v = larger(most_v, &m.v[t][j]);
+        if (BACKWARD) most_dy = larger(most_dy, &m.dy[t][j]);
+    }
+    int hi = n;
+    if (!every(c.x >= -LIMIT && c.y >= -LIMIT)) {
+        c = before = {0, 0};
+        for (hi = lo; hi < n; hi++) {
+            const float2 x = logw(hi);
+            if (hi > lo && !every(c.x + x.x >= -LIMIT && c.y + x.y >= -LIMIT)) break;
+            if (hi == first) before = c;
+            c.x += x.x, c.y += x.y;
+        }
+    }
+    value_scale = scale_for(fmaxf(warp_max(most_v), largest4(m.largest[0])));
+    if (BACKWARD) grad_scale = scale_for(fmaxf(warp_max(most_dy), largest4(m.largest[1])));
+    const float2 mid = {c.x / 2, c.y / 2};
+    c = before;
+    float2 e = {__expf(c.x - mid.x), __expf(c.y - mid.y)};
+    if (first == 0) *reinterpret_cast<float2*>(m.exp_m + place()) = make_float2(__expf(mid.x), __expf(mid.y));
+    if (BACKWARD && first == 0) *reinterpret_cast<float2*>(m.exp_c[0] + place()) = e;
+#pragma unroll
+    for (int t = first; t < first + 4; t++) {
+        const bool valid = t >= lo && t < hi;
+        float2 A = {0, 0}, R = A, B = A, K = A;
+        if (valid) {
+            const float2 x = logw(t), a = f32x2(&m.a[t][j]), r = f32x2(&m.r[t][j]), b = f32x2(&m.b[t][j]),
+                         k = f32x2(&m.k[t][j]);
+            A = {a.x * e.x, a.y * e.y};
+            c.x += x.x, c.y += x.y;
+            e = {__expf(c.x - mid.x), __expf(c.y - mid.y)};
+            const float2 f = {__expf(mid.x - c.x), __expf(mid.y - c.y)};
+            R = {r.x * e.x, r.y * e.y}, B = {b.x * f.x, b.y * f.y}, K = {k.x * f.x, k.y * f.y};
+        }
+        put_pair(m.A, t, A.x, A.y), put_pair(m.R, t, R.x, R.y), put_pair(m.B, t, B.x, B.y), put_pair(m.K, t, K.x, K.y);
+        const float2 v = f32x2(&m.v[t][j]);
+        put_pair(m.V, t, v.x * value_scale, v.y * value_scale);
+        if (BACKWARD) {
+            const float2 dy = f32x2(&m.dy[t][j]);
+            put_pair(m.DY, t, dy.x * grad_scale, dy.y * grad_scale);
+            *reinterpret_cast<float2*>(m.exp_c[t + 1] + place()) = e;
+        }
+    }
+    return hi;
+}
+
+// Column by column x = e + AB x, in fp32, each lane its own column: bounded also where one key comes again and again,
+// which the sum 1 + AB + AB^2 + ... is not. One warp; AB in its registers.
+template <typename W> __device__ __forceinline__ void invert(Chunk<W>& m, float (*c)[4]) {
+    const int column = threadIdx.x % L, half = threadIdx.x / L;
+#pragma unroll
+    for (int i = 0; i < 8; i++) m.solve[column_of(i / 4, i % 4)][row_of(i % 4)] = c[i / 4][i % 4];
+    __syncwarp();
+    float x[L];
+#pragma unroll
+    for (int i = 0; i < L; i++) x[i] = i == column;
+#pragma unroll
+    for (int j = 0; j < L - 1; j++)
+#pragma unroll
+        for (int i = (j + 1) / 4 * 4; i < L; i += 4) {
+            const float4 f = *reinterpret_cast<const float4*>(&m.solve[j][i]);  // zeros down to row j
+            x[i] += f.x * x[j], x[i + 1] += f.y * x[j], x[i + 2] += f.z * x[j], x[i + 3] += f.w * x[j];
+        }
+#pragma unroll
+    for (int i = 0; i < L / 2; i++)
+    {
+        const float f = half ? x[i + 8] : x[i];
+        const __half high = __float2half(f);
+        at<16>(m.M, i + half * 8, column / 8)[column % 8] = high;
+        at<16>(m.M_low, i + half * 8, column / 8)[column % 8] = __float2half(f - __half2float(high));
+    }
+    __syncwarp();
+}
+
+// each warp one of AB, AK, RB, RK; of AB only the inverse is kept
+template <typename W> __device__ __forceinline__ void scores(Chunk<W>& m) {
+    const int warp = threadIdx.x / 32;
+    float c[2][4];
+    zero(c);
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+        uint32_t p[4], q[4];
+        left<64>(p, warp < 2 ? m.A : m.R, 0, 2 * x);
+        right_t<64>(q, warp % 2 ? m.K : m.B, 0, 2 * x);
+        multiply(c, p, q);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (column_of(i / 4, i % 4) > row_of(i % 4) - (warp < 2)) c[i / 4][i % 4] = 0;
+    if (warp == 0) invert(m, c);
+    else store(m.M_low + warp * L * L, c);
+}
+
+// X <- X M' or, T, X M. With one key again and again most of X cancels: both factors are kept to 22 bits
+template <bool T, typename W> __device__ __forceinline__ void by_inverse(Chunk<W>& m, float (*X)[4]) {
+    uint32_t high[4], low[4], M[4], M_low[4];
+    round(high, X);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 f = unpack(high[i]);
+        float* x = X[i / 2] + i % 2 * 2;
+        low[i] = pack(x[0] - f.x, x[1] - f.y);
+    }
+    if (T) right<16>(M, m.M, 0, 0), right<16>(M_low, m.M_low, 0, 0);
+    else right_t<16>(M, m.M, 0, 0), right_t<16>(M_low, m.M_low, 0, 0);
+    zero(X);
+    multiply(X, high, M_low);
+    multiply(X, low, M);
+    multiply(X, high, M);
+}
+
+// U' = (Z A' + V' AK') M' for this warp's rows; on entry Zt = Z A'
+template <typename W> __device__ __forceinline__ void solve(Chunk<W>& m, uint32_t* U, float (*Zt)[4], const uint32_t* V) {
+    uint32_t q[4];
+    right_t<16>(q, m.AK, 0, 0);
+    multiply(Zt, V, q);
+    by_inverse<false>(m, Zt);
+    round(U, Zt);
+}
+
+// one block per (sequence or span, head). With `starts`, the state at the start of every CH tokens is kept. Without state_out:
+// two blocks per (span, head) find D and T (of the last span T alone, for the backward pass)
+template <typename W>
+__global__ void __launch_bounds__(THREADS, 4) forward(
+        int S_, int H, int total, const int* cu, int span, Inputs<W> in, const float* __restrict__ state, bf16* y,
+        float* state_out, __half* starts, float* spans) {
+    Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
+    const bool probe = !state_out;
+    const int index = probe ? blockIdx.x / 2 : blockIdx.x, h = index % H, warp = threadIdx.x / 32;
+    Part part;
+    if (!find(part, cu, S_, span, index / H) || (probe && part.closes && (part.opens || blockIdx.x % 2 == 0))) return;
+    check(cu, part.s, S_, total);
+    const int first = part.first, last = part.last;
+    if (probe && blockIdx.x % 2) in.v = nullptr;  // counts as 0
+    float S[4][2][4];
+    begin(S, part, H, h, state, spans, probe);
+    m.largest[0][warp] = largest(S);
+    if (first < last) fetch(m, in, first, min(L, last - first), H, h);
+    for (int t = first; t < last; t += L) {
+        const int n = min(L, last - t);
+        bf16* out = y + ((size_t)t * H + h) * N;
+        for (int lo = 0, hi; lo < n; lo = hi) {
+            float value_scale, none;
+            if (lo == 0) wait_for_copies();
+            __syncthreads();
+            hi = prepare<false>(m, lo, n, value_scale, none);
+            if (starts && lo == 0 && (t - first) % CH == 0)
+                save(starts + ((size_t)(first_slot(cu, part.s) + (t - cu[part.s]) / CH) * H + h) * STATE, S, value_scale);
+            __syncthreads();
+            if (hi == n && t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
+            scores(m);
+            scale_columns(S, m.exp_m, value_scale);  // Z
+            float Zt[2][4], Y[2][4];
+            zero(Zt), zero(Y);
+#pragma unroll
+            for (int x = 0; x < 4; x++) {
+                uint32_t p[4], q[4];
+                round(p, S[x]);
+                right_t<64>(q, m.A, 0, 2 * x);
+                multiply(Zt, p, q);
+                left<64>(q, m.R, 0, 2 * x);
+                multiply_t(Y, q, p);
+            }
+            __syncthreads();
+            uint32_t V[4], U[4], q[4];
+            left_t<64>(V, m.V, 0, 2 * warp);
+            solve(m, U, Zt, V);
+            left<16>(q, m.RK, 0, 0);
+            multiply_t(Y, q, V);
+            left<16>(q, m.RB, 0, 0);
+            multiply_t(Y, q, U);
+            if (!probe) put_rows(out, H, Y, inverse(value_scale), lo, hi);
+            add_outer(S, U, m.B), add_outer(S, V, m.K);
+            scale_columns(S, m.exp_m, inverse(value_scale));
+            m.largest[0][warp] = largest(S);
+        }
+    }
+    if (probe) store(spans + (size_t)blockIdx.x * N * N, S);
+    else if (part.closes) store(state_out + ((size_t)part.s * H + h) * N * N, S);
+}
+
+// One block per (sequence or span, head), last token first; G = dL/dS. SCAN: only G is looked for, from zero.
+// In a chunk, with D = G exp(m):
+//   dU = RB' dY + B D',  dZ = M' dU,  dV = RK' dY + AK' dZ + K D',  G <- (D + dZ' A + dY' R) exp(m)
+//   dAB, dAK = tril(dZ U', dZ V'; -1),  dRB, dRK = tril(dY U', dY V')
+//   dR = dY Z + dRK K + dRB B,  dA = dZ Z + dAB B + dAK K,  dK = V D + dRK' R + dAK' A,  dB = U D + dRB' R + dAB' A
+//   dlogw_t = colsum(Z D) + sum_all (B (U D) + K (V D)) + sum_{i >= t} (R dR - B dB - K dK)_i + sum_{i > t} (A dA)_i
+// No chunk's sum reaches into another. S comes from the saved state, run forward again through the chunks in between.
+template <typename W, bool SCAN>
+__global__ void __launch_bounds__(THREADS, 4) backward(
+        int S_, int H, const int* cu, int span, Inputs<W> in, const __half* starts, const float* dstate_out, bf16* dr, W* dlogw,
+        bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, float* spans) {
+    Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
+    const int h = blockIdx.x % H, warp = threadIdx.x / 32;
+    Part part;
+    if (!find(part, cu, S_, span, blockIdx.x / H) || (SCAN && part.opens)) return;
+    const int s = part.s, first = part.first, last = part.last;
+    float G[4][2][4];
+    uint4 kept[4];  // S in halves, where its registers are needed
+#pragma unroll
+    for (int x = 0; x < 4; x++) zero(G[x]);
+    if (!SCAN && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
+    else if (!SCAN && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
+    m.largest[1][warp] = largest(G);
+    int loaded = -1;  // the block of tokens in m, or on its way there
+    auto need = [&](int block) {
+        if (block >= first && block != loaded) fetch(m, in, loaded = block, min(L, last - block), H, h);
+    };
+    const int segments = (last - first + CH - 1) / CH;
+    for (int segment = segments - 1; segment >= 0; segment--) {
+        const int begin = first + segment * CH;
+        need(begin + (SCAN ? (min(CH, last - begin) - 1) / L * L : 0));
+        for (int stop = min(CH, last - begin), lo; stop > 0; stop = lo) {  // the chunk that ends at `stop`
+            float value_scale, grad_scale, scale = 1;  // scale: of kept
+            if (!SCAN) scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
+            uint32_t U[4], V[4];
+            int hi;
+            for (lo = SCAN ? (stop - 1) / L * L : 0;; lo = hi) {
+                const int block = lo / L * L;
+                m.largest[0][warp] = SCAN ? 0 : 7.99f * inverse(scale);
+                wait_for_copies();
+                __syncthreads();
+                hi = block + prepare<true>(m, lo - block, min(stop - block, L), value_scale, grad_scale);
+                __syncthreads();
+                // the block after this one: on the way to `stop`, back at the start, the segment before
+                if (hi < stop) need(begin + hi / L * L);
+                else need(lo == 0 ? begin - CH + (SCAN ? L : 0) : begin + (SCAN ? (lo - 1) / L * L : 0));
+                if (SCAN && hi < stop) continue;
+                scores(m);
+                if (SCAN) break;
+                float Zt[2][4];
+                zero(Zt);
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    uint32_t p[4], q[4];
+                    float Z[2][4];
+                    unpack(Z, kept[x], value_scale * inverse(scale));
+                    scale_columns(Z, m.exp_m + 16 * x, 1);
+                    round(p, Z);
+                    right_t<64>(q, m.A, 0, 2 * x);
+                    multiply(Zt, p, q);
+                    if (hi == stop) store<64>(m.S, 16 * warp, 2 * x, p);
+                }
+                __syncthreads();
+                left_t<64>(V, m.V, 0, 2 * warp);
+                solve(m, U, Zt, V);
+                if (hi == stop) break;
+                float S[4][2][4];
+                forget(kept);
+                unpack(S, kept, value_scale * inverse(scale));
+                scale_columns(S, m.exp_m, 1);
+                add_outer(S, U, m.B), add_outer(S, V, m.K);
+                scale_columns(S, m.exp_m, inverse(value_scale));
+                scale = scale_for(largest(S));
+                pack(kept, S, scale);
+            }
+            if (SCAN) __syncthreads();
+            const int from = lo % L, to = hi - lo / L * L;
+            const size_t p = ((size_t)(begin + lo / L * L) * H + h) * N;
+            {
+                uint32_t DY[4], dZ[4], q[4];
+                float dV[2][4], dU[2][4];
+                zero(dV), zero(dU);
+                scale_columns(G, m.exp_m, grad_scale);  // D
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    uint32_t D[4];
+                    round(D, G[x]);
+                    store<64>(m.D, 16 * warp, 2 * x, D);
+                    right_t<64>(q, m.B, 0, 2 * x);
+                    multiply(dU, D, q);
+                    left<64>(q, m.K, 0, 2 * x);
+                    multiply_t(dV, q, D);
+                }
+                left_t<64>(DY, m.DY, 0, 2 * warp);
+                right<16>(q, m.RB, 0, 0);
+                multiply(dU, DY, q);
+                by_inverse<true>(m, dU);
+                round(dZ, dU);
+                if (!SCAN) {
+                    left_t<16>(q, m.RK, 0, 0);
+                    multiply_t(dV, q, DY);
+                    left_t<16>(q, m.AK, 0, 0);
+                    multiply_t(dV, q, dZ);
+                    put_rows(dv + p, H, dV, inverse(grad_scale), from, to);
+                }
+                add_outer(G, dZ, m.A), add_outer(G, DY, m.R);
+                scale_columns(G, m.exp_m, inverse(grad_scale));
+                m.largest[1][warp] = largest(G);
+                if (SCAN) continue;
+                store<16>(m.U, 16 * warp, 0, U);
+                store<16>(m.dZ, 16 * warp, 0, dZ);
+            }
+            __syncthreads();
+            __half *const dAB = m.M_low, *const dAK = m.AK, *const dRB = m.RB, *const dRK = m.RK;  // their places are free
+            {   // each warp one of dAB dAK dRB dRK
+                float c[2][4];
+                zero(c);
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    uint32_t y[4], z[4];
+                    if (warp < 2) left_t<16>(y, m.dZ, 16 * x, 0);
+                    else left<64>(y, m.DY, 0, 2 * x);
+                    if (warp % 2) right_t<64>(z, m.V, 0, 2 * x);
+                    else right<16>(z, m.U, 16 * x, 0);
+                    multiply(c, y, z);
+                }
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    if (column_of(i / 4, i % 4) > row_of(i % 4) - (warp < 2)) c[i / 4][i % 4] = 0;
+                store(dAB + warp * L * L, c);
+            }
+            __syncthreads();
+            // the other gradients, each warp 16 channels; first of what reads the state, then of what writes it
+            const float factor = inverse(value_scale) * inverse(grad_scale);
+            float dlog[2][4], own[2][4], common[2][2] = {}, sum[2][2];  // own: A dA;  dlog: R dR + A dA - B dB - K dK
+            {
+                float dR[2][4], dA[2][4], ZD[2][4];
+                uint32_t y[4], z[4];
+                zero(dR), zero(dA), zero(ZD);
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    right<64>(z, m.S, 16 * x, 2 * warp);
+                    left<64>(y, m.DY, 0, 2 * x), multiply(dR, y, z);
+                    left_t<16>(y, m.dZ, 16 * x, 0), multiply(dA, y, z);
+                    left_t<64>(y, m.S, 16 * x, 2 * warp), right<64>(z, m.D, 16 * x, 2 * warp), multiply(ZD, y, z);
+                }
+                diagonal(sum, ZD);  // colsum(Z D)
+                right<64>(z, m.K, 0, 2 * warp);
+                left<16>(y, dRK, 0, 0), multiply(dR, y, z);
+                left<16>(y, dAK, 0, 0), multiply(dA, y, z);
+                right<64>(z, m.B, 0, 2 * warp);
+                left<16>(y, dRB, 0, 0), multiply(dR, y, z);
+                left<16>(y, dAB, 0, 0), multiply(dA, y, z);
+                mine(y, m.A), mine(z, m.R);
+                float e[2][4], before[2][4];
+                mine(e, m.exp_c + 1), mine(before, m.exp_c);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const int j = i / 4, c = i % 4;
+                    own[j][c] = element(y, j, c) * dA[j][c];
+                    dlog[j][c] = own[j][c] + element(z, j, c) * dR[j][c];
+                    dR[j][c] *= e[j][c], dA[j][c] *= before[j][c];
+                }
+                put_rows(dr + p, H, dR, factor, from, to);
+                put_rows(da + p, H, dA, factor, from, to);
+            }
+            {
+                float dK[2][4], dB[2][4];
+                uint32_t B[4], K[4], y[4], z[4];
+                zero(dK), zero(dB);
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    right<64>(z, m.D, 16 * x, 2 * warp);
+                    left<64>(y, m.V, 0, 2 * x), multiply(dK, y, z);
+                    left_t<16>(y, m.U, 16 * x, 0), multiply(dB, y, z);
+                }
+                mine(B, m.B), mine(K, m.K);
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    common[i / 4][i % 2] += element(B, i / 4, i % 4) * dB[i / 4][i % 4] + element(K, i / 4, i % 4) * dK[i / 4][i % 4];
+                right<64>(z, m.R, 0, 2 * warp);
+                left_t<16>(y, dRK, 0, 0), multiply(dK, y, z);
+                left_t<16>(y, dRB, 0, 0), multiply(dB, y, z);
+                right<64>(z, m.A, 0, 2 * warp);
+                left_t<16>(y, dAK, 0, 0), multiply(dK, y, z);
+                left_t<16>(y, dAB, 0, 0), multiply(dB, y, z);
+                float e[2][4];
+                mine(e, m.exp_c + 1);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const int j = i / 4, c = i % 4;
+                    const float f = __fdividef(1, e[j][c]);
+                    dlog[j][c] -= element(B, j, c) * dB[j][c] + element(K, j, c) * dK[j][c];
+                    dK[j][c] *= f, dB[j][c] *= f;
+                }
+                put_rows(dk + p, H, dK, factor, from, to);
+                put_rows(db + p, H, dB, factor, from, to);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int j = i / 2, e = i % 2;
+                float later = 0;
+#pragma unroll
+                for (int lanes = 4; lanes < 32; lanes *= 2) common[j][e] += shuffle_xor(common[j][e], lanes);
+#pragma unroll
+                for (int c = 2 + e; c >= 0; c -= 2) {  // rows 8 .. 15, then 0 .. 7
+                    float x = dlog[j][c];
+#pragma unroll
+                    for (int rows = 1; rows < 8; rows *= 2) {  // sum over this and later rows
+                        const float y = shuffle(x, (threadIdx.x + 4 * rows) % 32);
+                        if (threadIdx.x % 32 / 4 + rows < 8) x += y;
+                    }
+                    dlog[j][c] = sum[j][e] + common[j][e] + later + x - own[j][c];
+                    later = shuffle(x, threadIdx.x % 4);
+                }
+            }
+            put_rows(dlogw + p, H, dlog, factor, from, to);
+        }
+    }
+    if (SCAN) store(spans + (size_t)blockIdx.x * N * N, G);
+    else if (part.opens) store(dstate + ((size_t)s * H + h) * N * N, G);
+}
+
+}  // namespace
+
+extern "C" int wkv7_chunk_forward(
+        const bf16* r, const void* logw, const bf16* k, const bf16* v, const bf16* a, const bf16* b, const float* state,
+        const int* cu, bf16* y, float* state_out, __half* starts, float* spans, int S, int H, int total, int dtype, int span,
+        cudaStream_t stream) {
+    if (S * H == 0) return cudaSuccess;
+    const int blocks = slots(S, total, span) * H;
+    WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, a, b, nullptr};
+        if (span) {
+            LAUNCH_CHUNKED(forward<W>, 2 * blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, nullptr,
+                           nullptr, nullptr, spans);
+            LAUNCH_CHUNKED(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, state, spans, 2 * N * N,
+                           spans + N * N, 2 * N * N);
+        }
+        LAUNCH_CHUNKED(forward<W>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, y, state_out,
+                       starts, spans));
+    return cudaGetLastError();
+}
+
+extern "C" int wkv7_chunk_backward(
+        const bf16* r, const void* logw, const bf16* k, const bf16* v, const bf16* a, const bf16* b, const float* state,
+        const int* cu, const __half* starts, const float* spans, const bf16* dy, const float* dstate_out, bf16* dr,
+        void* dlogw, bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, float* scratch, int S, int H, int total,
+        int dtype, int span, cudaStream_t stream) {
+    if (S * H == 0) return cudaSuccess;
+    const int blocks = slots(S, total, span) * H;
+    WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, a, b, dy};
+        if (span) {
+            LAUNCH_CHUNKED((backward<W, true>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, nullptr, nullptr, nullptr,
+                           nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, scratch);
+            LAUNCH_CHUNKED(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
+                           spans + N * N, 2 * N * N);
+        }
+        LAUNCH_CHUNKED((backward<W, false>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, starts, dstate_out, dr,
+                       (W*)dlogw, dk, dv, da, db, dstate, scratch));
+    return cudaGetLastError();
+}
+
+// for bench/kernels.py: of forward, backward, combine
+extern "C" int wkv7_chunk_shared_bytes(int kernel, int dtype) {
+    WITH_LOGW(dtype, return kernel == 0 ? FORWARD_BYTES<W> : kernel == 1 ? sizeof(Chunk<W>) : COMBINE_BYTES);
+}
