@@ -113,7 +113,9 @@ KINDS = {"sft": train_sft, "dpo": train_dpo, "self_reward": train_dpo, "external
          "train_judge": train_sft, "new_prompts": None}
 sft, dpo, self_reward, external_reward, spin, train_judge, new_prompts = (functools.partial(dict, kind=k) for k in KINDS)
 OWN = {f.name for f in dataclasses.fields(Config)}
-FREE = {"stages", "recipe", "out_dir", "fresh", "device", "check", "eval_fn", "eval_data", "max_drop"}  # change no stage's result
+# what changes no stage's data and weights, so that a restart may have it otherwise
+FREE = {"stages", "recipe", "out_dir", "fresh", "device", "check", "eval_fn", "eval_data", "max_drop"}
+FREE_TRAIN = {"micro_bsz", "grad_cp", "chunk_len", "save_every", "keep_last", "log", "log_every", "eval_samples"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,7 +370,8 @@ def train(script, cfg, stage, folder, keep=True, **over):
     if about and keep:
         given["adapter"] = cfg.init_from
     script.main(script.Config(**{k: v for k, v in given.items() if k in fields}))
-    return str(next(f for f in folder.glob("*-final.*") if f.suffix != ".json"))
+    common.gather([])  # rank 0 has written it
+    return str(next(f for f in folder.glob("*-final.*") if f.suffix in (".pth", ".safetensors")))
 
 
 def part(rows, cfg):
@@ -587,7 +590,7 @@ def loop(cfg, run):
         own = {**now, "seed": cfg.seed + 1000 * number, **{k: v for k, v in stage.items() if k in OWN}}
         own |= {"spin": {"num_candidates": 1}, "external_reward": {"judge": "head"}}.get(kind, {})
         own = dataclasses.replace(cfg, **own)
-        claim(folder, {**{k: getattr(own, k) for k in OWN - FREE}, **stage}, run)
+        claim(folder, {k: v for k, v in {**vars(own), **stage}.items() if k not in FREE | FREE_TRAIN}, run)
         print0(f"{folder}: " + ", ".join(f"{k}={common._show(v)}" for k, v in stage.items() if k != "kind"))
         if (folder / "done.json").exists():
             print0(f"{folder} is complete")

@@ -106,7 +106,7 @@ def base(tmp_path_factory):
     return folder
 
 
-INNER = dict(micro_bsz=4, global_bsz=4, lr=1e-3, lr_final=1e-4, warmup_steps=1, max_steps=3, eval_every=0, save_every=1, log_every=1)
+INNER = dict(micro_bsz=2, global_bsz=4, lr=1e-3, lr_final=1e-4, warmup_steps=1, max_steps=3, eval_every=0, save_every=1, log_every=1)
 
 
 def letters(prompts, completions, **columns):
@@ -211,7 +211,7 @@ def test_a_kept_rubric_gives_what_the_whole_text_gives(template, base):
         p = []
         for choice in (" 0", " 10", " 3"):  # each choice's probability, from the logits of one plain pass
             ids = torch.tensor([BYTES.encode(whole) + BYTES.encode(choice)])
-            logp = judge.model(ids[:, :-1])[0].log_softmax(-1)[0].gather(-1, ids[0, 1:, None])[:, 0]
+            logp = judge.model(ids[:, :-1])[0].detach().log_softmax(-1)[0].gather(-1, ids[0, 1:, None])[:, 0]
             p.append(math.exp(logp[-len(choice):].double().sum()))
         assert row["score"] == pytest.approx(sum(v * q for v, q in zip((0, 10, 3), p)) / sum(p), abs=1e-5)
     cfg = dataclasses.replace(cfg, judge="sample", judge_samples=2, judge_temperature=0, judge_max_tokens=5)
@@ -238,7 +238,15 @@ def test_every_stage_runs_and_hands_on(base, tmp_path, capsys):
     done = [json.loads((folder / "done.json").read_text()) for folder in sorted(out.glob("[0-9]*"))]
     assert [d["stage"][3:] for d in done] == ["start", *(s["kind"] for s in cfg.stages)]
     assert done[3]["judge_model"].endswith("03-train_judge/lora-final.safetensors") and done[7]["judge_model"].endswith("state-final.pth")
-    assert done[0]["kl"] == pytest.approx(0, abs=1e-4) and all(d["kl"] > -0.5 for d in done if "kl" in d) and done[4]["kl"] > 0.01
+    assert done[0]["kl"] == pytest.approx(0, abs=1e-5)
+    model, start = (load_model(p)[0] for p in (done[12]["init_from"], cfg.init_from))
+    chats = [BYTES.encode(f"User: tell {i}\n\nAssistant:") for i in range(20)]
+    kl = 0.0
+    for ids, c in zip(chats, sample.generate(model, chats, max_new_tokens=6, tokenizer=BYTES, stop=cfg.stop, seed=cfg.seed)):
+        x = torch.tensor([ids + c.tokens])
+        a, b = (m.token_logprobs(x[:, :-1], x[:, 1:])[0, len(ids) - 1:].sum().item() for m in (model, start))
+        kl += (a - b) / 20
+    assert done[12]["kl"] == pytest.approx(kl, abs=1e-4) and abs(kl) > 1e-4
     for number, of in ((4, "03-train_judge/lora"), (6, "05-train_judge/lora"), (8, "07-train_judge/state")):
         stage = json.loads((out / done[number]["stage"] / "stage.json").read_text())
         assert of in stage["judge_model"] and done[number]["report"]["agreement"] is not None
@@ -290,7 +298,7 @@ def same_run(a, b):
 def test_cut_off_anywhere_it_goes_on_where_it_stood(base, tmp_path, monkeypatch):
     stage = {"kind": "external_reward", "reward": letters}
     self_reward.main(tiny(base, tmp_path / "whole", stage))
-    calls, fail_at = [], iter([3, 2, 9])
+    calls = []
     real = self_reward.sample.generate
 
     def generate(*args, **options):
@@ -323,7 +331,6 @@ def test_cut_off_anywhere_it_goes_on_where_it_stood(base, tmp_path, monkeypatch)
     assert list(calls[0]) == [4, 5, 6, 7] and len(lines(out / "scores.jsonl")) == 16
     self_reward.main(tiny(base, tmp_path / "parts", stage))
     same_run(tmp_path / "whole", tmp_path / "parts")
-    assert next(fail_at) == 3
 
 
 def torchrun(folder, n):
@@ -359,8 +366,8 @@ def test_on_two_processes_the_same_lines(base, tmp_path):
         assert (folder / name).read_text() == (tmp_path / "one/01-external_reward" / name).read_text(), name
     a, b = (lines(tmp_path / run / "02-self_reward/candidates.jsonl") for run in ("one", "two"))
     assert len(a) == len(b) and sum(x["text"] == y["text"] for x, y in zip(a, b)) > 0.9 * len(a)  # weights differ in their last digits
-    a, b = (torch.load(tmp_path / run / "01-external_reward/rwkv-final.pth", weights_only=True) for run in ("one", "two"))
-    assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
+    a, b = (lines(tmp_path / run / "01-external_reward/metrics.jsonl") for run in ("one", "two"))
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-3) and len(a) == 3
     (tmp_path / "two/02-self_reward/done.json").unlink()
     self_reward.main(common.load_config(Config, [str(tmp_path / "c.py")]))  # goes on from two processes' files
     assert (tmp_path / "two/02-self_reward/done.json").exists()
