@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import os
 import random
@@ -123,7 +124,8 @@ FREE_TRAIN = {"micro_bsz", "grad_cp", "chunk_len", "save_every", "keep_last", "l
 
 WORDS = "score|rating|评分|得分|分数|スコア|점수|оценка|note|nota|punktzahl|puntuación|punteggio"
 SCORE = re.compile(rf"""
-    (?: (?P<word> (?<![a-z]) (?:{WORDS})s? (?: [^\n\d:：﹕︓=(]* (?:\([^)\n]*\))? [^\n\d:：﹕︓=]* [:：﹕︓=] | \s+(?:is|of)\b )? ) | ^ )
+    (?: (?P<word> (?<![a-z]) (?:{WORDS})s?
+          (?: [^\n\d:：﹕︓=(]{{0,40}} (?:\([^)\n]{{0,40}}\))? [^\n\d:：﹕︓=]{{0,40}} [:：﹕︓=] | \s+(?:is|of)\b )? ) | ^ )
     (?: [^\w+\-−] | _ | -\s )*                                    # bold, brackets, blanks; no sign
     (?P<number> [+\-−]?\d+(?:[.,]\d+)? ) (?! \d | [.,]\d | e\d | % | \s*[-–~]\s*\d )
     (?: \W{{0,4}} (?: [/／] | \b(?:out\ )?of\b ) \W{{0,4}} (?P<of> \d+ ) )?
@@ -183,7 +185,8 @@ def judge_metrics(scores, labels):
             rhos.append(statistics.correlation(rank(s), rank(t)) if len(set(s)) > 1 else 0.0)
         if pair := choose_pair(s):
             pairs.append(t[pair[0]] > t[pair[1]])
-    return {k: statistics.fmean(v) if v else None for k, v in (("agreement", right), ("spearman", rhos), ("best_vs_worst", pairs))}
+    return {name: statistics.fmean(x) if x else None
+            for name, x in (("agreement", right), ("spearman", rhos), ("best_vs_worst", pairs))}
 
 
 def make_eft(rows, texts, labels, cfg):
@@ -227,7 +230,7 @@ def rubric(cfg):
         re.compile(cfg.score_pattern)
         one, two = render(cfg, "<prompt>", "<response>"), render(cfg, "[prompt]", "[response]")
     except Exception as e:
-        raise UserError(f"judge_template or score_pattern: {type(e).__name__}: {e}; the fields are {{prompt}}, {{response}}") from None
+        raise UserError(f"judge_template or score_pattern: {type(e).__name__}: {e}; fields: {{prompt}}, {{response}}") from None
     if missing := [name for name in ("prompt", "response") if f"<{name}>" not in one]:
         raise UserError(f"judge_template has no {{{missing[0]}}}; it needs {{prompt}} and {{response}}")
     return os.path.commonprefix([one, two]).rstrip(" ")  # a blank is tokenised with the word behind it
@@ -250,11 +253,13 @@ class Judge:
         cfg = self.cfg
         if cfg.judge == "head":
             there = [i for i, text in enumerate(texts) if text.strip()]
-            rendered = [prepare.render_answer(prompts[i], texts[i], self.tokenizer) for i in there]
-            rows = [prepare.Preference(prompt, [answer], None) for prompt, answer in rendered]
+            groups, scores = [list(g) for _, g in itertools.groupby(there, lambda i: prompts[i])], {}  # a prompt is read once
+            answers = {i: prepare.render_answer(prompts[i], texts[i], self.tokenizer) for i in there}
+            rows = [prepare.Preference(answers[g[0]][0], [answers[i][1] for i in g], None) for g in groups]
             with torch.no_grad():
-                got = map(float, train_reward.rewards_of(self.model, rows, self.model.emb.weight.device)) if rows else ()
-            scores = dict(zip(there, got))
+                got = train_reward.rewards_of(self.model, rows, self.model.emb.weight.device) if rows else ()
+            for group, values in zip(groups, got):
+                scores |= dict(zip(group, values.tolist()))
             return [{"score": scores.get(i), "parsed": 1} for i in range(len(texts))]
         whole = [render(cfg, prompt, text) + cfg.judge_cue * (cfg.judge == "expected") for prompt, text in zip(prompts, texts)]
         if not all(text.startswith(self.rubric) for text in whole):
@@ -286,8 +291,9 @@ def append_blocks(path, total, block, make, run, after=lambda kept: None):
         os.truncate(path, sum(len(line) + 1 for line in lines))
         kept = [json.loads(line) for line in lines]
     kept = common.gather(kept)
+    hidden = None if run.main else True  # None: hidden unless a terminal
     with open(path, "ab") if run.main else contextlib.nullcontext() as f, \
-            tqdm(total=total, initial=len(kept), desc=f"{path.parent.name}/{path.stem}", disable=None if run.main else True) as bar:
+            tqdm(total=total, initial=len(kept), desc=f"{path.parent.name}/{path.stem}", disable=hidden) as bar:
         for first in range(len(kept) // block * block if len(kept) < total else total, total, block * run.world):
             i, new, error = first + run.rank * block, [], []
             try:
@@ -320,19 +326,22 @@ def claim(folder, settings, run):
     book, settings = folder / "stage.json", json.loads(json.dumps(settings, default=common._show))
     was = json.loads(book.read_text()) if book.exists() else settings
     for key in sorted(k for k in was.keys() | settings.keys() if was.get(k) != settings.get(k)):
-        raise UserError(f"{folder} was begun with {key}={str(was.get(key))[:60]!r}, now {str(settings.get(key))[:60]!r}: put it back; or "
-                        "delete there what shall be made again, and stage.json; or --fresh")
+        then, now = (str(x.get(key))[:60] for x in (was, settings))
+        raise UserError(f"{folder} was begun with {key}={then!r}, now {now!r}: put it back; or delete there what shall be "
+                        "made again, and stage.json; or --fresh")
     common.gather([])  # all have read it
     write(book, settings, run)
+
+
+WRITTEN = re.compile(r"(candidates|scores|pairs|eft|prompts|metrics)\.jsonl(\.ref\.pt)?|(done|config|stage)\.json|last\.pt|"
+                     r"best\.\w+|(metrics|rewards)\.png|(rwkv|lora|state)-(\d+|final)\.\w+|tokenizer\.\w+|vocab\.txt")
 
 
 def clear(out, run):
     """--fresh: delete what stages wrote; other files stay, and their folders."""
     for folder in [book.parent for book in out.glob("[0-9][0-9]-*/stage.json")] if run.main else ():
-        for pattern in ("candidates.jsonl", "scores.jsonl", "pairs.jsonl*", "eft.jsonl*", "prompts.jsonl", "done.json", "config.json", "metrics.*",
-                        "rewards.png", "last.pt", "best.*", "rwkv-*.pth", "state-*.pth", "state-*.json", "lora-*.safetensors", "tokenizer.*",
-                        "stage.json"):
-            for file in folder.glob(pattern):
+        for file in folder.iterdir():
+            if WRITTEN.fullmatch(file.name):
                 file.unlink()
         with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
@@ -387,7 +396,7 @@ def read_prompts(cfg, tokenizer):
     rows, seen = train_grpo.read_prompts(cfg.prompts, tokenizer, 10 ** 9), {}
     for number, (ids, _) in enumerate(rows, 1):
         if seen.setdefault(tuple(ids), number) != number:
-            raise UserError(f"{cfg.prompts}: prompts {seen[tuple(ids)]} and {number} are the same, and would count twice: drop one")
+            raise UserError(f"{cfg.prompts}: prompts {seen[tuple(ids)]} and {number} are the same; drop one")
     return part(rows, cfg)
 
 
@@ -401,10 +410,10 @@ def candidates(cfg, folder, rows, model, tokenizer, run, stop=None):
 
     def make(i, j):
         got = sample.generate(model, [ids for ids, _ in rows[i // n:j // n]], n=n, max_new_tokens=cfg.max_completion_length,
-                              temperature=cfg.temperature, top_p=cfg.top_p, stop=stop or cfg.stop, tokenizer=tokenizer, seed=cfg.seed,
-                              indices=range(i // n, j // n), progress=False)
-        return [{"number": k // n, "candidate": k % n, "prompt": rows[k // n][1]["prompt"], "text": c.text, "tokens": len(c.tokens),
-                 "finish_reason": c.finish_reason} for k, c in enumerate(got, i)]
+                              temperature=cfg.temperature, top_p=cfg.top_p, stop=stop or cfg.stop, tokenizer=tokenizer,
+                              seed=cfg.seed, indices=range(i // n, j // n), progress=False)
+        return [{"number": k // n, "candidate": k % n, "prompt": rows[k // n][1]["prompt"], "text": c.text,
+                 "tokens": len(c.tokens), "finish_reason": c.finish_reason} for k, c in enumerate(got, i)]
     return append_blocks(folder / "candidates.jsonl", len(rows) * n, cfg.block * n, make, run)
 
 
@@ -424,8 +433,9 @@ def judgements(cfg, folder, answers, rows, judge, run):
     def stop_if_none(kept):
         if all(row["score"] is None for row in kept):
             said = "; ".join(repr(t[-120:]) for row in kept[:3] for t in row.get("said", [])[:1])
-            raise UserError(f"no valid score in {len(kept)} judgements, all in {folder / 'scores.jsonl'}" + f"; the judge said {said}" * bool(said)
-                            + ". Change the template, score_pattern or the judge, delete that file, and run again")
+            said = f"; the judge said {said}" * bool(said)
+            raise UserError(f"no valid score in {len(kept)} judgements, which {folder / 'scores.jsonl'} has{said}. Change "
+                            "template, score_pattern or judge, delete that file and stage.json, run again")
     return append_blocks(folder / "scores.jsonl", len(answers), cfg.block * cfg.num_candidates, make, run, stop_if_none)
 
 
@@ -437,11 +447,12 @@ def round_(stage, cfg, folder, run):
     texts, report = nested([c["text"] for c in answers], n), {"candidate_tokens": statistics.fmean(c["tokens"] for c in answers)}
     del model
     if spins:
-        pairs = [{**row, "rejected": text} for (_, row), (text,) in zip(rows, texts) if text.strip() not in ("", row["chosen"].strip())]
+        pairs = [{**row, "rejected": text} for (_, row), (text,) in zip(rows, texts)
+                 if text.strip() not in ("", row["chosen"].strip())]
         dropped = {"empty or equal": len(rows) - len(pairs)}
     else:
-        judge = cfg.reward if stage["kind"] == "external_reward" and cfg.reward else Judge(cfg, run)
-        scores = judgements(cfg, folder, answers, rows, judge, run)
+        by_function = stage["kind"] == "external_reward" and cfg.reward
+        scores = judgements(cfg, folder, answers, rows, cfg.reward if by_function else Judge(cfg, run), run)
         each = nested([s["score"] for s in scores], n)
         pairs, dropped = make_pairs([row for _, row in rows], texts, each, cfg)
         report |= {"score": statistics.fmean(s["score"] for s in scores if s["score"] is not None),
@@ -482,7 +493,8 @@ def judge_stage(stage, cfg, folder, run):
         raise UserError(f"{folder}: no prompt has answers of different labels; take more candidates or a higher temperature")
     write(folder / "eft.jsonl", eft, run)
     file = train(script, cfg, stage, folder, keep=False, data=str(folder / "eft.jsonl"), tune=tune)
-    return {"judge_model": file, "report": {"pairs": len(eft), **measure_judge(dataclasses.replace(cfg, judge_model=file), *held, run)}}
+    metrics = measure_judge(dataclasses.replace(cfg, judge_model=file), *held, run)
+    return {"judge_model": file, "report": {"pairs": len(eft), **metrics}}
 
 
 def split(*lists):
@@ -496,7 +508,7 @@ def measure_judge(cfg, rows, texts, labels, run):
     scores = [[x["score"] for x in judge([row["prompt"]] * len(said), said, range(1000 * p, 1000 * p + len(said)))]
               for p, (row, said) in enumerate(zip(rows, texts))]
     metrics = judge_metrics(scores, labels)
-    print0(f"{cfg.judge_model}, {len(rows)} held-out prompts: " + ", ".join(f"{k} {'-' if v is None else f'{v:.3f}'}" for k, v in metrics.items()))
+    print0(f"{cfg.judge_model}, {len(rows)} held-out prompts: " + ", ".join(f"{k} {cell(v) or '-'}" for k, v in metrics.items()))
     return metrics
 
 
@@ -513,9 +525,9 @@ def new_prompt_stage(stage, cfg, folder, run):
     made, known = [], [seed.split() for seed in seeds]
     for c in candidates(dataclasses.replace(cfg, num_candidates=1), folder, rows, model, tokenizer, run, stop="\n"):
         words = c["text"].split()
-        m = difflib.SequenceMatcher(None, words, (), autojunk=False)
-        alike = lambda other: m.set_seq2(other) or m.real_quick_ratio() > 0.7 and m.quick_ratio() > 0.7 and m.ratio() > 0.7  # noqa: E731, B023
-        if words and not any(map(alike, known)):  # the share of common words in the same order, about ROUGE-L
+        match = [difflib.SequenceMatcher(None, words, other, autojunk=False) for other in known]
+        # 0.7 of the words in common and in the same order is too like, about ROUGE-L; the first two are quick upper bounds
+        if words and not any(m.real_quick_ratio() > 0.7 and m.quick_ratio() > 0.7 and m.ratio() > 0.7 for m in match):
             known.append(words)
             made.append({"prompt": [{"role": "user", "content": c["text"].strip()}]})
     print0(f"{folder}: {len(made)} new prompts of {len(rows)}, the others empty or too like another")
@@ -528,7 +540,7 @@ def new_prompt_stage(stage, cfg, folder, run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def measure(cfg, weights, run):
-    """Of a model that a stage made: {"eval": numbers, "value": the one that counts, "tokens": of its answers, "kl": to the start}"""
+    """Of a model that a stage made: {"eval": numbers, "value": the one that counts, "tokens": of answers, "kl": to the start}"""
     (model, tokenizer), out = load(weights, cfg, run), {}
     if cfg.eval_fn:
         out["eval"] = call(cfg.eval_fn, model, tokenizer)
@@ -539,7 +551,8 @@ def measure(cfg, weights, run):
         out["value"] = -out["eval"]["val_loss"]
     if cfg.prompts:
         ids = [ids for ids, _ in train_grpo.read_prompts(cfg.prompts, tokenizer, 10 ** 9)[:64]]
-        got = sample.generate(model, ids, max_new_tokens=cfg.max_completion_length, stop=cfg.stop, tokenizer=tokenizer, seed=cfg.seed)
+        got = sample.generate(model, ids, max_new_tokens=cfg.max_completion_length, stop=cfg.stop, tokenizer=tokenizer,
+                              seed=cfg.seed, progress=False)
         start = sample.score_choices(load(cfg.init_from, cfg, run)[0], ids, [[c.tokens] for c in got])
         out["kl"] = statistics.fmean(sum(c.logprobs) - logp for c, (logp,) in zip(got, start))
         out["tokens"] = statistics.fmean(len(c.tokens) for c in got)
@@ -551,7 +564,7 @@ def check_stages(cfg):
     if isinstance(cfg.stages, dict) and cfg.recipe not in ("", *cfg.stages):
         raise UserError(f"recipe={cfg.recipe}: the config has {', '.join(cfg.stages)}")
     stages = cfg.stages[cfg.recipe or next(iter(cfg.stages))] if isinstance(cfg.stages, dict) else cfg.stages
-    near = lambda name, names: "".join(f"; did you mean {n!r}?" for n in difflib.get_close_matches(str(name), names, 1))  # noqa: E731
+    near = lambda x, names: "".join(f"; did you mean {n!r}?" for n in difflib.get_close_matches(str(x), names, 1))  # noqa: E731
     if not stages:
         raise UserError("no stages; give a config file with stages = [sft(...), self_reward(...), …]")
     for number, stage in enumerate(stages, 1):
@@ -615,8 +628,13 @@ def loop(cfg, run):
     print0(f"done: {now['init_from']}; {out / 'report.md'}")
 
 
-COLUMNS = {"evaluation": "value", "score": "score", "parse rate": "parse_rate", "judge agreement": "agreement", "spearman": "spearman",
-           "best vs worst": "best_vs_worst", "pairs": "pairs", "answer tokens": "tokens", "KL to start": "kl"}
+COLUMNS = {"evaluation": "value", "score": "score", "parse rate": "parse_rate", "judge agreement": "agreement",
+           "spearman": "spearman", "best vs worst": "best_vs_worst", "pairs": "pairs", "answer tokens": "tokens",
+           "KL to start": "kl"}
+
+
+def cell(value):
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def write_report(out, rows):
@@ -624,10 +642,11 @@ def write_report(out, rows):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    cell = lambda v: "" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)  # noqa: E731
-    lines = ["Evaluation, answer tokens and KL (nats an answer) are of the model that the stage left; score, judge and pairs are of "
-             "the answers that it was trained on.", "", f"| stage | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {r['stage']}{' (undone)' * ('undone' in r)} | {' | '.join(cell(r.get(k)) for k in COLUMNS.values())} |" for r in rows]
+    lines = ["Evaluation, answer tokens and KL (nats an answer) are of the model that the stage left; score, judge and pairs are "
+             "of the answers that it was trained on.", "", f"| stage | {' | '.join(COLUMNS)} |",
+             "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {r['stage']}{' (undone)' * ('undone' in r)} | {' | '.join(cell(r.get(k)) for k in COLUMNS.values())} |"
+              for r in rows]
     lines += ["", "![score and length](report.png)"]
     for r in rows:
         lines += ["", f"## {r['stage']}: dropped {r['dropped'] or 'none'}"] if "dropped" in r else []
@@ -635,15 +654,18 @@ def write_report(out, rows):
         for row in map(json.loads, path.read_text().splitlines()[:12] if path.exists() else ()):
             prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
             for name, text in (("prompt", prompt), *((k, row[k]) for k in ("chosen", "rejected"))):
-                lines += [f"\n    {name} {cell(row.get(name + '_score'))}: ".replace(" :", ":") + text.strip()[:1000].replace("\n", "\n    ")]
+                score = " " + cell(row[name + "_score"]) if name + "_score" in row else ""
+                text = text.strip()[:1000].replace("\n", "\n    ")
+                lines += [("\n" if name == "prompt" else "") + f"    {name}{score}: {text}"]
     with common.atomic_write(out / "report.md") as tmp:
         tmp.write_text("\n".join(lines) + "\n")
     fig, left = plt.subplots(figsize=(7, 4))
     right = left.twinx()
-    for ax, key, colour in ((left, "score", "C0"), (left, "value", "C2"), (right, "tokens", "C1"), (right, "candidate_tokens", "C3")):
+    for ax, key, name in ((left, "score", "score"), (left, "value", "evaluation"), (right, "tokens", "answer tokens")):
         if points := [(i, r[key]) for i, r in enumerate(rows) if r.get(key) is not None]:
-            ax.plot(*zip(*points), marker=".", color=colour, label={"value": "evaluation", "tokens": "answer tokens"}.get(key, key))
-    left.set(xticks=range(len(rows)), xticklabels=[r["stage"] for r in rows], ylabel="score, evaluation")
+            ax.plot(*zip(*points), "C1.--" if ax is right else "C0.-" if key == "score" else "C2.-", label=name)
+    left.set(xticks=range(len(rows)), ylabel="score, evaluation")
+    left.set_xticklabels([r["stage"] for r in rows], rotation=15, fontsize=7)
     right.set_ylabel("tokens")
     fig.legend(fontsize=7)
     with common.atomic_write(out / "report.png") as tmp:
@@ -659,7 +681,7 @@ def make_eft_command(cfg):
         texts.append([c["text"] if isinstance(c, dict) else c for c in row.get("completions") or ()])
         labels.append(row.get("scores") or [float(call(cfg.check, row["prompt"], text)) for text in texts[-1] if cfg.check])
         if not texts[-1] or len(texts[-1]) != len(labels[-1]) or "prompt" not in row:
-            raise UserError(f"{where}: expected a prompt, completions and as many scores, or a `check` in the config; got {row!r:.80}")
+            raise UserError(f"{where}: expected a prompt, completions and as many scores, or a `check` in the config: {row!r:.60}")
         rows.append(row)
     train_on, held = split(rows, texts, labels)
     write(Path(f"{cfg.out}.jsonl"), eft := make_eft(*train_on, cfg), run)

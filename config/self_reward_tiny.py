@@ -7,10 +7,12 @@ import sample
 import tasks
 from self_reward import external_reward, self_reward, spin, train_judge
 
-_dpo = dict(beta=0.3, nll_coef=10.0, ctx_len=128, micro_bsz=64, global_bsz=64, lr=5e-4, lr_final=2e-5, max_steps=200, eval_every=0,
-            save_every=50, log_every=50)
-_judge = dict(num_prompts=1600, lora_r=32, ctx_len=128, micro_bsz=64, global_bsz=64, lr=3e-3, lr_final=3e-4, max_steps=200, eval_every=0,
-              center_coef=0.01, save_every=50, log_every=50)
+_dpo = dict(beta=0.3, nll_coef=10.0, ctx_len=128, micro_bsz=64, global_bsz=64, lr=5e-4, lr_final=2e-5, eval_every=0, save_every=50,
+            log_every=50)
+_judge = dict(num_prompts=3200, lora_r=32, center_coef=0.01, ctx_len=128, micro_bsz=64, global_bsz=64, lr=3e-3, lr_final=3e-4,
+              max_steps=200, eval_every=0, save_every=50, log_every=50)
+_half = dict(first_prompt=3200, num_prompts=3200)
+_more = dict(prompts="data/tasks1_prompts.jsonl", num_prompts=3200)  # python tasks.py --seed=1 --out=data/tasks1
 
 
 def check(prompt, response):
@@ -24,8 +26,8 @@ def reward(prompts, completions, **columns):
 
 
 def sure(chosen, rejected):
-    """Of pairs that the judge makes: a chosen answer that it takes for right."""
-    return chosen > 1.0 and chosen - rejected > 3.0
+    """What the judge is sure of: of 500 prompts that nothing else saw 113 gave a pair, 80 % of them with a right answer."""
+    return chosen > 2.0 and chosen - rejected > 3.0
 
 
 def eval_fn(model, tokenizer):
@@ -45,8 +47,11 @@ max_completion_length = 20
 temperature = 1.0
 top_p = 1.0
 judge = "head"
+block = 128
 stages = {
-    "external_reward": [external_reward(reward=reward, first_prompt=i * 3200, num_prompts=3200, **_dpo) for i in range(2)],
-    "self_reward": [train_judge(**_judge), self_reward(first_prompt=1600, num_prompts=2400, valid_pair=sure, **_dpo)],
-    "spin": [spin(data="data/tasks_sft.jsonl", **{**_dpo, "nll_coef": 0.0, "lr": 1e-4, "max_steps": 60})] * 2,
+    "self_reward": [train_judge(**_judge), self_reward(valid_pair=sure, max_steps=100, **_half, **_dpo),
+                    train_judge(**_judge), self_reward(valid_pair=sure, max_steps=100, **_more, **_dpo)],
+    "external_reward": [external_reward(reward=reward, num_prompts=3200, max_steps=200, **_dpo),
+                        external_reward(reward=reward, max_steps=200, **_half, **_dpo)],
+    "spin": [spin(data="data/tasks_sft.jsonl", max_steps=60, **{**_dpo, "nll_coef": 0.0, "lr": 1e-4})] * 2,
 }
