@@ -74,7 +74,7 @@ class Config:
     # candidates
     prompts: str = ""                # JSONL of {"prompt": text or messages, columns for a reward …}, no prompt twice
     first_prompt: int = 0            # where in that file a round begins
-    num_prompts: int | None = None   # how many it takes; none = all that follow
+    max_prompts: int | None = None   # at most so many of them; none = all that follow
     num_candidates: int = 4          # answers to each prompt
     max_completion_length: int = 512  # tokens of an answer
     temperature: float = 0.7         # of answers
@@ -385,7 +385,7 @@ def train(script, cfg, stage, folder, keep=True, **over):
 
 def part(rows, cfg):
     """This round's share of a file's rows"""
-    rows = rows[cfg.first_prompt:None if cfg.num_prompts is None else cfg.first_prompt + cfg.num_prompts]
+    rows = rows[cfg.first_prompt:None if cfg.max_prompts is None else cfg.first_prompt + cfg.max_prompts]
     if not rows:
         raise UserError(f"no prompts from number {cfg.first_prompt}: first_prompt is beyond the file's end")
     return rows
@@ -518,7 +518,7 @@ def new_prompt_stage(stage, cfg, folder, run):
     seeds = [" ".join((p if isinstance(p := row["prompt"], str) else p[-1]["content"]).split())
              for _, row in train_grpo.read_prompts(stage["seeds"], tokenizer, 10 ** 9)]
     rows = []
-    for k in range(cfg.num_prompts or 1000):
+    for k in range(cfg.max_prompts or 1000):
         shown = random.Random(f"{cfg.seed} {k}").sample(seeds, min(8, len(seeds)))
         text = "".join(f"Task {i}: {seed}\n" for i, seed in enumerate(shown, 1)) + f"Task {len(shown) + 1}:"
         rows.append((tokenizer.encode(text), {"prompt": text}))

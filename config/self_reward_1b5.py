@@ -44,6 +44,6 @@ judge_samples = 3
 stages = [
     sft(data="data/ift_eft.jsonl", lr=5.5e-6, lr_final=1.1e-6, ctx_len=2048, micro_bsz=2, global_bsz=16, grad_cp=True, epochs=2.0,
         save_every=100, eval_every=0),
-    new_prompts(num_prompts=5000, **_new), self_reward(**_dpo),
-    new_prompts(num_prompts=9000, **_new), self_reward(**_dpo),
+    new_prompts(max_prompts=5000, **_new), self_reward(**_dpo),
+    new_prompts(max_prompts=9000, **_new), self_reward(**_dpo),
 ]

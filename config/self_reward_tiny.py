@@ -9,10 +9,10 @@ from self_reward import external_reward, self_reward, spin, train_judge
 
 _dpo = dict(beta=0.3, nll_coef=10.0, ctx_len=128, micro_bsz=64, global_bsz=64, lr=5e-4, lr_final=2e-5, eval_every=0, save_every=50,
             log_every=50)
-_judge = dict(num_prompts=3200, lora_r=32, center_coef=0.01, ctx_len=128, micro_bsz=64, global_bsz=64, lr=3e-3, lr_final=3e-4,
+_judge = dict(max_prompts=3200, lora_r=32, center_coef=0.01, ctx_len=128, micro_bsz=64, global_bsz=64, lr=3e-3, lr_final=3e-4,
               max_steps=200, eval_every=0, save_every=50, log_every=50)
-_half = dict(first_prompt=3200, num_prompts=3200)
-_more = dict(prompts="data/tasks1_prompts.jsonl", num_prompts=3200)  # python tasks.py --seed=1 --out=data/tasks1
+_half = dict(first_prompt=3200, max_prompts=3200)
+_more = dict(prompts="data/tasks1_prompts.jsonl", max_prompts=3200)  # python tasks.py --seed=1 --out=data/tasks1
 
 
 def check(prompt, response):
@@ -51,7 +51,7 @@ block = 128
 stages = {
     "self_reward": [train_judge(**_judge), self_reward(valid_pair=sure, max_steps=100, **_half, **_dpo),
                     train_judge(**_judge), self_reward(valid_pair=sure, max_steps=100, **_more, **_dpo)],
-    "external_reward": [external_reward(reward=reward, num_prompts=3200, max_steps=200, **_dpo),
+    "external_reward": [external_reward(reward=reward, max_prompts=3200, max_steps=200, **_dpo),
                         external_reward(reward=reward, max_steps=200, **_half, **_dpo)],
     "spin": [spin(data="data/tasks_sft.jsonl", max_steps=60, **{**_dpo, "nll_coef": 0.0, "lr": 1e-4})] * 2,
 }

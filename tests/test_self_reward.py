@@ -225,11 +225,11 @@ def test_every_stage_runs_and_hands_on(base, tmp_path, capsys):
     """All seven kinds in one run; adapters of judges; a report; then a restart that does nothing again."""
     write(tmp_path / "prefs.jsonl", *({"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(8)))
     check = dict(check=lambda prompt, text: text.count("a") > text.count("b"))
-    judge = dict(lora_r=4, num_prompts=12)
+    judge = dict(lora_r=4, max_prompts=12)
     cfg = tiny(base, tmp_path / "run", {"kind": "sft", "data": str(base / "sft.jsonl")}, {"kind": "dpo", "data": str(tmp_path / "prefs.jsonl")},
                {"kind": "train_judge", **judge, "judge": "head"}, {"kind": "self_reward", "judge": "head"},
-               {"kind": "train_judge", **judge}, {"kind": "self_reward"}, {"kind": "train_judge", "tune": "state", "num_prompts": 12}, {"kind": "self_reward"},
-               {"kind": "new_prompts", "seeds": str(base / "prompts.jsonl"), "num_prompts": 30}, {"kind": "self_reward"},
+               {"kind": "train_judge", **judge}, {"kind": "self_reward"}, {"kind": "train_judge", "tune": "state", "max_prompts": 12}, {"kind": "self_reward"},
+               {"kind": "new_prompts", "seeds": str(base / "prompts.jsonl"), "max_prompts": 30}, {"kind": "self_reward"},
                {"kind": "spin", "data": str(base / "sft.jsonl"), "tune": "lora", "lora_r": 4}, {"kind": "external_reward", "reward": lambda p, c, **k: [len(t) for t in c],
                                                                                                 "tune": "lora", "lora_r": 4},
                judge="expected", judge_template="Q {prompt} A {response}", judge_cue=" ok?", judge_choices={" n": 0, " y": 1}, num_candidates=6, **check)
@@ -453,6 +453,18 @@ def test_make_eft_writes_judge_rows_and_measures_a_judge(base, tmp_path, capsys)
     write(tmp_path / "s.jsonl", *({"prompt": f"q{i}", "completions": ["ab", "b"]} for i in range(10)))
     self_reward.make_eft_command(dataclasses.replace(cfg, check=lambda prompt, text: text == "ab", judge="sample", judge_cue="Score:", judge_model=""))
     assert lines(tmp_path / "eft.jsonl")[1] == {"prompt": "q0 b", "completion": "Score: 0"}
+
+
+@pytest.mark.parametrize("name", ["tiny", "1b5"])
+def test_the_configs_hold_stages_that_exist(name):
+    cfg = common.load_config(Config, [str(ROOT / f"config/self_reward_{name}.py")])
+    for recipe in cfg.stages if isinstance(cfg.stages, dict) else [""]:
+        assert len(self_reward.check_stages(dataclasses.replace(cfg, recipe=recipe))) >= 2
+    if name == "1b5":
+        head = self_reward.rubric(cfg)
+        assert head.endswith("<total points>\"\nUser:") and len(head) > 1400 and "Assistant:" not in head
+    with pytest.raises(UserError, match="recipe=dpo"):
+        self_reward.check_stages(dataclasses.replace(cfg, recipe="dpo", stages={"a": []}))
 
 
 @pytest.mark.slow
