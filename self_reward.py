@@ -126,10 +126,10 @@ WORDS = "score|rating|评分|得分|分数|スコア|점수|оценка|note|no
 SCORE = re.compile(rf"""
     (?: (?P<word> (?<![a-z]) (?:{WORDS})s?
           (?: [^\n\d:：﹕︓=(]{{0,40}} (?:\([^)\n]{{0,40}}\))? [^\n\d:：﹕︓=]{{0,40}} [:：﹕︓=] | \s+(?:is|of)\b )? ) | ^ )
-    (?: [^\w+\-−] | _ | -\s )*                                    # bold, brackets, blanks; no sign
+    (?: [^\w+\-−] | _ | -\s ){{0,20}}                             # bold, brackets, blanks; no sign
     (?P<number> [+\-−]?\d+(?:[.,]\d+)? ) (?! \d | [.,]\d | e\d | % | \s*[-–~]\s*\d )
     (?: \W{{0,4}} (?: [/／] | \b(?:out\ )?of\b ) \W{{0,4}} (?P<of> \d+ ) )?
-    (?(word) | \W*$ )                                         # without the word: a line of its own
+    (?(word) | [^\w\n]{{0,20}}$ )                              # without the word: a line of its own
     """, re.I | re.M | re.X)
 
 
@@ -667,7 +667,8 @@ def write_report(out, rows):
     left.set(xticks=range(len(rows)), ylabel="score, evaluation")
     left.set_xticklabels([r["stage"] for r in rows], rotation=15, fontsize=7)
     right.set_ylabel("tokens")
-    fig.legend(fontsize=7)
+    if left.lines or right.lines:
+        fig.legend(fontsize=7)
     with common.atomic_write(out / "report.png") as tmp:
         fig.savefig(tmp, format="png", dpi=120)
     plt.close(fig)
