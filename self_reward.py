@@ -525,9 +525,7 @@ def new_prompt_stage(stage, cfg, folder, run):
     made, known = [], [seed.split() for seed in seeds]
     for c in candidates(dataclasses.replace(cfg, num_candidates=1), folder, rows, model, tokenizer, run, stop="\n"):
         words = c["text"].split()
-        match = [difflib.SequenceMatcher(None, words, other, autojunk=False) for other in known]
-        # 0.7 of the words in common and in the same order is too like, about ROUGE-L; the first two are quick upper bounds
-        if words and not any(m.real_quick_ratio() > 0.7 and m.quick_ratio() > 0.7 and m.ratio() > 0.7 for m in match):
+        if words and not alike(words, known):
             known.append(words)
             made.append({"prompt": [{"role": "user", "content": c["text"].strip()}]})
     print0(f"{folder}: {len(made)} new prompts of {len(rows)}, the others empty or too like another")
@@ -535,6 +533,16 @@ def new_prompt_stage(stage, cfg, folder, run):
         raise UserError(f"{folder}: no new prompts; candidates.jsonl there has what the model wrote")
     write(folder / "prompts.jsonl", made, run)
     return {"prompts": str(folder / "prompts.jsonl"), "report": {"pairs": len(made)}}
+
+
+def alike(words, known, limit=0.7):
+    """whether one of `known` has that share of its words in common with these, in the same order: about ROUGE-L"""
+    m = difflib.SequenceMatcher(None, (), words, autojunk=False)
+    for other in known:
+        m.set_seq1(other)
+        if m.real_quick_ratio() > limit and m.quick_ratio() > limit and m.ratio() > limit:  # two quick upper bounds first
+            return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

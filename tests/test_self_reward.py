@@ -87,6 +87,13 @@ def test_judge_rows_are_balanced_within_every_prompt():
     assert [(r["prompt"], r["chosen"]) for r in heads] == [("p0", "a"), ("p2", "f")] and all(r["rejected"] in "bcgh" for r in heads)
 
 
+def test_near_duplicates():
+    a = "write a short poem about the sea".split()  # 7 words; common in order / half of both lengths > 0.7
+    assert self_reward.alike("write a long poem about the sea".split(), [["x"], a])  # 6 / 7
+    assert not self_reward.alike("sea the about poem short a write".split(), [a]) and not self_reward.alike(["write"], [a])
+    assert not self_reward.alike("write a story of the sea".split(), [a])  # 4 / 6.5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
 
