@@ -1,7 +1,10 @@
 # Self-rewarding rounds of the small model of tasks.py. First: config/sft_tiny.py.
+#   python tasks.py --seed=1 --out=data/tasks1
 #   python self_reward.py config/self_reward_tiny.py                              its own judge, a LoRA with a scalar head
 #   python self_reward.py config/self_reward_tiny.py --recipe=external_reward --out_dir=out/external_tiny
 #   python self_reward.py config/self_reward_tiny.py --recipe=spin --out_dir=out/spin_tiny
+import math
+
 import prepare
 import sample
 import tasks
@@ -25,9 +28,14 @@ def reward(prompts, completions, **columns):
     return [float(check(prompt, text)) for prompt, text in zip(prompts, completions)]
 
 
-def sure(chosen, rejected):
-    """What the judge is sure of: of 500 prompts that nothing else saw 113 gave a pair, 80 % of them with a right answer."""
-    return chosen > 2.0 and chosen - rejected > 3.0
+def voted(scores):
+    """Best against worst by score + log(votes) / 2, an answer that is there twice having two votes, where the judge is sure. Of
+    2,000 prompts (seed 42) 711 gave a pair, 82 % of them right against wrong; best against worst: 1,143, 65 %."""
+    scores = [None if s is None else round(s, 3) for s in scores]  # equal texts have equal scores
+    there = [s for s in scores if s is not None]
+    best, worst = (f(there, key=lambda s: s + 0.5 * math.log(there.count(s))) for f in (max, min))
+    sure = best > 0 and best - worst > 1 and there.count(best) > 1
+    return (scores.index(best), scores.index(worst)) if sure else None
 
 
 def eval_fn(model, tokenizer):
@@ -49,8 +57,8 @@ top_p = 1.0
 judge = "head"
 block = 128
 stages = {
-    "self_reward": [train_judge(**_judge), self_reward(valid_pair=sure, max_steps=100, **_half, **_dpo),
-                    train_judge(**_judge), self_reward(valid_pair=sure, max_steps=100, **_more, **_dpo)],
+    "self_reward": [train_judge(**_judge), self_reward(choose_pair=voted, max_steps=60, **_half, **_dpo),
+                    train_judge(**_judge), self_reward(choose_pair=voted, max_steps=60, **_more, **_dpo)],
     "external_reward": [external_reward(reward=reward, max_prompts=3200, max_steps=200, **_dpo),
                         external_reward(reward=reward, max_steps=200, **_half, **_dpo)],
     "spin": [spin(data="data/tasks_sft.jsonl", max_steps=60, **{**_dpo, "nll_coef": 0.0, "lr": 1e-4})] * 2,
