@@ -691,7 +691,7 @@ def make_eft_command(cfg):
         texts.append([c["text"] if isinstance(c, dict) else c for c in row.get("completions") or ()])
         labels.append(row.get("scores") or [float(call(cfg.check, row["prompt"], text)) for text in texts[-1] if cfg.check])
         if not texts[-1] or len(texts[-1]) != len(labels[-1]) or "prompt" not in row:
-            raise UserError(f"{where}: expected a prompt, completions and as many scores, or a `check` in the config: {row!r:.60}")
+            raise UserError(f"{where}: want a prompt, completions and as many scores, or a `check` in the config: {row!r:.50}")
         rows.append(row)
     train_on, held = split(rows, texts, labels)
     write(Path(f"{cfg.out}.jsonl"), eft := make_eft(*train_on, cfg), run)

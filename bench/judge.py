@@ -38,7 +38,8 @@ def main(cfg):
         for p in model.parameters():  # a fresh model's first answers would not depend on the rubric
             p += 0.02 * torch.randn(p.shape, generator=g)
     ids = lambda n: torch.randint(1, cfg.vocab, (n,), generator=g).tolist()  # noqa: E731
-    rubric, answers, choices = ids(cfg.rubric), [ids(cfg.answer) for _ in range(cfg.answers)], [[[i] for i in range(6)]] * cfg.answers
+    rubric, answers = ids(cfg.rubric), [ids(cfg.answer) for _ in range(cfg.answers)]
+    choices = [[[i] for i in range(6)]] * cfg.answers
 
     def kept():  # with the rubric's own reading, once a round
         return sample.score_choices(model, answers, choices, state=sample.prefill(model, [rubric])[1])

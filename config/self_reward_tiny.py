@@ -10,8 +10,8 @@ import sample
 import tasks
 from self_reward import external_reward, self_reward, spin, train_judge
 
-_dpo = dict(beta=0.3, nll_coef=10.0, ctx_len=128, micro_bsz=64, global_bsz=64, lr=5e-4, lr_final=2e-5, eval_every=0, save_every=50,
-            log_every=50)
+_dpo = dict(beta=0.3, nll_coef=10.0, ctx_len=128, micro_bsz=64, global_bsz=64, lr=5e-4, lr_final=2e-5, eval_every=0,
+            save_every=50, log_every=50)
 _judge = dict(max_prompts=3200, lora_r=32, center_coef=0.01, ctx_len=128, micro_bsz=64, global_bsz=64, lr=3e-3, lr_final=3e-4,
               max_steps=200, eval_every=0, save_every=50, log_every=50)
 _half = dict(first_prompt=3200, max_prompts=3200)

@@ -459,7 +459,7 @@ def test_make_eft_writes_judge_rows_and_measures_a_judge(base, tmp_path, capsys)
     assert len(rows) == 36 and rows[0] == {"prompt": "q0 ab Score:", "completion": " 5"} and val[0] == {"prompt": "q18", "completions": ["ab", "b"], "scores": [5, 1]}
     assert "2 held-out prompts: agreement " in capsys.readouterr().out
     write(tmp_path / "s.jsonl", {"prompt": "q", "completions": ["a", "b"], "scores": [1]})
-    with pytest.raises(UserError, match="s.jsonl:1: expected a prompt, completions and as many scores"):
+    with pytest.raises(UserError, match="s.jsonl:1: want a prompt, completions and as many scores"):
         self_reward.make_eft_command(cfg)
     write(tmp_path / "s.jsonl", *({"prompt": f"q{i}", "completions": ["ab", "b"]} for i in range(10)))
     self_reward.make_eft_command(dataclasses.replace(cfg, check=lambda prompt, text: text == "ab", judge="sample", judge_cue="Score:", judge_model=""))
