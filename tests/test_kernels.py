@@ -259,6 +259,13 @@ def test_what_is_saved(version):
     assert sum(t.numel() * t.element_size() for t in saved) <= 0.55e9
 
 
+def test_a_card_that_computes_wrong_is_not_used(emulated, monkeypatch):
+    assert cuda.trial.__wrapped__("cpu") is None
+    right = cuda.wkv6
+    monkeypatch.setattr(cuda, "wkv6", lambda r, logw, k, v, u, state, cu_seqlens: right(r, logw, v, k, u, state))
+    assert "wkv6 is off by" in cuda.trial.__wrapped__("cpu")
+
+
 def test_wrong_arguments(emulated):
     inputs, *_ = make(7, 3)
     r, logw, k, v, a, b, state = inputs

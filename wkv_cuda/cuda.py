@@ -4,9 +4,12 @@ bf16 in and out, head size 64, compute capability 8.0 and newer. Products are of
 summed in fp32; the carried state is fp32. For the backward pass one fp16 state per 32 tokens is kept. No atomics, so the
 same inputs give the same bits. Built together with the sequential kernels (cuda_seq.py), which take everything else.
 """
-import torch
+import functools
 
-from . import cuda_seq
+import torch
+import torch.nn.functional as F
+
+from . import chunked, cuda_seq
 from .cuda_seq import _flatten, _launch, _register, _wants_grad
 
 
@@ -33,6 +36,29 @@ def unavailable():
     if torch.cuda.get_device_capability() < (8, 0):
         return "{} has compute capability {}.{}, the tensor-core kernels need 8.0".format(
             torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
+    return trial("cuda")
+
+
+@functools.cache
+def trial(device):
+    """None if outputs and gradients of a small case are the PyTorch form's, else one line. A card proves itself once a process."""
+    g = torch.Generator().manual_seed(0)
+    r, k, v, x, z = (torch.randn(1, 70, 1, 64, generator=g) for _ in range(5))
+    kappa, logw, state = F.normalize(x, dim=-1), -0.6 * z.sigmoid(), torch.randn(1, 1, 64, 64, generator=g)
+    for version, rest in ((7, (-kappa, kappa * x.sigmoid())), (6, (x[0, 0],))):
+        results = []
+        for form in (wkv7 if version == 7 else wkv6, chunked.wkv7 if version == 7 else chunked.wkv6):
+            with torch.enable_grad():
+                inputs = [t.to(device, torch.bfloat16, copy=True).requires_grad_() for t in (r, logw, k, v, *rest)]
+                inputs += [state.to(device, copy=True).requires_grad_()]
+                if form.__module__ == chunked.__name__:
+                    inputs = [t.detach().float().requires_grad_() for t in inputs]
+                y, last = form(*inputs, cu_seqlens=None)
+                grads = torch.autograd.grad(y.float().square().sum() + last.square().sum(), inputs)
+            results.append([t.detach().float() for t in (y, last, *grads)])
+        worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*results))
+        if not worst < 2e-2:
+            return f"wkv{version} is off by {worst:.1e} on this card; please report it, with its name and driver"
 
 
 def unsupported(inputs):
