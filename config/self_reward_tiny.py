@@ -59,7 +59,7 @@ block = 128
 stages = {
     "self_reward": [train_judge(**_judge), self_reward(choose_pair=voted, max_steps=60, **_half, **_dpo),
                     train_judge(**_judge), self_reward(choose_pair=voted, max_steps=60, **_more, **_dpo)],
-    "external_reward": [external_reward(reward=reward, max_prompts=3200, max_steps=200, **_dpo),
-                        external_reward(reward=reward, max_steps=200, **_half, **_dpo)],
+    "external_reward": [external_reward(reward=reward, max_steps=200, **_dpo),
+                        external_reward(reward=reward, prompts="data/tasks1_prompts.jsonl", max_steps=200, **_dpo)],
     "spin": [spin(data="data/tasks_sft.jsonl", max_steps=60, **{**_dpo, "nll_coef": 0.0, "lr": 1e-4})] * 2,
 }

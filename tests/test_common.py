@@ -73,7 +73,8 @@ def test_every_config_fits_its_script():
     configs = sorted(path for path in (ROOT / "config").glob("*.py") if path.stem != "rewards")
     assert configs
     for path in configs:
-        script = importlib.import_module("train_" + path.stem.split("_")[0])
+        name = path.stem.rsplit("_", 1)[0]
+        script = importlib.import_module(name if (ROOT / f"{name}.py").exists() else f"train_{name}")
         load_config(script.Config, [str(path)])
 
 
