@@ -1,4 +1,4 @@
-# GRPO on the small model's own answers, the checker as the reward. First: config/sft_tiny.py.
+# GRPO on the small model's own answers, the checker as the reward, a quarter of an hour. First: config/sft_tiny.py.
 import prepare
 import sample
 import tasks

@@ -113,7 +113,7 @@ def trained(stage, cfg):
 def cells(stage, cfg):
     """the stage's row: name, trained numbers, time, before -> after, expected"""
     n, quick = trained(stage, cfg), cfg.mode == "quick"
-    score = f"{stage.rows[0]:.3f} -> {stage.rows[1]:.3f}" if stage.rows else ""
+    score = " -> ".join(f"{x:.3f}" for x in dict.fromkeys(stage.rows))  # one number where nothing was measured before
     wanted = f"{stage.expect[0]:.2f} to {stage.expect[1]:.2f}" if stage.expect and not quick else ""
     return [stage.what, f"{n:,}" if n else "", duration(stage.seconds), score, wanted + " !" * (not within(stage, cfg))]
 
