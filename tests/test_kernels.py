@@ -295,11 +295,15 @@ def test_what_takes_over(monkeypatch):
     monkeypatch.setattr(cuda_seq, "unavailable", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
+    monkeypatch.setattr(cuda, "trial", lambda device: None)
     assert fastest(inputs) == "cuda" and fastest([x[:, :1] for x in inputs]) == "cuda_seq"
     with pytest.warns(UserWarning, match="float32, not torch.bfloat16.*sequential kernel takes over"):
         assert fastest([x.float() for x in inputs]) == "cuda_seq"
     with pytest.warns(UserWarning, match="head size 32.*PyTorch form takes over"):
         assert fastest([x[..., :32] for x in inputs]) == "chunked"
+    monkeypatch.setattr(cuda, "trial", lambda device: "wkv7 is off by 1")
+    with pytest.warns(UserWarning, match="off by 1.*sequential kernel takes over"):
+        assert fastest(inputs) == "cuda_seq"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.warns(UserWarning, match="Card has compute capability 7.5.*sequential kernel takes over"):
         assert fastest(inputs) == "cuda_seq"
