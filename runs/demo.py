@@ -72,7 +72,7 @@ def ladder(cfg):
                  "--n=8", "--max_new_tokens=20", "--seed=0", "--batch_size=512"],
                 ["tasks.py", "pairs", f"{data}/tasks_samples.jsonl", f"--out={data}/tasks_pairs"]]),
             Stage("grpo", "GRPO", ("sft",), [train(
-                "grpo", "grpo", "grpo_tiny", f"--data={data}/tasks_prompts.jsonl", sft, steps(700, 40))], expect=(0.78, 1.0)),
+                "grpo", "grpo", "grpo_tiny", f"--data={data}/tasks_prompts.jsonl", sft, steps(700, 40), *["--lr=2e-4"] * quick)], expect=(0.78, 1.0)),
             Stage("dpo", "DPO + NLL", ("samples",), [train(
                 "dpo", "dpo", "dpo_tiny", f"--data={data}/tasks_pairs.jsonl", f"--val_data={data}/tasks_pairs_val.jsonl", sft,
                 steps(200, 50))], expect=(0.72, 1.0)),
