@@ -28,6 +28,7 @@ from common import atomic_write, duration, read_flags  # noqa: E402
 class Config:
     mode: tyro.conf.Positional[Literal["full", "quick"]] = "full"  # quick: fewer steps, the same stages, no numbers to expect
     version: Literal["x070", "x060"] = "x070"  # x060: pretraining, SFT and state tuning of an RWKV-6
+    seed: int = 42                             # of every stage
     out: str = "out/demo"                      # a folder for each stage, and the report
 
 
@@ -46,12 +47,14 @@ class Stage:
 def ladder(cfg):
     out, data, quick, v7 = cfg.out, f"{cfg.out}/data", cfg.mode == "quick", cfg.version == "x070"
     steps = lambda full, fewer: f"--max_steps={fewer if quick else full}"  # noqa: E731
-    train = lambda script, stage, config, *flags: [f"train_{script}.py", f"config/{config}.py", f"--out_dir={out}/{stage}", *flags]  # noqa: E731
+    train = lambda script, stage, config, *flags: [f"train_{script}.py", f"config/{config}.py", f"--out_dir={out}/{stage}",
+                                                  f"--seed={cfg.seed}", *flags]  # noqa: E731
     sft = f"--init_from={out}/sft/rwkv-final.pth"
     stages = [
         Stage("data", "tasks, text to pretrain on", commands=[
             ["tasks.py", f"--out={data}/tasks"],
-            ["prepare.py", f"{data}/tasks_text.jsonl", f"--out={data}/tasks", "--tokenizer=bytes", "--val=0.01"]]),
+            ["prepare.py", f"{data}/tasks_text.jsonl", f"--out={data}/tasks", "--tokenizer=bytes", "--val=0.01"],
+            ["tasks.py", "--seed=1", "--out=data/tasks1"]]),
         Stage("pretrain", "pretraining (nats a byte)", ("data",), [train(
             "pretrain", "pretrain", "pretrain_tasks", f"--data={data}/tasks_train", f"--val_data={data}/tasks_val",
             f"--version={cfg.version}", steps(700, 300))], "val_loss", (0.91, 0.96) if v7 else None),
@@ -69,7 +72,7 @@ def ladder(cfg):
                 steps(200, 50), "--lr=5e-4", "--lr_final=2e-5")], expect=(0.60, 0.90)),
             Stage("samples", "8 answers to each of 6,400 prompts", ("sft",), [
                 ["sample.py", "batch", f"{data}/tasks_prompts.jsonl", f"{data}/tasks_samples.jsonl", f"--model={out}/sft/rwkv-final.pth",
-                 "--n=8", "--max_new_tokens=20", "--seed=0", "--batch_size=512"],
+                 "--n=8", "--max_new_tokens=20", f"--seed={cfg.seed}", "--batch_size=512"],
                 ["tasks.py", "pairs", f"{data}/tasks_samples.jsonl", f"--out={data}/tasks_pairs"]]),
             Stage("grpo", "GRPO", ("sft",), [train(
                 "grpo", "grpo", "grpo_tiny", f"--data={data}/tasks_prompts.jsonl", sft, steps(700, 40), *["--lr=2e-4"] * quick)], expect=(0.78, 1.0)),
@@ -79,6 +82,9 @@ def ladder(cfg):
             Stage("reward", "reward model (accuracy on pairs)", ("samples",), [train(
                 "reward", "reward", "reward_tiny", f"--data={data}/tasks_pairs.jsonl", f"--val_data={data}/tasks_pairs_val.jsonl", sft,
                 steps(300, 50))], "val_accuracy", (0.82, 0.95)),
+            Stage("self_reward", "self-rewarding, its own judge", ("sft",), [[
+                "self_reward.py", "config/self_reward_tiny.py", f"--prompts={data}/tasks_prompts.jsonl", sft, f"--seed={cfg.seed}",
+                f"--out_dir={out}/self_reward", *["--recipe=quick"] * quick]], expect=(0.60, 1.0)),
         ]
     return stages
 
@@ -87,9 +93,9 @@ def start(stage, cfg):
     """Run the stage's commands one after the other in a process of its own, its output in <out>/<name>.log."""
     folder, log = ROOT / cfg.out / stage.name, ROOT / cfg.out / f"{stage.name}.log"
     commands = [[sys.executable, *command] for command in stage.commands]
-    if folder.exists() and (folder / "last.pt").exists():
+    if (folder / "last.pt").exists():
         commands = [command + ["--resume"] for command in commands]
-    elif folder.exists():
+    elif folder.exists() and stage.name != "self_reward":  # which goes on by itself
         shutil.rmtree(folder)  # cut off before its first checkpoint; nobody else writes here
     log.parent.mkdir(parents=True, exist_ok=True)
     line = " && ".join(subprocess.list2cmdline(command) for command in commands)
@@ -98,9 +104,11 @@ def start(stage, cfg):
 
 
 def result(stage, cfg):
-    """(metric before, after) from the stage's metrics.jsonl; () if it trains nothing"""
-    path = ROOT / cfg.out / stage.name / "metrics.jsonl"
-    values = [row[stage.metric] for row in map(json.loads, path.open()) if stage.metric in row] if path.exists() else []
+    """(metric before, after) from the stage's metrics.jsonl, or what its rounds left; () if it trains nothing"""
+    folder = ROOT / cfg.out / stage.name
+    lines = (folder / "metrics.jsonl").open() if (folder / "metrics.jsonl").exists() else ()
+    rows = map(json.loads, [*lines, *(f.read_text() for f in sorted(folder.glob("*/done.json")))])
+    values = [row[stage.metric] for row in (row.get("eval", row) for row in rows) if stage.metric in row]
     return (values[0], values[-1]) if values else ()
 
 
