@@ -3,6 +3,7 @@
 Functions, and one class that writes metrics: nothing here knows the network or a method, no training loop hides here.
 """
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -158,6 +159,24 @@ def pick_device(cfg):
     return device, getattr(torch, dtype)
 
 
+@functools.cache
+def bfloat16_speed():
+    """How many times as fast as float32 this CPU multiplies bfloat16: about 2 with AVX512-BF16 or AMX, well below 1 without."""
+    def seconds(dtype):
+        x, times = torch.ones(512, 512, dtype=dtype), []
+        for _ in range(4):
+            t = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - t)
+        return min(times)
+    return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def fast_dtype():
+    """For a config file: "bfloat16" where it is faster than float32 on a CPU too, else "auto"."""
+    return "bfloat16" if not torch.cuda.is_available() and bfloat16_speed() > 1.2 else "auto"
+
+
 def start(cfg):
     """Process group (reused when one is live), device, dtype and seed from `cfg`; -> Run. End with `finish(run)`."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -167,10 +186,23 @@ def start(cfg):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=24))  # a reward may take long; torchrun sees a process that dies
     torch.manual_seed(cfg.seed)
+    if device.type == "cpu":
+        keep_memory()
+        if dtype == torch.bfloat16 and rank == 0:
+            print(f"products in bfloat16: {bfloat16_speed():.1f} x the speed of float32 on this CPU", flush=True)
     if rank == 0:
         print(f"device: {device} x {world}, {str(dtype)[6:]}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
               + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""), flush=True)
     return Run(rank, world, device, dtype, owns_group)
+
+
+def keep_memory():
+    """Let glibc keep what tensors free for the next ones. It gives large blocks back to the system at once, and taking them
+    again, page by page, is up to a third of a small model's step."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
+        libc = ctypes.CDLL(None)
+        for option, size in ((-3, 2 ** 25), (-1, 2 ** 30)):  # M_MMAP_THRESHOLD at its largest, M_TRIM_THRESHOLD
+            libc.mallopt(option, size)
 
 
 def finish(run):

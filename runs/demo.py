@@ -72,7 +72,7 @@ def ladder(cfg):
                 steps(200, 50), "--lr=5e-4", "--lr_final=2e-5")], expect=(0.60, 0.90)),
             Stage("samples", "8 answers to each of 6,400 prompts", ("sft",), [
                 ["sample.py", "batch", f"{data}/tasks_prompts.jsonl", f"{data}/tasks_samples.jsonl", f"--model={out}/sft/rwkv-final.pth",
-                 "--n=8", "--max_new_tokens=20", f"--seed={cfg.seed}", "--batch_size=512"],
+                 "--n=8", "--max_new_tokens=20", "--temperature=1.5", f"--seed={cfg.seed}", "--batch_size=512"],
                 ["tasks.py", "pairs", f"{data}/tasks_samples.jsonl", f"--out={data}/tasks_pairs"]]),
             Stage("grpo", "GRPO", ("sft",), [train(
                 "grpo", "grpo", "grpo_tiny", f"--data={data}/tasks_prompts.jsonl", sft, steps(700, 40), *["--lr=2e-4"] * quick)], expect=(0.78, 1.0)),

@@ -26,7 +26,8 @@ HEAD_SIZES, DTYPES = tuple(range(16, 129, 16)), (torch.float32, torch.bfloat16)
 SOURCES = [Path(__file__).parent / name for name in ("wkv_cpu.cpp", "step_cpu.cpp", "train_cpu.cpp", "cpu.h")]
 # contraction to fused multiply-adds is the only licence with the arithmetic; nothing here is reordered
 FLAGS = ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native", "-O3", "-std=c++17",
-         "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread"]
+         "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread",
+         *["-fopenmp"] * (sys.platform == "linux")]  # PyTorch's wheels bring their libgomp
 
 
 def wkv7(r, logw, k, v, a, b, state=None, cu_seqlens=None):
