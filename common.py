@@ -531,7 +531,7 @@ class Metrics:
             elif cfg.log == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
                 writer = SummaryWriter(cfg.out_dir)
-                self.backend = lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]
+                self.backend = lambda row, step: [*(writer.add_scalar(k, v, step) for k, v in row.items()), writer.flush()]
         except ImportError as e:
             raise UserError(f"log={cfg.log} needs a package that is not installed ({e.name}): "
                             f"pip install {e.name}, or --log=none") from None
