@@ -39,6 +39,7 @@ class Stage:
     after: tuple = ()                 # names of stages that it needs
     commands: list = field(default_factory=list)
     metric: str = "exact_match"       # of metrics.jsonl: first and last
+    threads: int = 1                  # 2 where no other stage can run beside it
     expect: tuple | None = None       # where the last one was, of all seeds that were tried, and a little beside
     seconds: float = 0.0
     rows: tuple = ()                  # before, after
@@ -52,15 +53,15 @@ def ladder(cfg):
     sft = f"--init_from={out}/sft/rwkv-final.pth"
     stages = [
         Stage("data", "tasks, text to pretrain on", commands=[
-            ["tasks.py", f"--out={data}/tasks"],
+            ["tasks.py", f"--out={data}/tasks", *["--prompts=1600"] * quick],
             ["prepare.py", f"{data}/tasks_text.jsonl", f"--out={data}/tasks", "--tokenizer=bytes", "--val=0.01"],
             ["tasks.py", "--seed=1", "--out=data/tasks1"]]),
         Stage("pretrain", "pretraining (nats a byte)", ("data",), [train(
             "pretrain", "pretrain", "pretrain_tasks", f"--data={data}/tasks_train", f"--val_data={data}/tasks_val",
-            f"--version={cfg.version}", steps(700, 300))], "val_loss", (0.91, 0.96) if v7 else None),
+            f"--version={cfg.version}", steps(700, 300))], "val_loss", 2, (0.91, 0.96) if v7 else None),
         Stage("sft", "SFT on 500 chats", ("pretrain",), [train(
             "sft", "sft", "sft_tiny", f"--data={data}/tasks_sft.jsonl", f"--val_data={data}/tasks_sft_val.jsonl",
-            f"--init_from={out}/pretrain/rwkv-final.pth", steps(200, 100))], expect=(0.60, 0.90) if v7 else None),
+            f"--init_from={out}/pretrain/rwkv-final.pth", steps(200, 100))], threads=2, expect=(0.60, 0.90) if v7 else None),
         Stage("state", "state tuning, a skill SFT never saw", ("sft",), [train(
             "state", "state", "state_tiny", f"--data={data}/tasks_unseen.jsonl", sft, steps(300, 150))],
             expect=(0.94, 1.0) if v7 else None),
@@ -81,7 +82,7 @@ def ladder(cfg):
                 steps(200, 50))], expect=(0.72, 1.0)),
             Stage("reward", "reward model (accuracy on pairs)", ("samples",), [train(
                 "reward", "reward", "reward_tiny", f"--data={data}/tasks_pairs.jsonl", f"--val_data={data}/tasks_pairs_val.jsonl", sft,
-                steps(300, 50))], "val_accuracy", (0.82, 0.95)),
+                steps(300, 50))], "val_accuracy", expect=(0.82, 0.95)),
             Stage("self_reward", "self-rewarding, its own judge", ("sft",), [[
                 "self_reward.py", "config/self_reward_tiny.py", f"--prompts={data}/tasks_prompts.jsonl", sft, f"--seed={cfg.seed}",
                 f"--out_dir={out}/self_reward", *["--recipe=quick"] * quick]], expect=(0.60, 1.0)),
@@ -99,7 +100,7 @@ def start(stage, cfg):
         shutil.rmtree(folder)  # cut off before its first checkpoint; nobody else writes here
     log.parent.mkdir(parents=True, exist_ok=True)
     line = " && ".join(subprocess.list2cmdline(command) for command in commands)
-    return subprocess.Popen(line, shell=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=open(log, "w"),
+    return subprocess.Popen(line, shell=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(stage.threads)}, stdout=open(log, "w"),
                             stderr=subprocess.STDOUT, start_new_session=True), time.time()
 
 
