@@ -90,6 +90,11 @@ def ladder(cfg):
     return stages
 
 
+def lineage(stage, stages):
+    """its commands, after those of all that it stands on"""
+    return [c for s in stages if s.name in stage.after for c in lineage(s, stages)] + stage.commands
+
+
 def start(stage, cfg):
     """Run the stage's commands one after the other in a process of its own, its output in <out>/<name>.log."""
     folder, log = ROOT / cfg.out / stage.name, ROOT / cfg.out / f"{stage.name}.log"
@@ -181,11 +186,14 @@ def climb(cfg, running):
             if stage in done or stage.name in running or not set(stage.after) <= {s.name for s in done} or len(running) == 2:
                 continue
             said = json.loads(mark.read_text()) if mark.exists() else {}
-            if said.get("commands") == stage.commands:  # of an earlier run
+            if said.get("commands") == lineage(stage, stages):  # of an earlier run
                 stage.seconds, stage.rows = said["seconds"], tuple(said["rows"])
                 done.append(stage)
                 show(cells(stage, cfg))
             else:
+                if said:  # it was made in another way
+                    mark.unlink()
+                    shutil.rmtree(ROOT / cfg.out / stage.name, ignore_errors=True)
                 running[stage.name] = (stage, *start(stage, cfg))
         for name, (stage, process, began) in list(running.items()):
             if process.poll() is None:
@@ -197,7 +205,7 @@ def climb(cfg, running):
                          + "\n".join((ROOT / cfg.out / f"{name}.log").read_text().split("\n")[-15:]))
             stage.seconds, stage.rows = time.time() - began, result(stage, cfg)
             with atomic_write(ROOT / cfg.out / f"{name}.json") as tmp:
-                tmp.write_text(json.dumps(dict(commands=stage.commands, seconds=stage.seconds, rows=stage.rows)))
+                tmp.write_text(json.dumps(dict(commands=lineage(stage, stages), seconds=stage.seconds, rows=stage.rows)))
             done.append(stage)
             show(cells(stage, cfg))
         time.sleep(0.2)
