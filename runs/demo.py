@@ -141,18 +141,18 @@ def report(stages, cfg, seconds):
     cell = lambda tag, items: "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in items) + "</tr>"  # noqa: E731
     parts = ["<!doctype html><meta charset=utf-8><title>gosling: the ladder</title><style>body{font:16px/1.5 system-ui,sans-serif;"
              "max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .6rem;"
-             "border-bottom:1px solid #ccc}pre{background:#f4f4f4;padding:1rem;overflow:auto;font-size:13px}img{max-width:100%}</style>",
+             "border-bottom:1px solid #ccc}pre{background:#f4f4f4;padding:1rem;white-space:pre-wrap;font-size:13px}img{max-width:100%}</style>",
              f"<h1>gosling: the ladder, {html.escape(cfg.version)}, {cfg.mode}, {duration(seconds)}</h1><table>",
              cell("th", HEAD), *(cell("td", cells(s, cfg)) for s in stages), "</table>",
              "<p>Exact match of greedy answers to 1,000 tasks that no stage has seen, unless said.</p>"]
     for s in stages:
-        picture, log = ROOT / cfg.out / s.name / "metrics.png", ROOT / cfg.out / f"{s.name}.log"
+        log = ROOT / cfg.out / f"{s.name}.log"
         parts.append(f"<h2>{html.escape(s.what)}</h2>")
         parts += [f"<pre>python {html.escape(subprocess.list2cmdline(c))}</pre>" for c in s.commands]
-        if picture.exists():
-            parts.append(f"<img src='data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}'>")
-        lines = re.sub(r"\x1b\[\d+m", "", log.read_text()).split("\n")
-        parts.append(f"<details><summary>the end of its log</summary><pre>{html.escape(chr(10).join(lines[-45:]))}</pre></details>")
+        parts += [f"<img src='data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}'>"
+                  for picture in (ROOT / cfg.out / s.name).glob("*.png")]
+        lines = [x for x in re.sub(r"\x1b\[\d+m", "", log.read_text()).split("\n") if not x.startswith("step ")]  # the curves
+        parts.append(f"<details open><summary>samples, scores</summary><pre>{html.escape(chr(10).join(lines[-45:]))}</pre></details>")
     with atomic_write(ROOT / cfg.out / "report.html") as tmp:
         tmp.write_text("\n".join(parts))
 
