@@ -72,16 +72,16 @@ def ladder(cfg):
                 "sft", "more", "sft_tiny", f"--data={data}/tasks_sft.jsonl", f"--val_data={data}/tasks_sft_val.jsonl", sft,
                 steps(200, 50), "--lr=5e-4", "--lr_final=2e-5")], expect=(0.60, 0.90)),
             Stage("samples", "8 answers to each of 6,400 prompts", ("sft",), [
-                ["sample.py", "batch", f"{data}/tasks_prompts.jsonl", f"{data}/tasks_samples.jsonl", f"--model={out}/sft/rwkv-final.pth",
+                ["sample.py", "batch", f"{data}/tasks_prompts.jsonl", f"{out}/samples/answers.jsonl", f"--model={out}/sft/rwkv-final.pth",
                  "--n=8", "--max_new_tokens=20", "--temperature=1.5", f"--seed={cfg.seed}", "--batch_size=512"],
-                ["tasks.py", "pairs", f"{data}/tasks_samples.jsonl", f"--out={data}/tasks_pairs"]]),
+                ["tasks.py", "pairs", f"{out}/samples/answers.jsonl", f"--out={out}/samples/pairs"]]),
             Stage("grpo", "GRPO", ("sft",), [train(
                 "grpo", "grpo", "grpo_tiny", f"--data={data}/tasks_prompts.jsonl", sft, steps(700, 40), *["--lr=2e-4"] * quick)], expect=(0.78, 1.0)),
             Stage("dpo", "DPO + NLL", ("samples",), [train(
-                "dpo", "dpo", "dpo_tiny", f"--data={data}/tasks_pairs.jsonl", f"--val_data={data}/tasks_pairs_val.jsonl", sft,
+                "dpo", "dpo", "dpo_tiny", f"--data={out}/samples/pairs.jsonl", f"--val_data={out}/samples/pairs_val.jsonl", sft,
                 steps(200, 50))], expect=(0.72, 1.0)),
             Stage("reward", "reward model (accuracy on pairs)", ("samples",), [train(
-                "reward", "reward", "reward_tiny", f"--data={data}/tasks_pairs.jsonl", f"--val_data={data}/tasks_pairs_val.jsonl", sft,
+                "reward", "reward", "reward_tiny", f"--data={out}/samples/pairs.jsonl", f"--val_data={out}/samples/pairs_val.jsonl", sft,
                 steps(300, 50))], "val_accuracy", expect=(0.82, 0.95)),
             Stage("self_reward", "self-rewarding, its own judge", ("sft",), [[
                 "self_reward.py", "config/self_reward_tiny.py", f"--prompts={data}/tasks_prompts.jsonl", sft, f"--seed={cfg.seed}",
