@@ -494,6 +494,7 @@ def batch(cfg):
             raise UserError(f"{out}:{done} is not row {done} of {cfg.rows} with {cfg.n} completions; give another file to write")
         os.truncate(out, sum(len(line) + 1 for line in lines))
     options = {**options_of(cfg, tokenizer), "stop": cfg.stop + TURNS * chats, "state": next(iter(states.values()))}
+    out.parent.mkdir(parents=True, exist_ok=True)
     ready, at = {}, done
     with open(out, "ab") as f, tqdm(total=len(rows), initial=done, unit="row", disable=None) as bar:
         for number, c in stream(model, prompts[done:], n=cfg.n, indices=range(done, len(rows)), **options):
