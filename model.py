@@ -15,6 +15,7 @@ every weight is cast where it is used. The decay and the state stay float32.
 """
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -355,6 +356,7 @@ class ScoreTokens(torch.autograd.Function):
       d logp_y / dz = onehot(y) - p          d entropy / dz = -p (log p + entropy)
     l2wrap (upstream's L2Wrap, 1e-4): pulls the largest logit down by l2wrap * its value for each unit of d loss / d logp,
     which keeps logits from drifting in bf16; it changes the gradient and never the loss.
+    known: a list, filled by the first run; one that is recomputed takes its results from there.
     """
 
     @staticmethod
@@ -362,10 +364,10 @@ class ScoreTokens(torch.autograd.Function):
         return max(16, (2 ** 26 if h.is_cuda else 2 ** 22) // len(weight))
 
     @staticmethod
-    def forward(ctx, h, weight, targets, temperature, l2wrap):
-        w = weight.to(h.dtype)
-        out = []
-        for x, y in zip(h.split(ScoreTokens.rows(h, w)), targets.split(ScoreTokens.rows(h, w))):
+    def forward(ctx, h, weight, targets, temperature, l2wrap, known=None):
+        w, out = weight.to(h.dtype), []
+        known = [] if known is None else known
+        for x, y in () if known else zip(h.split(ScoreTokens.rows(h, w)), targets.split(ScoreTokens.rows(h, w))):
             z = fp32(linear(x, w))
             if native := wkv_cuda.cpu.score_rows(z, y, temperature):
                 out.append(native)
@@ -376,7 +378,8 @@ class ScoreTokens(torch.autograd.Function):
             hits = z.argmax(-1) == y
             entropy = lse - ((z - lse[:, None]).exp_().mul_(z)).sum(-1)
             out.append((target - lse, entropy, hits, lse))
-        logps, entropy, hits, lse = (torch.cat(t) for t in zip(*out))
+        known.extend(torch.cat(t) for t in zip(*out))
+        logps, entropy, hits, lse = (t.detach() for t in known)  # autograd marks the very tensors that are returned
         ctx.save_for_backward(h, weight, targets, lse, entropy)
         ctx.temperature, ctx.l2wrap = temperature, l2wrap
         ctx.mark_non_differentiable(hits)
@@ -414,7 +417,7 @@ class ScoreTokens(torch.autograd.Function):
                 dh[q] = linear(dz, w.mT)
             if dw is not None:
                 dw += dz.mT @ h[q]
-        return dh, dw, None, None, None
+        return dh, dw, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,16 +484,21 @@ class RWKV(nn.Module):
         return {"wkv": wkv, "att_shift": shift, "ffn_shift": shift.clone()}
 
     def forward(self, idx, state=None, *, cu_seqlens=None, tasks=None, targets=None, temperature=1.0, l2wrap=0.0,
-                last_only=False, score=False, out=None):
+                last_only=False, score=False, chunk_len=0, known=None, out=None):
         """idx [B, T] integers, T >= 1, state as in the glossary or None for the initial one -> (logits [B, T, V], state).
 
         cu_seqlens [D + 1]: B = 1 and D documents end to end, each with its own state. tasks: as in `initial_state`.
         targets [B, T]: -> (TokenScores, state) of the distribution at this temperature, without [B, T, V] in memory.
         last_only: logits [B or D, 1, V] of each sequence's last token. score: -> (scores [B or D] there, state).
+        chunk_len: run so many tokens at a time, and once more in backward: memory is one chunk's activations and one state
+        per chunk, the gradient is that of the whole. With targets or score; last_only gives (None, state).
         out: a state to write the new one into, without gradient; `state` itself will do. Saves a large allocation per token.
         """
         if self.step and out is state is not None and idx.shape[1] == 1:
             return self.step(idx[:, 0], state)[:, None].to(state["att_shift"].dtype), state
+        if 0 < chunk_len < idx.shape[1] and not score:
+            return self._in_chunks(idx, state, cu_seqlens, targets, chunk_len, tasks=tasks, temperature=temperature, l2wrap=l2wrap,
+                                   last_only=last_only)
         packing = Packing.of(cu_seqlens, idx.device)
         sequences = len(idx) if packing is None else len(packing.cu_seqlens) - 1
         state = state or self.initial_state(sequences, tasks)
@@ -515,8 +523,19 @@ class RWKV(nn.Module):
             return self.score(fp32(x)).flatten(), state
         if targets is None:
             return self.head(x), state
-        scores = ScoreTokens.apply(x.flatten(0, 1), self.head.weight, targets.flatten().long(), temperature, l2wrap)
+        scores = ScoreTokens.apply(x.flatten(0, 1), self.head.weight, targets.flatten().long(), temperature, l2wrap, known)
         return TokenScores(*(s.view(targets.shape) for s in scores)), state
+
+    def _in_chunks(self, idx, state, cu_seqlens, targets, chunk_len, **options):
+        parts = []
+        for a, b, cu in pieces(idx.shape[1], cu_seqlens, chunk_len):
+            # the last chunk is the first in backward: its activations may stay
+            again = torch.is_grad_enabled() and b < idx.shape[1]
+            run = functools.partial(checkpoint, self.forward, use_reentrant=False) if again else self.forward
+            part, state = run(idx[:, a:b], state, cu_seqlens=cu, targets=targets if targets is None else targets[:, a:b], known=[],
+                              **options)
+            parts.append(part)
+        return None if targets is None else TokenScores(*(torch.cat(part, 1) for part in zip(*parts))), state
 
     def token_logprobs(self, idx, targets, state=None, *, cu_seqlens=None, temperature=1.0):
         """[B, T] log-probability of each target; for use outside DDP, whose wrapper only sees `forward`."""
@@ -747,48 +766,21 @@ def pieces(T, cu_seqlens, chunk_len):
 
 
 def backward(model, x, y, weight, cu_seqlens, chunk_len=0, bptt="full", sync=contextlib.nullcontext,
-             no_sync=contextlib.nullcontext, tasks=None, temperature=1.0, state=None, grads=None):
+             no_sync=contextlib.nullcontext, tasks=None):
     """Add the gradient of  loss = -(weight * log p(y | x)).sum()  to the parameters' .grad; -> (each token's share of the
-    loss, its weight if it was the likeliest, both like x; the gradient of the loss with respect to `state`, a dict).
+    loss, its weight if it was the likeliest), both like x.
 
-    In chunks of chunk_len tokens, memory is one chunk's activations and one state per chunk. "full": run forward keeping
-    the state at each border, then from the last chunk to the first run again with that state as a leaf, backward with the
-    gradient of the state that goes out, and keep the gradient of the state that came in. Equal to the whole to rounding.
-    "truncated": the state goes on, its gradient does not. model: may be a DDP wrapper; its last backward is in `sync`.
-    tasks: as in RWKV.initial_state. state: to start from, a leaf. y None: only what comes through `grads`, the gradient
-    of the loss with respect to the final state.
-    """
-    parts = pieces(x.shape[1], cu_seqlens, chunk_len)
-    states, losses, hits, out = [state, *[None] * (len(parts) - 1)], [], [], None
-    if bptt == "full":
-        with torch.no_grad():
-            for i, (a, b, cu) in enumerate(parts[:-1]):
-                states[i + 1] = getattr(model, "module", model)(x[:, a:b], states[i], cu_seqlens=cu, tasks=tasks,
-                                                                last_only=True)[1]
-    order = list(range(len(parts)))
-    for i in reversed(order) if bptt == "full" else order:
-        a, b, cu = parts[i]
-        came_in = states[i] if bptt == "full" else out or state
-        if came_in is not None:
-            came_in = {k: v.detach().requires_grad_(bptt == "full") for k, v in came_in.items()}
-        states[i] = None
-        with sync() if i == (0 if bptt == "full" else order[-1]) else no_sync():
-            if y is None:
-                logits, out = model(x[:, a:b], came_in, cu_seqlens=cu, tasks=tasks, last_only=True)
-                ends = {"all": (logits.sum() * 0, None)}  # DDP waits for every parameter
-            else:
-                scores, out = model(x[:, a:b], came_in, cu_seqlens=cu, tasks=tasks, targets=y[:, a:b], temperature=temperature)
-                losses.append(-weight[:, a:b] * scores.logps)
-                hits.append(weight[:, a:b] * scores.hits)
-                ends = {"loss": (losses[-1].sum(), None)}
-                losses[-1] = losses[-1].detach()
-            ends.update({k: (out[k], g) for k, g in (grads or {}).items() if g is not None and out[k].requires_grad})
-            torch.autograd.backward(*zip(*ends.values()))
-        grads = {k: v.grad for k, v in came_in.items()} if came_in and bptt == "full" else None
-    if y is None:
-        return None, None, grads
-    turn = reversed if bptt == "full" else list
-    return torch.cat(list(turn(losses)), 1), torch.cat(list(turn(hits)), 1), grads
+    chunk_len and tasks: as in RWKV.forward. bptt "truncated": a backward pass for every chunk; the state goes on, its
+    gradient does not. model: may be a DDP wrapper; its last backward is in `sync`."""
+    parts, state = [], None
+    for a, b, cu in pieces(x.shape[1], cu_seqlens, chunk_len if bptt == "truncated" else 0):
+        with sync() if b == x.shape[1] else no_sync():
+            scores, state = model(x[:, a:b], state, cu_seqlens=cu, tasks=tasks, targets=y[:, a:b], chunk_len=chunk_len)
+            loss = -weight[:, a:b] * scores.logps
+            loss.sum().backward()
+        parts.append((loss.detach(), weight[:, a:b] * scores.hits))
+        state = {k: v.detach() for k, v in state.items()}
+    return [torch.cat(part, 1) for part in zip(*parts)]
 
 
 class Forks(NamedTuple):
@@ -821,43 +813,19 @@ def fork(groups, device="cpu", whole=False):
 
 def forked(model, forks, chunk_len=0, temperature=1.0, score=False):
     """-> TokenScores of the answers' tokens, each [1, T2]; score: the scalar head's score of each answer, [A]."""
-    net = getattr(model, "module", model)
-    state = net.initial_state(len(forks.borders1) - 1)
-    for a, b, cu in pieces(forks.x1.shape[1], forks.borders1, chunk_len):
-        _, state = model(forks.x1[:, a:b], state if a else None, cu_seqlens=cu, last_only=True)
-    state, out = {k: v[:, forks.owner] for k, v in state.items()}, []
-    if score:
-        return model(forks.x2, state, cu_seqlens=forks.borders2, score=True)[0]
-    for a, b, cu in pieces(forks.x2.shape[1], forks.borders2, chunk_len):
-        scores, state = model(forks.x2[:, a:b], state, cu_seqlens=cu, targets=forks.y2[:, a:b], temperature=temperature)
-        out.append(scores)
-    return TokenScores(*(torch.cat(parts, 1) for parts in zip(*out)))
+    state = getattr(model, "module", model).initial_state(len(forks.borders1) - 1)
+    if forks.x1.shape[1]:
+        _, state = model(forks.x1, cu_seqlens=forks.borders1, last_only=True, chunk_len=chunk_len)
+    state = {k: v[:, forks.owner] for k, v in state.items()}
+    return model(forks.x2, state, cu_seqlens=forks.borders2, targets=forks.y2, temperature=temperature, score=score,
+                 chunk_len=chunk_len)[0]
 
 
-def forked_backward(model, forks, loss_of, chunk_len=0, temperature=1.0, sync=contextlib.nullcontext,
-                    no_sync=contextlib.nullcontext):
-    """loss_of(TokenScores) -> (loss, anything); adds the loss's gradient, also through the forked states, and returns that.
-
-    In chunks: the loss is a function of the log-probabilities, so they are computed without a graph, d loss / d logp is
-    taken on that small tensor, and `backward` runs the network with these as weights, answers first, then prompts."""
-    if not chunk_len or not forks.x1.shape[1]:
-        with sync():
-            loss, more = loss_of(forked(model, forks, temperature=temperature))
-            loss.backward()
-        return loss.detach(), more
-    net = getattr(model, "module", model)
-    with torch.no_grad():
-        scores = forked(net, forks, chunk_len, temperature)
-        state = None
-        for a, b, cu in pieces(forks.x1.shape[1], forks.borders1, chunk_len):
-            _, state = net(forks.x1[:, a:b], state, cu_seqlens=cu, last_only=True)
-    logps = scores.logps.requires_grad_()
-    loss, more = loss_of(scores._replace(logps=logps))
-    coef, = torch.autograd.grad(loss, logps)
-    _, _, grads = backward(model, forks.x2, forks.y2, -coef, forks.borders2, chunk_len, "full", no_sync, no_sync,
-                           temperature=temperature, state={k: v[:, forks.owner] for k, v in state.items()})
-    grads = {k: torch.zeros_like(state[k], dtype=g.dtype).index_add(1, forks.owner, g) for k, g in grads.items() if g is not None}
-    backward(model, forks.x1, None, None, forks.borders1, chunk_len, "full", sync, no_sync, grads=grads)
+def forked_backward(model, forks, loss_of, chunk_len=0, temperature=1.0, sync=contextlib.nullcontext):
+    """loss_of(TokenScores) -> (loss, anything); adds the loss's gradient, also through the forked states, and returns that."""
+    with sync():
+        loss, more = loss_of(forked(model, forks, chunk_len, temperature))
+        loss.backward()
     return loss.detach(), more
 
 
@@ -867,11 +835,9 @@ def evaluate(model, documents, cfg, run):
     mine, nll, hits, n = documents[run.rank::run.world], 0.0, 0.0, 0.0
     for i in range(0, len(mine), cfg.micro_bsz):
         x, y, weight, borders = pack(mine[i:i + cfg.micro_bsz], run.device)
-        state = None
-        for a, b, cu in pieces(x.shape[1], borders, cfg.chunk_len):
-            scores, state = model(x[:, a:b], state, cu_seqlens=cu, targets=y[:, a:b])
-            nll -= (weight[:, a:b] * scores.logps).sum().item()
-            hits += (weight[:, a:b] * scores.hits).sum().item()
+        scores, _ = model(x, cu_seqlens=borders, targets=y, chunk_len=cfg.chunk_len)
+        nll -= (weight * scores.logps).sum().item()
+        hits += (weight * scores.hits).sum().item()
         n += weight.sum().item()
     nll, hits, n = common.all_sum(nll, hits, n)
     return {"val_loss": nll / n, "val_accuracy": hits / n}
