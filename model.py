@@ -17,6 +17,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -56,22 +57,21 @@ class RWKVConfig:
     def __post_init__(self):
         if self.version not in ("x060", "x070"):
             raise UserError(f"version={self.version!r}: expected x060 (RWKV-6) or x070 (RWKV-7)")
-        for name, value in (("n_layer", self.n_layer), ("n_embd", self.n_embd), ("head_size", self.head_size)):
-            if value < 1:
-                raise UserError(f"{name}={value}: expected a number above 0")
+        for name in ("n_layer", "n_embd", "head_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected a number above 0")
         if self.n_embd % self.head_size:
             raise UserError(f"n_embd={self.n_embd} is not a multiple of head_size={self.head_size}; "
                             f"try n_embd={-(-self.n_embd // self.head_size) * self.head_size}")
-        C, v7 = self.n_embd, self.version == "x070"
+        C = self.n_embd
 
         def rank(factor):  # upstream's rule for new models; files carry their own ranks
             return max(32, 32 * round(factor * math.sqrt(C) / 32))
-        self.dim_ffn = self.dim_ffn or (4 * C if v7 else int(3.5 * C) // 32 * 32)
-        self.decay_rank = self.decay_rank or (rank(2.5) if v7 else 64)
-        self.iclr_rank = self.iclr_rank or (rank(2.5) if v7 else 0)
-        self.value_rank = self.value_rank or (rank(1.7) if v7 else 0)
-        self.gate_rank = self.gate_rank or (rank(5.0) if v7 else 0)
-        self.mix_rank = self.mix_rank or (0 if v7 else 32)
+        rule = dict(dim_ffn=4 * C, decay_rank=rank(2.5), iclr_rank=rank(2.5), value_rank=rank(1.7), gate_rank=rank(5.0))
+        if self.version == "x060":
+            rule = dict(dim_ffn=int(3.5 * C) // 32 * 32, decay_rank=64, mix_rank=32)
+        for name, value in rule.items():
+            setattr(self, name, getattr(self, name) or value)
 
 
 class TokenScores(NamedTuple):
@@ -128,8 +128,7 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
-        self.lora_A = self.lora_B = None
-        self.lora_scale, self.lora_dropout, self.lora_on = 1.0, 0.0, True
+        self.lora_A = self.lora_B = None  # add_lora
 
     def reset_parameters(self):  # init_parameter does it, by name
         pass
@@ -143,7 +142,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         y = linear(x, self.weight.to(x.dtype))
-        if self.lora_A is None or not self.lora_on:
+        if self.lora_A is None:
             return y
         h = linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
         return torch.add(y, linear(h, self.lora_B.to(x.dtype)), alpha=self.lora_scale)
@@ -434,10 +433,8 @@ class RWKV(nn.Module):
         self.score = None          # [1, C], of a reward model: add_score
         self.compute_dtype = None  # None: the embedding's own
         self.grad_cp = False       # recompute each block in backward: less memory, about a third more time
-        self.adapter_info = None   # how the LoRA was made; None: there is none
-        self.before_tuning = []    # (parameter, its value before) of extra parameters trained with a LoRA
-        self.tuned = nn.ModuleList()  # learned initial states: one, or one for each of several tasks
-        self.tuned_on, self.task = True, 0
+        self.tuned, self.task = nn.ModuleList(), 0  # learned initial states, one for each task; the one to start from
+        self.base = []             # (module, attribute, its value without what tuning added): see reference
         self.step = None           # while generating: one token in one call, see stepper
         for name, p in self.named_parameters():
             if not p.is_meta:
@@ -454,7 +451,7 @@ class RWKV(nn.Module):
     def initial_state(self, sequences, tasks=None):
         """The state before the first token, for this many sequences: zeros, or the tuned state; tasks [B or D]: of several
         tuned states, the one that each sequence starts from; None = self.task for all."""
-        if not self.tuned or not self.tuned_on:
+        if not self.tuned:
             return self.zero_state(sequences)
         if tasks is None:
             tasks = torch.full((sequences,), self.task, device=self.emb.weight.device)
@@ -550,7 +547,7 @@ class RWKV(nn.Module):
         nothing but the scalar head. A scalar head (add_score) trains with any of them, in place of the language model's.
         Everything else gets requires_grad = False and keeps its dtype; what trains is float32. An adapter or a state that
         was there goes."""
-        self.adapter_info, self.before_tuning, self.tuned, self.tune = None, [], nn.ModuleList(), tune
+        self.base, self.tuned, self.tune = [], nn.ModuleList(), tune
         for m in self.modules():
             if isinstance(m, Linear):
                 m.lora_A = m.lora_B = None
@@ -564,6 +561,7 @@ class RWKV(nn.Module):
         elif tune == "state":
             dtype = torch.promote_types(self.emb.weight.dtype, torch.float32)
             self.tuned.extend(TunedState(self.config, **options).to(self.emb.weight.device, dtype) for _ in range(tasks))
+            self.base = [(self, "tuned", nn.ModuleList())]
         elif tune != "head" or self.score is None:
             raise UserError(f"tune={tune!r}: expected full, lora or state, or for a reward model head")
         if self.score is not None:
@@ -575,45 +573,46 @@ class RWKV(nn.Module):
         parameters to train, by parts of their names ("ln", "x_"); they are saved with the adapter."""
         if r < 1:
             raise UserError(f"lora_r={r}: expected a number above 0")
-        linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear)
-                   and not (self.score is not None and name in ("score", "head"))}  # that head gets no gradient
+        strings = lambda x: (x,) if isinstance(x, str) else x  # noqa: E731
+        # with a scalar head the language model's gets no gradient
+        no_target = NEVER_TRAINED if self.score is None else (*NEVER_TRAINED, "score.weight", "head.weight")
+        linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear) and f"{name}.weight" not in no_target}
         kinds = {name: re.sub(r"blocks\.\d+\.", "", name) for name in linears}
         chosen = set()
-        for target in ((targets,) if isinstance(targets, str) else targets) or ("att", "ffn"):
-            hits = {name for name, kind in kinds.items() if target in (name, kind, kind.split(".")[0], kind.split(".")[-1])}
+        for target in strings(targets) or ("att", "ffn"):
+            hits = {name for name, kind in kinds.items() if target in (name, kind, *kind.split("."))}
             if not hits:
                 raise UserError(f"LoRA target {target!r} is not a matrix of {self.config.version}; there are "
                                 f"{', '.join(sorted(set(kinds.values())))}")
             chosen |= hits
         for name in sorted(chosen):  # a set's own order differs from process to process, and A is random
             linears[name].add_lora(r, alpha / (math.sqrt(r) if rslora else r), dropout)
-        for part in (extra,) if isinstance(extra, str) else extra:
-            hits = [p for name, p in self.base_weights() if part in name and name not in NEVER_TRAINED
-                    and not (self.score is not None and name in ("score.weight", "head.weight"))]
+            self.base.append((linears[name], "lora_A", None))
+        for part in strings(extra):
+            hits = [(name, p) for name, p in self.base_weights() if part in name and name not in no_target]
             if not hits:
                 raise UserError(f"extra={part!r}: no parameter has that in its name")
-            for p in hits:
+            for name, p in hits:
                 p.data, p.requires_grad = fp32(p.data), True
-                self.before_tuning.append((p, p.data.clone()))
-        self.adapter_info = dict(r=r, alpha=alpha, rslora=rslora, dropout=dropout)
+                module, _, leaf = name.rpartition(".")
+                self.base.append((self.get_submodule(module), leaf, nn.Parameter(p.detach().clone(), False)))
+        self.lora = dict(r=r, alpha=alpha, rslora=rslora, dropout=dropout)
 
     @contextlib.contextmanager
     def reference(self):
-        """The same network with its adapter or tuned state off (and extra trained parameters as they were): the reference
-        of DPO and GRPO."""
-        def switch(on):
-            self.tuned_on = on
-            for m in self.modules():
-                if isinstance(m, Linear):
-                    m.lora_on = on
-            for i, (p, other) in enumerate(self.before_tuning):
-                self.before_tuning[i] = (p, p.data)
-                p.data = other.to(p.device)
-        switch(False)
+        """The same network without its adapter or tuned state, extra trained parameters as they were: the reference of DPO
+        and GRPO."""
+        def swap():
+            for i, (module, name, value) in enumerate(self.base):
+                self.base[i] = module, name, (now := getattr(module, name))
+                if isinstance(value, torch.Tensor) and now is not None:  # the network may have moved since
+                    value.data = value.data.to(now.device)
+                setattr(module, name, value)
+        swap()
         try:
             yield self
         finally:
-            switch(True)
+            swap()
 
     def param_groups(self, lr, weight_decay):
         """Upstream's optimiser groups, for torch.optim.AdamW; every trainable parameter is in exactly one.
@@ -634,17 +633,14 @@ class RWKV(nn.Module):
     # weights in and out
 
     @staticmethod
-    def from_pretrained(path, device="cpu", dtype=torch.float32):
+    def from_pretrained(path, device="cpu", dtype=torch.float32, weights=None):
         """An official x060 or x070 file, `.pth` or `.safetensors`. Version and every dimension come from the tensors.
 
         Vectors may be 1 x 1 x C or C, layer 0's v0/v1/v2 there or not. What is missing, extra or misshapen is named.
-        Tensors are taken over one by one, so that the peak is about the model's own size.
+        Tensors are taken over one by one, so that the peak is about the model's own size. weights: of a file that has been
+        read, emptied here.
         """
-        return RWKV.from_weights(read_weights(path), path, device, dtype)
-
-    @staticmethod
-    def from_weights(weights, path, device="cpu", dtype=torch.float32):
-        """from_pretrained of a file that has been read; `weights` is emptied."""
+        weights = read_weights(path) if weights is None else weights
         config = config_of(weights, path)
         with torch.device("meta"):
             model = RWKV(config)
@@ -701,29 +697,29 @@ class RWKV(nn.Module):
 
     def save_tuned(self, folder, name, dtype=None, **about):
         """What trains, as folder/rwkv-<name>.pth, lora-<name>.safetensors or state-<name>.pth, or best.* for "best"; about:
-        what an adapter's or a state's file should say, its base above all. -> the path"""
+        what an adapter's or a state's file should say, its base above all. -> the path
+
+        A LoRA has RWKV-PEFT's keys, ….lora_A [r, in] and ….lora_B [out, r], extra parameters their own names."""
         kind, end = {"lora": ("lora", "safetensors"), "state": ("state", "pth")}.get(self.tune, ("rwkv", "pth"))
         path = Path(folder) / (f"best.{end}" if name == "best" else f"{kind}-{name}.{end}")
         if kind == "rwkv":
             self.save_pretrained(path, dtype)
+        elif kind == "state":
+            self.save_state(path, **about)
         else:
-            (self.save_adapter if kind == "lora" else self.save_state)(path, **about)
+            trained = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters() if p.requires_grad}
+            write_weights(trained, path, {key: str(value) for key, value in {**self.lora, **about}.items()})
         return path
-
-    def save_adapter(self, path, **about):
-        """The trained parameters alone: RWKV-PEFT's keys, ….lora_A [r, in] and ….lora_B [out, r], and extra ones under
-        their own names. A .safetensors file also carries r, alpha, rslora and `about`."""
-        write_weights({name: p.detach().cpu().contiguous() for name, p in self.named_parameters() if p.requires_grad}, path,
-                      {key: str(value) for key, value in {**self.adapter_info, **about}.items()})
 
     @torch.no_grad()
     def load_tuned(self, path):
         """Values for what trains, from a file of save_tuned; every name and size must fit."""
         if self.tune == "state":
             state, about = read_state(path, self.config)
+            self.tuned[0].load(state)
             if self.score is not None and "score" in about:
                 self.score.weight[0] = torch.tensor(about["score"])
-            return self.tuned[0].load(state)
+            return
         saved, own = read_weights(path), {name: p for name, p in self.named_parameters() if p.requires_grad}
         for name in sorted(saved.keys() | own.keys() if self.tune == "lora" else own.keys()):
             there, here = (list(w[name].shape) if name in w else "absent" for w in (saved, own))
@@ -736,25 +732,24 @@ class RWKV(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # batches of documents, (ids, mask) pairs, and the gradient in chunks of time
 
+def columns(documents):
+    """-> tokens, the tokens that follow them, and these tokens' masks, each a list of lists"""
+    return zip(*((ids[:-1], ids[1:], mask[1:]) for ids, mask in documents))
+
+
 def pack(documents, device="cpu"):
     """[(ids, mask), …] -> x, y [1, T], weight [1, T] float32, cu_seqlens [D + 1]: the next-token pairs of each document,
     end to end; a position's weight is the mask of its target."""
-    x, y, w = [], [], []
-    for ids, mask in documents:
-        x += ids[:-1]
-        y += ids[1:]
-        w += mask[1:]
-    borders = torch.tensor([0, *(len(ids) - 1 for ids, _ in documents)]).cumsum(0)
-    return *(torch.tensor([part], device=device) for part in (x, y)), torch.tensor([w], dtype=torch.float32, device=device), borders
+    x, y, weight = (torch.tensor([list(itertools.chain(*part))], device=device) for part in columns(documents))
+    return x, y, weight.float(), torch.tensor([0, *(len(ids) - 1 for ids, _ in documents)]).cumsum(0)
 
 
 def pad(documents, device="cpu"):
     """The same as rows, right padded: x, y, weight [D, T], and None for cu_seqlens. A causal network never sees what
     lies to the right, and the padding weighs 0."""
-    x, y, w = ([torch.tensor(part) for part in parts] for parts in
-               zip(*((ids[:-1], ids[1:], mask[1:]) for ids, mask in documents)))
-    rows = [torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device) for part in (x, y, w)]
-    return rows[0], rows[1], rows[2].float(), None
+    x, y, weight = (torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, part)), batch_first=True).to(device)
+                    for part in columns(documents))
+    return x, y, weight.float(), None
 
 
 def pieces(T, cu_seqlens, chunk_len):
@@ -850,31 +845,25 @@ def load_model(path, device="cpu", dtype=torch.float32):
     """A network by any of its files -> (model, what the file says of itself): whole weights, or a LoRA or a tuned state,
     which name their base and are put on."""
     weights = read_weights(path)
-    lora = any(name.endswith(".lora_A") for name in weights)
+    lora = {name.removesuffix(".lora_A"): len(A) for name, A in weights.items() if name.endswith(".lora_A")}
     if not lora and not all(name.endswith(".time_state") for name in weights):
-        return RWKV.from_weights(weights, path, device, dtype), {}
+        return RWKV.from_pretrained(path, device, dtype, weights), {}
     state, about = (None, read_metadata(path)) if lora else read_state(path)
     base = base_of(path, about)
     model = RWKV.from_pretrained(base, device, dtype)
     if about.get("fingerprint") not in (None, model.fingerprint()):
         warnings.warn(f"{path} was trained on {about.get('model')}, and {base} has other weights")
+    if lora and "alpha" not in about:
+        raise UserError(f"{path} does not say its alpha; merge it with export.py merge --alpha=…, and give that file")
+    if "score.weight" in weights or about.pop("score", None):
+        model.add_score()
     if lora:
-        if "alpha" not in about:
-            raise UserError(f"{path} does not say its alpha; merge it with export.py merge --alpha=…, and give that file")
-        if "score.weight" in weights:
-            model.add_score()
-        targets = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
         extra = [name for name in weights if ".lora_" not in name and name != "score.weight"]
-        model.set_tune("lora", r=len(weights[targets[0] + ".lora_A"]), alpha=float(about["alpha"]),
-                       rslora=about.get("rslora") == "True", targets=targets, extra=extra)
-        model.load_tuned(path)
+        model.set_tune("lora", r=next(iter(lora.values())), alpha=float(about["alpha"]), rslora=about.get("rslora") == "True",
+                       targets=list(lora), extra=extra)
     else:
-        read_state(path, model.config)  # the error, if it does not fit
-        if "score" in about:
-            model.add_score()
-            model.score.weight.data[0] = torch.tensor(about.pop("score"))
         model.set_tune("state", shift=bool(state["att_shift"].any() or state["ffn_shift"].any()))
-        model.tuned[0].load(state)
+    model.load_tuned(path)
     return model.to(device), about
 
 
@@ -899,11 +888,9 @@ def load_to_tune(cfg, run, score=False):
         model.add_score()
     elif not score:
         model.score = None
-    lora = {} if cfg.tune != "lora" else dict(
-        r=cfg.lora_r, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout, rslora=cfg.lora_rslora, targets=cfg.lora_targets,
-        extra=cfg.lora_extra)
     torch.manual_seed(cfg.seed)
-    model.set_tune(cfg.tune, **lora)
+    model.set_tune(cfg.tune, **{key.removeprefix("lora_"): value for key, value in vars(cfg).items()
+                                if key.startswith("lora_") and cfg.tune == "lora"})
     if cfg.adapter and cfg.tune not in ("lora", "state"):
         raise UserError(f"adapter is for --tune=lora or state, not {cfg.tune}; merge it first (export.py merge)")
     if cfg.adapter:
@@ -989,35 +976,31 @@ def read_state(path, config=None):
 
 def config_of(weights, path="the file"):
     """RWKVConfig from the tensors' names and shapes, never from a table of sizes."""
-    def shape(name, dims):
+    v7 = "blocks.0.att.r_k" in weights
+    if not v7 and "blocks.0.att.time_maa_w2" not in weights:
+        raise UserError(f"{path} is neither RWKV-7 (blocks.0.att.r_k) nor RWKV-6 (blocks.0.att.time_maa_w2); it has "
+                        f"{', '.join(list(weights)[:3])} …")
+    n_layer = 1 + max(int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name))
+    heads, deeper = "blocks.0.att." + ("r_k" if v7 else "time_faaaa"), f"blocks.{min(1, n_layer - 1)}.att.v1"
+    places = {"vocab_size": ("emb.weight", 0, 2), "n_embd": ("emb.weight", 1, 2), "n_head": (heads, 0, 2),
+              "head_size": (heads, 1, 2), "dim_ffn": ("blocks.0.ffn.key.weight", 0, 2)}  # name, axis, dimensions
+    if v7:
+        places |= {"decay_rank": ("blocks.0.att.w1", 1, 2), "iclr_rank": ("blocks.0.att.a1", 1, 2),
+                   "gate_rank": ("blocks.0.att.g1", 1, 2), "value_rank": (deeper, 1, 2)}
+        if n_layer == 1 and deeper not in weights:  # never used: any rank will do
+            del places["value_rank"]
+    else:
+        places |= {"mix_rank": ("blocks.0.att.time_maa_w2", 1, 3), "decay_rank": ("blocks.0.att.time_decay_w1", 1, 2)}
+    sizes = {}
+    for field, (name, axis, dims) in places.items():
         size = weights[name].shape if name in weights else ()
         if len(size) != dims:
             raise UserError(f"{path}: {name} is {list(size) if size else 'missing'}, expected {dims} dimensions; "
                             "is this a whole RWKV-6 or RWKV-7 file?")
-        return size
-    if "blocks.0.att.r_k" in weights:
-        version, heads = "x070", "blocks.0.att.r_k"
-    elif "blocks.0.att.time_maa_w2" in weights:
-        version, heads = "x060", "blocks.0.att.time_faaaa"
-    else:
-        names = ", ".join(list(weights)[:3])
-        raise UserError(f"{path} is neither RWKV-7 (blocks.0.att.r_k) nor RWKV-6 (blocks.0.att.time_maa_w2); it has {names} …")
-    n_layer = 1 + max(int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name))
-    vocab_size, n_embd = shape("emb.weight", 2)
-    n_head, head_size = shape(heads, 2)
-    sizes = dict(dim_ffn=shape("blocks.0.ffn.key.weight", 2)[0])
-    if version == "x070":
-        for field, leaf in (("decay_rank", "w1"), ("iclr_rank", "a1"), ("gate_rank", "g1")):
-            sizes[field] = shape(f"blocks.0.att.{leaf}", 2)[1]
-        v1 = next((f"blocks.{i}.att.v1" for i in range(n_layer) if f"blocks.{i}.att.v1" in weights), None)
-        if v1 or n_layer > 1:  # one layer without it: any rank will do, it is never used
-            sizes["value_rank"] = shape(v1 or "blocks.1.att.v1", 2)[1]
-    else:
-        sizes["mix_rank"] = shape("blocks.0.att.time_maa_w2", 3)[1]
-        sizes["decay_rank"] = shape("blocks.0.att.time_decay_w1", 2)[1]
-    if n_head * head_size != n_embd:
-        raise UserError(f"{path}: {heads} is {n_head} heads of {head_size}, but the width is {n_embd}")
-    return RWKVConfig(version, n_layer, n_embd, vocab_size, head_size, **sizes)
+        sizes[field] = size[axis]
+    if (n_head := sizes.pop("n_head")) * sizes["head_size"] != sizes["n_embd"]:
+        raise UserError(f"{path}: {heads} is {n_head} heads of {sizes['head_size']}, but the width is {sizes['n_embd']}")
+    return RWKVConfig("x070" if v7 else "x060", n_layer, **sizes)
 
 
 @torch.no_grad()
@@ -1027,43 +1010,33 @@ def init_parameter(name, p, c):
     Source: RWKV-LM's RWKV-v7/train_temp (x070) and RWKV-v5 (x060). With l the layer and i the channel:
     d = i / C, x = i / (C - 1), s = l / (L - 1), q = 1 - l / L.
     """
-    match_ = re.match(r"blocks\.(\d+)\.(.*)", name)
-    layer, leaf = (int(match_[1]), match_[2]) if match_ else (0, name)
+    layer, leaf = (int(found[1]), found[2]) if (found := re.match(r"blocks\.(\d+)\.(.*)", name)) else (0, name)
     C, L, N = c.n_embd, c.n_layer, c.head_size
     i = torch.arange(C, dtype=torch.float32)
     d, x, s, q = i / C, i / max(C - 1, 1), layer / max(L - 1, 1), 1 - layer / L
     z = (i % N - (N - 1) / 2) / max((N - 1) / 2, 1e-9)
     zigzag = z * z.abs()
+    # how much of the token before: 1 - d ** power
+    powers = {"att.x_r": 0.2 * q, "att.x_w": 0.9 * q, "att.x_k": 0.7 * q, "att.x_v": 0.7 * q, "att.x_a": 0.9 * q,
+              "att.x_g": 0.2 * q, "ffn.x_k": q ** 4, "att.time_maa_x": q, "att.time_maa_w": q, "att.time_maa_k": q,
+              "att.time_maa_r": 0.5 * q, "att.time_maa_g": 0.5 * q, "ffn.time_maa_k": q ** 3,
+              "ffn.time_maa_r": q ** 3}
     values = {
-        "att.x_r": lambda: 1 - d ** (0.2 * q), "att.x_w": lambda: 1 - d ** (0.9 * q), "att.x_k": lambda: 1 - d ** (0.7 * q),
-        "att.x_v": lambda: 1 - d ** (0.7 * q), "att.x_a": lambda: 1 - d ** (0.9 * q), "att.x_g": lambda: 1 - d ** (0.2 * q),
-        "att.w0": lambda: -6 + 6 * x ** (1 + s ** 0.3) + 0.5 + 2.5 * zigzag,
-        "att.a0": lambda: -0.19 + 0.3 * zigzag + 0.4 * (x - 0.5),
-        "att.v0": lambda: 0.73 - 0.4 * (x - 0.5),
-        "att.k_k": lambda: 0.71 - 0.1 * (x - 0.5), "att.k_a": lambda: 1.02, "att.r_k": lambda: -0.04,
-        "ffn.x_k": lambda: 1 - d ** (q ** 4),
-        "att.time_maa_x": lambda: 1 - d ** q, "att.time_maa_w": lambda: 1 - d ** q, "att.time_maa_k": lambda: 1 - d ** q,
-        "att.time_maa_v": lambda: 1 - (d ** q + 0.3 * s),
-        "att.time_maa_r": lambda: 1 - d ** (0.5 * q), "att.time_maa_g": lambda: 1 - d ** (0.5 * q),
-        "att.time_decay": lambda: -6 + 5 * x ** (0.7 + 1.3 * s),
-        "att.time_faaaa": lambda: s * (1 - x) + 0.1 * ((i + 1) % 3 - 1),
-        "ffn.time_maa_k": lambda: 1 - d ** (q ** 3), "ffn.time_maa_r": lambda: 1 - d ** (q ** 3),
-        "att.ln_x.weight": lambda: ((1 + layer) / L) ** 0.7,
-    }
+        "att.time_maa_v": 1 - (d ** q + 0.3 * s), "att.w0": -6 + 6 * x ** (1 + s ** 0.3) + 0.5 + 2.5 * zigzag,
+        "att.a0": -0.19 + 0.3 * zigzag + 0.4 * (x - 0.5), "att.v0": 0.73 - 0.4 * (x - 0.5),
+        "att.k_k": 0.71 - 0.1 * (x - 0.5), "att.k_a": 1.02, "att.r_k": -0.04, "att.ln_x.weight": ((1 + layer) / L) ** 0.7,
+        "att.time_decay": -6 + 5 * x ** (0.7 + 1.3 * s), "att.time_faaaa": s * (1 - x) + 0.1 * ((i + 1) % 3 - 1)}
     orthogonal = {"att.receptance.weight": 1, "att.key.weight": 0.1, "att.value.weight": 1, "ffn.key.weight": 1,
                   "att.gate.weight": 0.1, "head.weight": 0.5 * max(1, c.vocab_size / C) ** 0.5}
+    if leaf in powers:
+        return p.copy_((1 - d ** powers[leaf]).reshape(p.shape))
     if leaf in values:
-        value = torch.as_tensor(values[leaf](), dtype=torch.float32)
-        return p.copy_((value if value.dim() else value.expand(p.numel())).reshape(p.shape))
-    if leaf in orthogonal:
-        return nn.init.orthogonal_(p, gain=orthogonal[leaf])
-    if re.fullmatch(r"att\.[wavg]2", leaf):
-        return nn.init.orthogonal_(p, gain=0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+        return p.copy_(torch.as_tensor(values[leaf], dtype=torch.float32).expand(p.numel()).reshape(p.shape))
+    if leaf in orthogonal or re.fullmatch(r"att\.[wavg]2", leaf):
+        return nn.init.orthogonal_(p, gain=orthogonal.get(leaf) or 0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5)
     if leaf in ("att.time_maa_w2", "att.time_decay_w2"):
         return p.uniform_(-0.01, 0.01)
     if leaf == "emb.weight":
         return p.uniform_(-1e-4, 1e-4)
-    if re.fullmatch(r"(.*\.)?ln\w*\.weight", leaf):
-        return p.fill_(1)
-    # norms' biases, first halves of low-rank pairs, and what writes into the residual stream
-    return p.zero_()
+    # 1 for norms; 0 for their biases, first halves of low-rank pairs, and what writes into the residual stream
+    return p.fill_(1) if re.fullmatch(r"(.*\.)?ln\w*\.weight", leaf) else p.zero_()
