@@ -2,6 +2,11 @@
 
   RWKV-7: https://arxiv.org/abs/2503.14456      RWKV-6: https://arxiv.org/abs/2404.05892
 
+A transformer's block with both halves replaced. Time mixing stands where attention does: a head does not keep all past
+keys and values but one matrix S [N, N] of fixed size, into which each token writes its value under its key, and from which
+it reads with its receptance r, the query (`TimeMix7`). Channel mixing stands where the MLP does (`ChannelMix7`). Both see
+the token before as well (`token_shift`, `mix`), and there are no positions: order is in the recurrence.
+
 Glossary of shapes
   B rows of a batch      T tokens of a row        V vocabulary          C width, n_embd       L layers
   N head size, 64        H heads, C / N           D documents packed end to end in one row (B = 1, cu_seqlens [D + 1])
@@ -29,6 +34,8 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import common
@@ -118,9 +125,8 @@ class OneDNN(torch.autograd.Function):
 def linear(x, w):
     """x [..., in], w [out, in] -> [..., out]"""
     # small ones gain nothing, and oneDNN keeps code for every shape that it has seen
-    if x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and w.numel() >= 2 ** 16 and torch.backends.mkldnn.is_available():
-        return OneDNN.apply(x, w)
-    return F.linear(x, w)
+    large = x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and w.numel() >= 2 ** 16
+    return OneDNN.apply(x, w) if large and torch.backends.mkldnn.is_available() else F.linear(x, w)
 
 
 class Linear(nn.Linear):
@@ -153,12 +159,11 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def vector(C):
-    return nn.Parameter(torch.empty(1, 1, C))
-
-
 def matrix(*shape):
     return nn.Parameter(torch.empty(*shape))
+
+
+vector = functools.partial(matrix, 1, 1)
 
 
 def fp32(x):
@@ -209,6 +214,13 @@ def head_norm(y, norm):
 
 
 class TimeMix7(nn.Module):
+    """For each head, with * by element, k' a row, and every vector computed from its own mix of x with the token before:
+
+      S_t = S_{t-1} (diag(w_t) - kappa_t (a_t * kappa_t)') + v_t k_t'       w decays each key channel; what S holds under the
+      y_t = S_t r_t                                                         unit key kappa is replaced at the rate a
+      out = W_o (g * (norm(y) + (r . (r_k * k)) v))
+    """
+
     def __init__(self, c):
         super().__init__()
         C, self.H, self.N = c.n_embd, c.n_embd // c.head_size, c.head_size
@@ -246,6 +258,8 @@ class TimeMix7(nn.Module):
 
 
 class ChannelMix7(nn.Module):
+    """out = W_v relu(W_k x_k)^2,  x_k = x mixed with the token before"""
+
     def __init__(self, c):
         super().__init__()
         self.x_k = vector(c.n_embd)
@@ -258,6 +272,13 @@ class ChannelMix7(nn.Module):
 
 
 class TimeMix6(nn.Module):
+    """As TimeMix7, with nothing removed but by decay, and read before the token is written, the token itself through u:
+
+      y_t = (S_{t-1} + v_t (u * k_t)') r_t       S_t = S_{t-1} diag(w_t) + v_t k_t'       out = W_o (silu(W_g x_g) * norm(y))
+
+    How much of the token before goes into each of w k v r g depends on the token: a low-rank pair, time_maa_w1/w2.
+    """
+
     def __init__(self, c):
         super().__init__()
         C, self.H, self.N = c.n_embd, c.n_embd // c.head_size, c.head_size
@@ -287,6 +308,8 @@ class TimeMix6(nn.Module):
 
 
 class ChannelMix6(nn.Module):
+    """out = sigmoid(W_r x_r) * W_v relu(W_k x_k)^2"""
+
     def __init__(self, c):
         super().__init__()
         self.time_maa_k, self.time_maa_r = vector(c.n_embd), vector(c.n_embd)
@@ -301,6 +324,8 @@ class ChannelMix6(nn.Module):
 
 
 class Block(nn.Module):
+    """x + TimeMix(norm(x)), then x + ChannelMix(norm(x))"""
+
     def __init__(self, c, layer):
         super().__init__()
         if layer == 0:
@@ -389,26 +414,21 @@ class ScoreTokens(torch.autograd.Function):
     def backward(ctx, dlogps, dentropy, _):
         h, weight, targets, lse, entropy = ctx.saved_tensors
         w, n = weight.to(h.dtype), ScoreTokens.rows(h, weight)
+        dlogps = torch.zeros_like(lse) if dlogps is None else dlogps
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(h), n):
             q = slice(i, i + n)
-            logits = fp32(linear(h[q], w))
-            grads = dlogps is not None and (dlogps[q], None if dentropy is None else dentropy[q])
-            if grads and wkv_cuda.cpu.score_rows(logits, targets[q], ctx.temperature, (None, entropy[q], None, lse[q]), grads,
-                                                 ctx.l2wrap):
-                dz = logits
-            else:
-                logp = logits / ctx.temperature - lse[q, None]
+            dz = fp32(linear(h[q], w))  # the logits, to begin with
+            grads = dlogps[q], None if dentropy is None else dentropy[q]
+            if not wkv_cuda.cpu.score_rows(dz, targets[q], ctx.temperature, (None, entropy[q], None, lse[q]), grads, ctx.l2wrap):
+                logits, logp = dz, dz / ctx.temperature - lse[q, None]
                 p = logp.exp()
-                dz = torch.zeros_like(p)
-                if dlogps is not None:
-                    dz.addcmul_(p, dlogps[q, None], value=-1)
-                    dz.scatter_add_(-1, targets[q, None], dlogps[q, None])
+                dz = (p * -dlogps[q, None]).scatter_add_(-1, targets[q, None], dlogps[q, None])
                 if dentropy is not None:
                     dz.addcmul_(p, (logp + entropy[q, None]) * dentropy[q, None], value=-1)
                 dz /= ctx.temperature
-                if ctx.l2wrap and dlogps is not None:
+                if ctx.l2wrap:
                     top, at = logits.max(-1, keepdim=True)
                     dz.scatter_add_(-1, at, -ctx.l2wrap * top * dlogps[q, None])
             dz = dz.to(h.dtype)
@@ -488,14 +508,14 @@ class RWKV(nn.Module):
         targets [B, T]: -> (TokenScores, state) of the distribution at this temperature, without [B, T, V] in memory.
         last_only: logits [B or D, 1, V] of each sequence's last token. score: -> (scores [B or D] there, state).
         chunk_len: run so many tokens at a time, and once more in backward: memory is one chunk's activations and one state
-        per chunk, the gradient is that of the whole. With targets or score; last_only gives (None, state).
+        per chunk, the gradient is that of the whole. For targets; last_only gives (None, state), score runs whole.
         out: a state to write the new one into, without gradient; `state` itself will do. Saves a large allocation per token.
         """
         if self.step and out is state is not None and idx.shape[1] == 1:
             return self.step(idx[:, 0], state)[:, None].to(state["att_shift"].dtype), state
         if 0 < chunk_len < idx.shape[1] and not score:
-            return self._in_chunks(idx, state, cu_seqlens, targets, chunk_len, tasks=tasks, temperature=temperature, l2wrap=l2wrap,
-                                   last_only=last_only)
+            return self._in_chunks(idx, state, cu_seqlens, targets, chunk_len, tasks=tasks, temperature=temperature,
+                                   l2wrap=l2wrap, last_only=last_only)
         packing = Packing.of(cu_seqlens, idx.device)
         sequences = len(idx) if packing is None else len(packing.cu_seqlens) - 1
         state = state or self.initial_state(sequences, tasks)
@@ -529,8 +549,8 @@ class RWKV(nn.Module):
             # the last chunk is the first in backward: its activations may stay
             again = torch.is_grad_enabled() and b < idx.shape[1]
             run = functools.partial(checkpoint, self.forward, use_reentrant=False) if again else self.forward
-            part, state = run(idx[:, a:b], state, cu_seqlens=cu, targets=targets if targets is None else targets[:, a:b], known=[],
-                              **options)
+            part, state = run(idx[:, a:b], state, cu_seqlens=cu, targets=targets if targets is None else targets[:, a:b],
+                              known=[], **options)
             parts.append(part)
         return None if targets is None else TokenScores(*(torch.cat(part, 1) for part in zip(*parts))), state
 
@@ -552,12 +572,13 @@ class RWKV(nn.Module):
             if isinstance(m, Linear):
                 m.lora_A = m.lora_B = None
         self.requires_grad_(False)
+        # with a scalar head the language model's gets no gradient
+        frozen = NEVER_TRAINED if self.score is None else (*NEVER_TRAINED, "score.weight", "head.weight")
         if tune == "full":
             for name, p in self.named_parameters():
-                p.requires_grad = name not in NEVER_TRAINED and (self.score is None or name != "head.weight")
-                p.data = fp32(p.data)
+                p.requires_grad, p.data = name not in frozen, fp32(p.data)
         elif tune == "lora":
-            self._lora(**options)
+            self._lora(frozen, **options)
         elif tune == "state":
             dtype = torch.promote_types(self.emb.weight.dtype, torch.float32)
             self.tuned.extend(TunedState(self.config, **options).to(self.emb.weight.device, dtype) for _ in range(tasks))
@@ -567,16 +588,14 @@ class RWKV(nn.Module):
         if self.score is not None:
             self.score.requires_grad_(True)
 
-    def _lora(self, r=32, alpha=64.0, dropout=0.0, rslora=False, targets=(), extra=()):
+    def _lora(self, frozen, r=32, alpha=64.0, dropout=0.0, rslora=False, targets=(), extra=()):
         """r: rank; the update is scaled by alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732). targets: names of
         matrices, "key" for all of that name or "att.key" for one kind; none = all of att and ffn. extra: further
         parameters to train, by parts of their names ("ln", "x_"); they are saved with the adapter."""
         if r < 1:
             raise UserError(f"lora_r={r}: expected a number above 0")
         strings = lambda x: (x,) if isinstance(x, str) else x  # noqa: E731
-        # with a scalar head the language model's gets no gradient
-        no_target = NEVER_TRAINED if self.score is None else (*NEVER_TRAINED, "score.weight", "head.weight")
-        linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear) and f"{name}.weight" not in no_target}
+        linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear) and f"{name}.weight" not in frozen}
         kinds = {name: re.sub(r"blocks\.\d+\.", "", name) for name in linears}
         chosen = set()
         for target in strings(targets) or ("att", "ffn"):
@@ -589,13 +608,12 @@ class RWKV(nn.Module):
             linears[name].add_lora(r, alpha / (math.sqrt(r) if rslora else r), dropout)
             self.base.append((linears[name], "lora_A", None))
         for part in strings(extra):
-            hits = [(name, p) for name, p in self.base_weights() if part in name and name not in no_target]
+            hits = [(name, p) for name, p in self.base_weights() if part in name and name not in frozen]
             if not hits:
                 raise UserError(f"extra={part!r}: no parameter has that in its name")
             for name, p in hits:
                 p.data, p.requires_grad = fp32(p.data), True
-                module, _, leaf = name.rpartition(".")
-                self.base.append((self.get_submodule(module), leaf, nn.Parameter(p.detach().clone(), False)))
+                self.base.append((*self.place(name), nn.Parameter(p.detach().clone(), False)))
         self.lora = dict(r=r, alpha=alpha, rslora=rslora, dropout=dropout)
 
     @contextlib.contextmanager
@@ -648,20 +666,19 @@ class RWKV(nn.Module):
                 model.add_score()
         missing, misshapen = [], []
         for name, p in list(model.named_parameters()):
-            module, _, leaf = name.rpartition(".")
-            if name not in weights:
-                if name in NEVER_TRAINED:
-                    weights[name] = init_parameter(name, torch.empty(p.shape), config)
-                else:
-                    missing.append(name)
-                    continue
-            w = weights.pop(name)
+            if name in NEVER_TRAINED and name not in weights:
+                weights[name] = init_parameter(name, torch.empty(p.shape), config)
+            w = weights.pop(name, None)
+            if w is None:
+                missing.append(name)
+                continue
             # only 1-sized axes may differ: [C] and [1, 1, C] are one vector, [C, R] and [R, C] are not one matrix
             if [n for n in w.shape if n > 1] != [n for n in p.shape if n > 1]:
                 misshapen.append(f"{name} is {list(w.shape)}, expected {list(p.shape)}")
                 continue
             w = w.to(device=device, dtype=torch.float32 if name == "score.weight" else dtype).reshape(p.shape)
-            setattr(model.get_submodule(module), leaf, nn.Parameter(w, requires_grad=p.requires_grad))
+            module, leaf = model.place(name)
+            setattr(module, leaf, nn.Parameter(w, requires_grad=p.requires_grad))
         for what, names in (("missing", missing), ("misshapen", misshapen), ("extra", list(weights))):
             if names:
                 raise UserError(f"{path}: read as {config.version} with {config.n_layer} layers of width {config.n_embd}, "
@@ -677,6 +694,11 @@ class RWKV(nn.Module):
     def base_weights(self):
         """(official name, tensor) of every weight, without adapter and tuned state."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" not in name and not name.startswith("tuned.")]
+
+    def place(self, name):
+        """The module that the parameter of this name belongs to, and what it is called there."""
+        module, _, leaf = name.rpartition(".")
+        return self.get_submodule(module), leaf
 
     def fingerprint(self):
         """Hexadecimal digest of the weights as bfloat16, without adapter, tuned state and scalar head: the same whatever the
@@ -732,23 +754,25 @@ class RWKV(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # batches of documents, (ids, mask) pairs, and the gradient in chunks of time
 
-def columns(documents):
-    """-> tokens, the tokens that follow them, and these tokens' masks, each a list of lists"""
-    return zip(*((ids[:-1], ids[1:], mask[1:]) for ids, mask in documents))
+def packed(rows, device="cpu"):
+    """Lists of ids -> all of them end to end [1, T], cu_seqlens [D + 1]"""
+    ids = torch.tensor([list(itertools.chain(*rows))], dtype=torch.long, device=device)
+    return ids, torch.tensor([0, *map(len, rows)]).cumsum(0)
 
 
 def pack(documents, device="cpu"):
     """[(ids, mask), …] -> x, y [1, T], weight [1, T] float32, cu_seqlens [D + 1]: the next-token pairs of each document,
     end to end; a position's weight is the mask of its target."""
-    x, y, weight = (torch.tensor([list(itertools.chain(*part))], device=device) for part in columns(documents))
-    return x, y, weight.float(), torch.tensor([0, *(len(ids) - 1 for ids, _ in documents)]).cumsum(0)
+    (x, borders), (y, _) = packed([ids[:-1] for ids, _ in documents], device), packed([ids[1:] for ids, _ in documents], device)
+    weight = [m for _, mask in documents for m in mask[1:]]
+    return x, y, torch.tensor([weight], dtype=torch.float32, device=device), borders
 
 
 def pad(documents, device="cpu"):
     """The same as rows, right padded: x, y, weight [D, T], and None for cu_seqlens. A causal network never sees what
     lies to the right, and the padding weighs 0."""
     x, y, weight = (torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, part)), batch_first=True).to(device)
-                    for part in columns(documents))
+                    for part in zip(*((ids[:-1], ids[1:], mask[1:]) for ids, mask in documents)))
     return x, y, weight.float(), None
 
 
@@ -795,12 +819,10 @@ class Forks(NamedTuple):
 
 def fork(groups, device="cpu", whole=False):
     """[(prompt ids, [answer ids, …]), …] -> Forks. whole: also run over each answer's last token, where a score is read."""
-    def packed(rows):
-        return torch.tensor([sum(rows, [])], dtype=torch.long, device=device), torch.tensor([0, *map(len, rows)]).cumsum(0)
-    x1, borders1 = packed([prompt[:-1] for prompt, _ in groups])
     pairs = [(prompt, answer) for prompt, answers in groups for answer in answers]
-    x2, borders2 = packed([prompt[-1:] + (answer if whole else answer[:-1]) for prompt, answer in pairs])
-    y2, _ = packed([answer + [0] * whole for _, answer in pairs])
+    x1, borders1 = packed([prompt[:-1] for prompt, _ in groups], device)
+    x2, borders2 = packed([prompt[-1:] + (answer if whole else answer[:-1]) for prompt, answer in pairs], device)
+    y2, _ = packed([answer + [0] * whole for _, answer in pairs], device)
     owner = [i for i, (_, answers) in enumerate(groups) for _ in answers]
     row = torch.arange(len(pairs)).repeat_interleave(borders2.diff()).to(device)
     return Forks(x1, borders1, torch.tensor(owner, device=device), x2, y2, borders2, row)
@@ -901,43 +923,41 @@ def load_to_tune(cfg, run, score=False):
     return model
 
 
+def is_safetensors(path):
+    return Path(path).suffix in (".safetensors", ".st")
+
+
 def read_metadata(path):
     """The {str: str} that a .safetensors file carries beside its tensors; {} for a .pth."""
-    if Path(path).suffix not in (".safetensors", ".st"):
+    if not is_safetensors(path):
         return {}
-    from safetensors import safe_open
     with safe_open(path, "pt") as f:
         return f.metadata() or {}
 
 
 def read_weights(path):
     """{name: tensor} of a `.pth` or `.safetensors` file."""
-    if Path(path).suffix not in (".safetensors", ".st"):
-        weights = common.load_torch(path)
-        if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
-            raise UserError(f"{path} is not a file of weights (a flat dict of tensors); "
-                            "last.pt is for resuming, rwkv-*.pth holds weights")
-        return weights
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} cannot be read as safetensors ({e})") from e
+    if is_safetensors(path):
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{path} cannot be read as safetensors ({e})") from e
+    weights = common.load_torch(path)
+    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        raise UserError(f"{path} is not a file of weights (a flat dict of tensors); "
+                        "last.pt is for resuming, rwkv-*.pth holds weights")
+    return weights
 
 
 def write_weights(weights, path, metadata=None):
     """`.pth` or `.safetensors` by the path's ending, atomically. metadata {str: str}: .safetensors only."""
-    if Path(path).suffix in (".safetensors", ".st"):
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-        with common.atomic_write(path) as tmp:
-            try:
-                save_file(weights, tmp, metadata)
-            except SafetensorError as e:
-                raise OSError(errno.EIO, str(e)) from e
-    else:
-        common.save_torch(weights, path)
+    if not is_safetensors(path):
+        return common.save_torch(weights, path)
+    with common.atomic_write(path) as tmp:
+        try:
+            save_file(weights, tmp, metadata)
+        except SafetensorError as e:
+            raise OSError(errno.EIO, str(e)) from e
 
 
 def write_state(state, path, **about):
@@ -952,18 +972,17 @@ def write_state(state, path, **about):
 def read_state(path, config=None):
     """A state file -> (state [L, 1, …], what the .json beside it says or {}). With `config`, an error unless it fits."""
     weights, about = read_weights(path), {}
-    L = len(weights)
-    sizes = sorted({tuple(w.shape) for w in weights.values()})
-    if set(weights) != {f"blocks.{i}.att.time_state" for i in range(L)} or len(sizes) != 1 or len(sizes[0]) != 3 or \
-            sizes[0][1] != sizes[0][2]:
+    names, sizes = [f"blocks.{i}.att.time_state" for i in range(len(weights))], {w.shape for w in weights.values()}
+    L, size = len(names), [*next(iter(sizes), ())]
+    if set(weights) != set(names) or len(sizes) != 1 or len(size) != 3 or size[1] != size[2]:
         raise UserError(f"{path} is not a tuned state: expected blocks.{{i}}.att.time_state [H, N, N] for each layer and "
                         f"nothing else; it has {L} tensors, {', '.join(list(weights)[:2])} …"
                         + ("; it looks like a whole model: give it as the model" if "emb.weight" in weights else ""))
-    H, N, _ = sizes[0]
+    H, N, _ = size
     if config and (L, H, N) != (have := (config.n_layer, config.n_embd // config.head_size, config.head_size)):
         raise UserError(f"{path} is a state of another model: {L} layers, {H} heads of {N}; "
                         f"this one has {have[0]} layers, {have[1]} heads of {have[2]}")
-    wkv = torch.stack([weights[f"blocks.{i}.att.time_state"].float() for i in range(L)])[:, None]
+    wkv = torch.stack([weights[name].float() for name in names])[:, None]
     with contextlib.suppress(FileNotFoundError):
         about = json.loads(Path(path).with_suffix(".json").read_text())
     shifts = {key: torch.tensor(about.pop(key, [[0.0] * H * N] * L))[:, None] for key in ("att_shift", "ffn_shift")}

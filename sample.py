@@ -12,6 +12,7 @@ that everything else uses too. No compiler is needed, and a CPU is enough.
 """
 import contextlib
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field, fields
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import common
 import prepare
 from common import UserError
-from model import base_of, load_model, read_state, write_state
+from model import base_of, load_model, packed, read_state, write_state
 
 PREFILL = 4096  # prompt tokens read at a time: bounds the memory of long and of many prompts
 TURNS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")  # a reply that begins another turn is over
@@ -127,18 +128,14 @@ def prefill(model, prompts, state=None):
     Short prompts are read together, packed end to end; a long one in pieces that hand the state on.
     """
     check_ids(model, prompts)
-    state = state or model.initial_state(len(prompts))
-    device = model.emb.weight.device
+    state, device = state or model.initial_state(len(prompts)), model.emb.weight.device
     logits, states = [], []
     for i, j in spans(list(map(len, prompts)), len(prompts)):
-        s = {k: v[:, i:j] for k, v in state.items()}
-        if j == i + 1:
-            for at in range(0, len(prompts[i]), PREFILL):
-                out, s = model(torch.tensor([prompts[i][at:at + PREFILL]], device=device), s, last_only=True)
-        else:
-            borders = torch.tensor([0, *map(len, prompts[i:j])]).cumsum(0)
-            ids = torch.tensor([[t for ids in prompts[i:j] for t in ids]], device=device)
+        s, (ids, borders) = {k: v[:, i:j] for k, v in state.items()}, packed(prompts[i:j], device)
+        if j > i + 1:
             out, s = model(ids, s, cu_seqlens=borders, last_only=True)
+        for piece in ids.split(PREFILL, 1) if j == i + 1 else ():
+            out, s = model(piece, s, last_only=True)
         logits.append(out[:, 0])
         states.append(s)
     return torch.cat(logits), {k: torch.cat([s[k] for s in states], 1) for k in state}
@@ -188,18 +185,17 @@ def pick(logits, u, temperature, top_p=1.0, top_k=0, min_p=0.0, changed=None):
     return ids, logp.gather(-1, ids[:, None])[:, 0]
 
 
-def check_options(model, o, limits, stop_ids, logit_bias, tokenizer):
-    for name, value, fits, want in (
-            ("n", o.n, o.n >= 1, "a number above 0"), ("max_new_tokens", min(limits, default=1), min(limits, default=1) >= 1, "a number above 0"),
-            ("temperature", o.temperature, 0 <= o.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_p", o.top_p, 0 < o.top_p <= 1, "above 0, at most 1 (all)"), ("top_k", o.top_k, o.top_k >= 0, "0 (all) or more"),
-            ("min_p", o.min_p, 0 <= o.min_p <= 1, "a share from 0 to 1"),
-            ("penalty_decay", o.penalty_decay, 0 <= o.penalty_decay <= 1, "0 to 1"),
-            ("repetition_penalty", o.repetition_penalty, o.repetition_penalty > 0, "above 0; 1 = none"),
-            ("batch_size", o.batch_size, o.batch_size is None or o.batch_size >= 1, "a number above 0, or none"),
-            ("seed", o.seed, o.seed is None or o.seed >= 0, "0 or more, or none")):
-        if not fits:
-            raise UserError(f"{name}={value}: expected {want}")
+def check_options(model, o, stop_ids, logit_bias, tokenizer):
+    least, most = math.ulp(0.0), sys.float_info.max  # above 0, below infinity
+    for name, low, high, want in (
+            ("n", 1, most, "a number above 0"), ("max_new_tokens", 1, most, "a number above 0"),
+            ("temperature", 0, most, "0 (greedy) or more"), ("top_p", least, 1, "above 0, at most 1 (all)"),
+            ("top_k", 0, most, "0 (all) or more"), ("min_p", 0, 1, "a share from 0 to 1"), ("penalty_decay", 0, 1, "0 to 1"),
+            ("repetition_penalty", least, most, "above 0; 1 = none"), ("batch_size", 1, most, "a number above 0, or none"),
+            ("seed", 0, most, "0 or more, or none")):
+        for value in getattr(o, name) if name == "max_new_tokens" else [getattr(o, name)]:
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name}={value}: expected {want}")
     for name, ids in (("stop_ids", stop_ids), ("logit_bias", logit_bias)):
         if wrong := [i for i in ids if not 0 <= i < model.config.vocab_size]:
             raise UserError(f"{name}: {wrong[0]} is not an id of this model; they go from 0 to {model.config.vocab_size - 1}")
@@ -285,9 +281,9 @@ def stream(model, prompts, *, logit_bias=None, stop_ids=None, tokenizer=None, st
     model, o = getattr(model, "module", model), Sampling(**sampling)
     o.stop = (o.stop,) if isinstance(o.stop, str) else tuple(o.stop)
     stop_ids = {tokenizer.end_id} if stop_ids is None and tokenizer else set(stop_ids or ())
-    limits = [o.max_new_tokens] * len(prompts) if isinstance(o.max_new_tokens, int) else list(o.max_new_tokens)
+    o.max_new_tokens = [o.max_new_tokens] * len(prompts) if isinstance(o.max_new_tokens, int) else list(o.max_new_tokens)
     indices = range(len(prompts)) if indices is None else indices
-    check_options(model, o, limits, stop_ids, logit_bias or {}, tokenizer)
+    check_options(model, o, stop_ids, logit_bias or {}, tokenizer)
     check_ids(model, prompts)
     if state and (given := state["wkv"].shape[1]) not in (1, len(prompts)):
         raise UserError(f"state has {given} rows for {len(prompts)} prompts; give one row for all, or one for each")
@@ -307,7 +303,8 @@ def stream(model, prompts, *, logit_bias=None, stop_ids=None, tokenizer=None, st
                     held = held or {k: v.new_zeros(len(v), slots, *v.shape[1:]) for k, v in s.items()}
                     for k in held:
                         held[k][:, slot] = s[k]
-                    rows[slot] = (p * o.n + sample, limits[p], np.random.default_rng((seed, indices[p], sample)), Completion())
+                    rows[slot] = (p * o.n + sample, o.max_new_tokens[p],
+                                  np.random.default_rng((seed, indices[p], sample)), Completion())
                     if penalties:
                         penalties.start(slot, prompts[p])
             elif any(rows):
@@ -366,22 +363,19 @@ def score_choices(model, prompts, choices, *, state=None, temperature=1.0, per_t
     check_ids(model, [ids for options in choices for ids in options], "choice")
     with inference(model):
         for i, j in spans(list(map(len, prompts)), most):
-            rows = state and {k: v if v.shape[1] == 1 else v[:, i:j] for k, v in state.items()}
-            rows = rows and {k: v.expand(-1, j - i, *v.shape[2:]).to(device) for k, v in rows.items()}
+            rows = state and {k: (v[:, i:j] if v.shape[1] > 1 else v.expand(-1, j - i, *v.shape[2:])).to(device)
+                              for k, v in state.items()}
             logits, s = prefill(model, prompts[i:j], rows)
             first = (logits.float() / temperature).log_softmax(-1)
             flat = [(p, ids) for p in range(j - i) for ids in choices[i + p]]
             scores = [[first[p, ids[0]].item()] for p, ids in flat]
             for a, b in spans([len(ids) for _, ids in flat], most):
-                cu = torch.tensor([0, *(len(ids) - 1 for _, ids in flat[a:b])]).cumsum(0)
-                if cu[-1] == 0:
+                (x, cu), (y, _) = (packed([ids[cut] for _, ids in flat[a:b]], device) for cut in (slice(-1), slice(1, None)))
+                if x.shape[1] == 0:
                     continue
-                x, y = (torch.tensor([[t for _, ids in flat[a:b] for t in ids[cut]]], device=device)
-                        for cut in (slice(-1), slice(1, None)))
                 fork = {k: v[:, [p for p, _ in flat[a:b]]] for k, v in s.items()}
-                logps = model.token_logprobs(x, y, fork, cu_seqlens=cu, temperature=temperature)[0].tolist()
-                for at in range(a, b):
-                    scores[at] += logps[cu[at - a]:cu[at - a + 1]]
+                logps = model.token_logprobs(x, y, fork, cu_seqlens=cu, temperature=temperature)[0].split(cu.diff().tolist())
+                scores[a:b] = [head + more.tolist() for head, more in zip(scores[a:b], logps)]
             mine = iter(scores if per_token else map(sum, scores))
             out += [[next(mine) for _ in choices[p]] for p in range(i, j)]
     return out
@@ -414,20 +408,18 @@ def show_answers(model, documents, tokenizer, n, off=False):
 def load(cfg):
     """-> (model, tokenizer, {name: state or None}, the model's file) of the command line. cfg.model may also be a LoRA; it
     and a state say themselves which model they belong to."""
-    states, abouts = {}, {}
-    for path in cfg.state or ("none",):
-        states[path], abouts[path] = (None, {}) if path == "none" else read_state(path)
-    path, about = next((item for item in abouts.items() if item[1]), (next(iter(abouts)), {}))
+    found = {path: (None, {}) if path == "none" else read_state(path) for path in cfg.state or ("none",)}
+    path, about = next(((path, about) for path, (_, about) in found.items() if about), (next(iter(found)), {}))
     weights = cfg.model or base_of("" if path == "none" else path, about)
     if Path(weights).is_dir():
         raise UserError(f"{weights} is a folder; give a file in it: --model={weights}/rwkv-final.pth")
     device, dtype = common.pick_device(cfg)
     model, of_model = load_model(weights, device, dtype)
-    for name, says in abouts.items():
-        if states[name]:
-            states[name] = {k: v.to(device) for k, v in read_state(name, model.config)[0].items()}  # now checked
-            if says.get("fingerprint") not in (None, model.fingerprint()):
-                print(f"warning: {name} was tuned on {says.get('model')}, and {weights} has other weights", file=sys.stderr)
+    states = {name: state and {k: v.to(device) for k, v in read_state(name, model.config)[0].items()}  # now checked
+              for name, (state, _) in found.items()}
+    for name, (_, says) in found.items():
+        if says.get("fingerprint") not in (None, model.fingerprint()):
+            print(f"warning: {name} was tuned on {says.get('model')}, and {weights} has other weights", file=sys.stderr)
     where, says = (weights, of_model) if of_model else (path, about) if about.get("tokenizer") else (weights, {})
     tokenizer = prepare.tokenizer_of(where, model.config.vocab_size, cfg.tokenizer, says)
     return model.eval(), tokenizer, states, weights
@@ -470,8 +462,8 @@ def print_stream(pieces, tokenizer, stop=()):
 
 def chat(model, tokenizer, cfg, options, state=None):
     """Turns in, turns out. The state behind the conversation so far is kept; only what is new is read."""
-    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    read = 0
+    messages, read = [{"role": "system", "content": cfg.system}] if cfg.system else [], 0
+    options = {**options, "stop": TURNS + cfg.stop}
     while True:
         try:
             line = input("User: ").strip()
@@ -484,7 +476,7 @@ def chat(model, tokenizer, cfg, options, state=None):
         _, state = prefill(model, [ids[read:-1]], state)
         read = len(ids) - 1
         print("\nAssistant:", end="", flush=True)
-        c = print_stream(stream(model, [ids[-1:]], state=state, **{**options, "stop": TURNS + cfg.stop}), tokenizer, TURNS + cfg.stop)
+        c = print_stream(stream(model, [ids[-1:]], state=state, **options), tokenizer, options["stop"])
         print()
         messages.append({"role": "assistant", "content": c.text.strip() or "…"})
 
@@ -553,7 +545,8 @@ def main(cfg):
             print_stream(stream(model, prompts, state=state, **options), tokenizer, cfg.stop)
             continue
         for i, c in enumerate(generate(model, prompts, n=cfg.n, state=state, **options)):
-            print(f"--- prompt {i // cfg.n + 1}, sample {i % cfg.n + 1}, {c.finish_reason}\n{texts[i // cfg.n]}{c.text}", flush=True)
+            p, sample = divmod(i, cfg.n)
+            print(f"--- prompt {p + 1}, sample {sample + 1}, {c.finish_reason}\n{texts[p]}{c.text}", flush=True)
 
 
 if __name__ == "__main__":
