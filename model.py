@@ -380,7 +380,7 @@ class ScoreTokens(torch.autograd.Function):
       d logp_y / dz = onehot(y) - p          d entropy / dz = -p (log p + entropy)
     l2wrap (upstream's L2Wrap, 1e-4): pulls the largest logit down by l2wrap * its value for each unit of d loss / d logp,
     which keeps logits from drifting in bf16; it changes the gradient and never the loss.
-    known: a list, filled by the first run; one that is recomputed takes its results from there.
+    known: a list, filled by the first run; a second one, of a checkpoint, takes its results from there.
     """
 
     @staticmethod
@@ -544,6 +544,7 @@ class RWKV(nn.Module):
         return TokenScores(*(s.view(targets.shape) for s in scores)), state
 
     def _in_chunks(self, idx, state, cu_seqlens, targets, chunk_len, **options):
+        """forward's chunk_len. `known` keeps a chunk's scores: its second run, in backward, does without the head."""
         parts = []
         for a, b, cu in pieces(idx.shape[1], cu_seqlens, chunk_len):
             # the last chunk is the first in backward: its activations may stay
@@ -613,7 +614,8 @@ class RWKV(nn.Module):
                 raise UserError(f"extra={part!r}: no parameter has that in its name")
             for name, p in hits:
                 p.data, p.requires_grad = fp32(p.data), True
-                self.base.append((*self.place(name), nn.Parameter(p.detach().clone(), False)))
+                module, _, leaf = name.rpartition(".")
+                self.base.append((self.get_submodule(module), leaf, nn.Parameter(p.detach().clone(), False)))
         self.lora = dict(r=r, alpha=alpha, rslora=rslora, dropout=dropout)
 
     @contextlib.contextmanager
@@ -655,8 +657,8 @@ class RWKV(nn.Module):
         """An official x060 or x070 file, `.pth` or `.safetensors`. Version and every dimension come from the tensors.
 
         Vectors may be 1 x 1 x C or C, layer 0's v0/v1/v2 there or not. What is missing, extra or misshapen is named.
-        Tensors are taken over one by one, so that the peak is about the model's own size. weights: of a file that has been
-        read, emptied here.
+        Tensors are converted one by one, so that the peak is about the model's own size. weights: of a file that has been
+        read; converted in place.
         """
         weights = read_weights(path) if weights is None else weights
         config = config_of(weights, path)
@@ -664,26 +666,23 @@ class RWKV(nn.Module):
             model = RWKV(config)
             if "score.weight" in weights:
                 model.add_score()
-        missing, misshapen = [], []
-        for name, p in list(model.named_parameters()):
+        expected, misshapen = {name: p.shape for name, p in model.named_parameters()}, []
+        for name, shape in expected.items():
             if name in NEVER_TRAINED and name not in weights:
-                weights[name] = init_parameter(name, torch.empty(p.shape), config)
-            w = weights.pop(name, None)
-            if w is None:
-                missing.append(name)
-                continue
+                weights[name] = init_parameter(name, torch.empty(shape), config)
+            w = weights.get(name)
             # only 1-sized axes may differ: [C] and [1, 1, C] are one vector, [C, R] and [R, C] are not one matrix
-            if [n for n in w.shape if n > 1] != [n for n in p.shape if n > 1]:
-                misshapen.append(f"{name} is {list(w.shape)}, expected {list(p.shape)}")
-                continue
-            w = w.to(device=device, dtype=torch.float32 if name == "score.weight" else dtype).reshape(p.shape)
-            module, leaf = model.place(name)
-            setattr(module, leaf, nn.Parameter(w, requires_grad=p.requires_grad))
-        for what, names in (("missing", missing), ("misshapen", misshapen), ("extra", list(weights))):
+            if w is not None and [n for n in w.shape if n > 1] != [n for n in shape if n > 1]:
+                misshapen.append(f"{name} is {list(w.shape)}, expected {list(shape)}")
+            elif w is not None:
+                weights[name] = w.to(device=device, dtype=torch.float32 if name == "score.weight" else dtype).reshape(shape)
+        missing, extra = [name for name in expected if name not in weights], [name for name in weights if name not in expected]
+        for what, names in (("missing", missing), ("misshapen", misshapen), ("extra", extra)):
             if names:
                 raise UserError(f"{path}: read as {config.version} with {config.n_layer} layers of width {config.n_embd}, "
                                 f"but {len(names)} tensors are {what}: {'; '.join(names[:5])}"
                                 + (" …" if len(names) > 5 else "") + "; is this a whole, unmodified model file?")
+        model.load_state_dict(weights, assign=True)
         return model
 
     def save_pretrained(self, path, dtype=None):
@@ -694,11 +693,6 @@ class RWKV(nn.Module):
     def base_weights(self):
         """(official name, tensor) of every weight, without adapter and tuned state."""
         return [(name, p) for name, p in self.named_parameters() if ".lora_" not in name and not name.startswith("tuned.")]
-
-    def place(self, name):
-        """The module that the parameter of this name belongs to, and what it is called there."""
-        module, _, leaf = name.rpartition(".")
-        return self.get_submodule(module), leaf
 
     def fingerprint(self):
         """Hexadecimal digest of the weights as bfloat16, without adapter, tuned state and scalar head: the same whatever the

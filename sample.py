@@ -89,8 +89,7 @@ class Completion:
 def inference(model):
     """Dropout off, and single tokens in C++ if it is built; afterwards every module is as it was."""
     training, model.step = [m for m in model.modules() if m.training], model.stepper()
-    for m in training:
-        m.training = False
+    model.eval()
     try:
         yield
     finally:
@@ -186,16 +185,16 @@ def pick(logits, u, temperature, top_p=1.0, top_k=0, min_p=0.0, changed=None):
 
 
 def check_options(model, o, stop_ids, logit_bias, tokenizer):
-    least, most = math.ulp(0.0), sys.float_info.max  # above 0, below infinity
+    above_0, finite = math.ulp(0.0), sys.float_info.max
     for name, low, high, want in (
-            ("n", 1, most, "a number above 0"), ("max_new_tokens", 1, most, "a number above 0"),
-            ("temperature", 0, most, "0 (greedy) or more"), ("top_p", least, 1, "above 0, at most 1 (all)"),
-            ("top_k", 0, most, "0 (all) or more"), ("min_p", 0, 1, "a share from 0 to 1"), ("penalty_decay", 0, 1, "0 to 1"),
-            ("repetition_penalty", least, most, "above 0; 1 = none"), ("batch_size", 1, most, "a number above 0, or none"),
-            ("seed", 0, most, "0 or more, or none")):
-        for value in getattr(o, name) if name == "max_new_tokens" else [getattr(o, name)]:
-            if value is not None and not low <= value <= high:
-                raise UserError(f"{name}={value}: expected {want}")
+            ("n", 1, finite, "a number above 0"), ("max_new_tokens", 1, finite, "a number above 0"), ("min_p", 0, 1, "0 to 1"),
+            ("temperature", 0, finite, "0 (greedy) or more"), ("top_p", above_0, 1, "above 0, at most 1 (all)"),
+            ("top_k", 0, finite, "0 (all) or more"), ("repetition_penalty", above_0, finite, "above 0; 1 = none"),
+            ("penalty_decay", 0, 1, "0 to 1"), ("batch_size", 1, finite, "a number above 0, or none"),
+            ("seed", 0, finite, "0 or more, or none")):
+        value = min(o.max_new_tokens, default=1) if name == "max_new_tokens" else getattr(o, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{name}={value}: expected {want}")
     for name, ids in (("stop_ids", stop_ids), ("logit_bias", logit_bias)):
         if wrong := [i for i in ids if not 0 <= i < model.config.vocab_size]:
             raise UserError(f"{name}: {wrong[0]} is not an id of this model; they go from 0 to {model.config.vocab_size - 1}")
