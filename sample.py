@@ -426,20 +426,16 @@ def load(cfg):
 
 def read_prompts(path, column="prompt", kinds=str):
     """-> [(row, prompt)]: of a .jsonl file every line and what it has in `column`; of another file the line itself."""
-    if not Path(path).is_file():
+    if Path(path).suffix == ".jsonl":
+        rows = prepare.read_jsonl(path, f'{{"{column}": "…"}}')
+    elif Path(path).is_file():
+        rows = [(path, {column: line.rstrip("\r")}) for line in prepare.read_text(path).split("\n") if line.strip()]
+    else:
         raise UserError(f"{path} does not exist; --prompts wants a file with a prompt a line, batch one of JSON rows")
     out = []
-    for number, line in enumerate(prepare.read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        row = {column: line.rstrip("\r")}
-        if Path(path).suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                row = None
-        if not isinstance(row, dict) or not isinstance(row.get(column), kinds):
-            raise UserError(f'{path}:{number}: expected {{"{column}": "…"}}, got {line[:60]!r}')
+    for where, row in rows:
+        if not isinstance(row.get(column), kinds):
+            raise UserError(f'{where}: expected {{"{column}": "…"}}')
         out.append((row, row[column]))
     return out
 
