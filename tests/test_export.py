@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import export
 import prepare
 from common import UserError
-from model import RWKV
+from model import RWKV, read_metadata, read_weights, write_weights
 from test_model import RANKS, random_model
 
 IDX = torch.randint(0, 320, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -42,7 +42,9 @@ def lora(model, path, **options):
         for name, p in model.named_parameters():
             if p.requires_grad:
                 p += 0.05 * torch.randn_like(p)
-    model.save_adapter(path)
+    written = model.save_tuned(path.parent, "trained")
+    write_weights(read_weights(written), path, read_metadata(written))  # a .pth carries no metadata
+    written.unlink()
     return model
 
 
