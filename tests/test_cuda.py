@@ -263,8 +263,9 @@ def test_on_a_machine_without_cuda():
     asks = torch.compile(lambda x: x + 1 if cuda_seq.unavailable() else x, fullgraph=True, backend="eager")
     assert asks(torch.zeros(1)) == 1  # a constant to torch.compile, not a build to trace
     inputs, *_ = make("wkv7", 1)
-    with pytest.raises(ValueError, match="r is on cpu, not cuda"):
+    with pytest.raises(RuntimeError, match="no CUDA device"):
         OPS["wkv7"](*inputs)
+    assert wkv_cuda._unsupported(cuda_seq, inputs) == "r is on cpu, not cuda"
 
 
 @pytest.fixture

@@ -71,10 +71,10 @@ def _run(version, backend, named, state, cu_seqlens):
     if backend == "naive":
         return naive(version, inputs, state, cu_seqlens)
     form = FORMS[backend]
-    if form is not chunked and (wrong := _unsupported(form, inputs)):
-        raise ValueError(f"backend {backend!r}: {wrong}")
     if form is not chunked and (missing := form.unavailable()):
         raise RuntimeError(f"backend {backend!r}: {missing}")
+    if form is not chunked and (wrong := _unsupported(form, inputs)):
+        raise ValueError(f"backend {backend!r}: {wrong}")
     return form.wkv(version, inputs, state, cu_seqlens)
 
 
