@@ -232,8 +232,8 @@ def render_row(row, tokenizer, last_reply_only=False):
     if isinstance(text, list):
         if not isinstance(mask, list) or len(mask) != len(text) or not all(isinstance(i, int) and i >= 0 for i in text) or \
                 not all(m in (0, 1) for m in mask):
-            raise UserError(f'"text" has {len(text)} ids, "mask" {len(mask) if isinstance(mask, list) else "none"}; they go in pairs, '
-                            "ids >= 0 with 0 or 1")
+            raise UserError(f'"text" has {len(text)} ids, "mask" {len(mask) if isinstance(mask, list) else "none"}; they '
+                            "go in pairs, ids >= 0 with 0 or 1")
         return text, [int(m) for m in mask]
     if isinstance(text, str):
         ids = [*tokenizer.encode(text), tokenizer.end_id]
@@ -509,9 +509,6 @@ def read_json(path):
         raise UserError(f"{path} is not JSON; mend or remove it") from None
 
 
-DOCUMENT = '{"text": "..."}; mend it, or leave such lines out with --skip_bad'
-
-
 def list_files(inputs):
     """-> [(path, named)]. A file that the user named must be text; one that a folder brought may be left out."""
     files = []
@@ -530,13 +527,6 @@ def list_files(inputs):
     return files
 
 
-def text_of(row):
-    if not isinstance(row.get("text"), str):
-        raise UserError(f"got {row!r:.60}, expected {DOCUMENT}")
-    row["text"].encode()  # fails for half of a surrogate pair
-    return row["text"]
-
-
 def read_documents(files, skip_bad, skipped):
     """Yield (where, text) of every document. skipped: Counter of what was left out."""
     for path, named in files:
@@ -551,8 +541,15 @@ def read_documents(files, skip_bad, skipped):
 
 
 def read_file(path, named, skipped, skipped_lines):
+    shape = '{"text": "..."}; mend it, or leave such lines out with --skip_bad'
+
+    def text_of(row):
+        if not isinstance(row.get("text"), str):
+            raise UserError(f"got {row!r:.60}, expected {shape}")
+        row["text"].encode()  # fails for half of a surrogate pair
+        return row["text"]
     if str(path).startswith("hf:") or path.suffix == ".jsonl":
-        yield from read_jsonl(path, DOCUMENT, text_of, skipped_lines)
+        yield from read_jsonl(path, shape, text_of, skipped_lines)
     elif path.suffix == ".npy":
         for number, row in enumerate(np.atleast_2d(np.load(path, mmap_mode="r", allow_pickle=False))):
             yield f"{path}, row {number}", " ".join(map(str, row.tolist()))
@@ -721,7 +718,8 @@ def pairs(cfg):
     """Read preferences as training would, and print what they are."""
     rows = read_preferences(cfg.file, load_tokenizer(cfg.tokenizer), cfg.ctx_len)
     mean = lambda lengths: f"{sum(lengths) / len(lengths):,.1f}"  # noqa: E731
-    two, prompts, answers = [r for r in rows if not r.scores], [len(r.prompt) for r in rows], [len(a) for r in rows for a in r.answers]
+    prompts, answers = [len(r.prompt) for r in rows], [len(a) for r in rows for a in r.answers]
+    two = [r for r in rows if not r.scores]
     print(f"{cfg.file}: {len(two):,} pairs, {len(rows) - len(two):,} rows of scored answers; prompts {mean(prompts)} tokens on "
           f"average, the longest {max(prompts):,}; answers {mean(answers)}, the longest {max(answers):,}")
     if two:

@@ -26,7 +26,8 @@ class Chunks:
 
     def __init__(self, shape, cu_seqlens, L, device):
         self.shape, self.L, self.device, n_tokens = shape, L, device, shape[0] * shape[1]
-        starts = torch.arange(shape[0] + 1) * shape[1] if cu_seqlens is None else torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
+        self.whole = cu_seqlens is None  # rows of one length: their chunks are a view, and no gather
+        starts = torch.arange(shape[0] + 1) * shape[1] if self.whole else torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
         lengths = starts.diff()
         order = torch.argsort(lengths, descending=True, stable=True)
         n = -(-lengths[order] // L)
@@ -41,14 +42,19 @@ class Chunks:
 
     def split(self, x):
         """[B, T, H, N] -> [Q, L, N]"""
-        H, N = x.shape[2:]
-        x = torch.cat([x.flatten(0, 1), x.new_zeros(1, H, N)])[self.index]
-        return x.view(-1, self.L, H, N).transpose(1, 2).reshape(-1, self.L, N)
+        B, T, H, N = x.shape
+        if self.whole:
+            x = F.pad(x, (0, 0, 0, 0, 0, -T % self.L)).view(B, -1, self.L, H, N).permute(1, 0, 3, 2, 4)
+        else:
+            x = torch.cat([x[0], x.new_zeros(1, H, N)])[self.index].view(-1, self.L, H, N).transpose(1, 2)
+        return x.reshape(-1, self.L, N).contiguous()
 
     def join(self, x):
         """[Q, L, N] -> [B, T, H, N]"""
-        H, N = self.shape[2:]
-        return x.view(-1, H, self.L, N).transpose(1, 2).reshape(-1, H, N)[self.back].view(self.shape)
+        B, T, H, N = self.shape
+        if self.whole:
+            return x.view(-1, B, H, self.L, N).permute(1, 0, 3, 2, 4).reshape(B, -1, H, N)[:, :T]
+        return x.view(-1, H, self.L, N).transpose(1, 2).reshape(-1, H, N)[self.back][None]
 
     def segments(self, H):
         """Consecutive chunk steps, [[(first chunk-head, end), …], …], enough of them for a good matrix product and few
