@@ -10,6 +10,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -53,13 +54,15 @@ def load(path, command, sources, build=True):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if library := there():
                 return library, None
-            say(f"compiling the recurrence, once; it is kept as {path}")
+            say("compiling the recurrence, once")
+            start = time.time()
             files = [str(source) for source in sources if source.suffix in (".cpp", ".cu")]
             done = subprocess.run([*command, *files, "-o", new], capture_output=True, text=True)
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"{command[0]} failed"]
                 return None, next((line for line in lines if "error" in line), lines[-1])[:300]
             os.replace(new, path)
+            say(f"compiled in {time.time() - start:.0f} s; kept as {path}")
             return ctypes.CDLL(str(path)), None
     except OSError as error:
         return None, str(error)
