@@ -9,6 +9,7 @@ import functools
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 import torch
