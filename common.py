@@ -1,4 +1,4 @@
-"""Run plumbing shared by every script: config reading, processes and devices, schedule, atomic files, metrics.
+"""Run plumbing shared by every script: config, processes and devices, schedule, atomic files, a run's folder, metrics.
 
 Functions, and one class that writes metrics: nothing here knows the network or a method, no training loop hides here.
 """
@@ -16,8 +16,10 @@ import sys
 import time
 import types
 import typing
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Callable, Literal
 
 import numpy as np
 import torch
@@ -30,6 +32,57 @@ class UserError(Exception):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # config: defaults < files, left to right < flags
+
+@dataclass
+class RunConfig:
+    """The fields of every training script. Each says there what its own defaults are, and what a batch counts."""
+    # data and model
+    data: str = ""                   # training data
+    val_data: str = ""               # the same for validation; empty = none
+    tokenizer: str = ""              # name or file; empty = what the model's folder says, or World if it has 65536 ids
+    init_from: str = ""              # weights to start from (.pth, .safetensors)
+    # run
+    out_dir: str = "out/run"         # folder for weights or adapters, last.pt, config.json, metrics
+    resume: bool = False             # go on from out_dir/last.pt
+    seed: int = 42                   # of the data order, and of weights or an adapter that are fresh
+    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto = bfloat16 on CUDA, else float32
+    # batch
+    micro_bsz: int = 8               # samples per process and backward pass: lower it when memory runs out
+    global_bsz: int = 32             # samples per optimiser step, over all processes; accumulation follows from it
+    ctx_len: int = 4096              # longest sample in tokens
+    # optimiser
+    lr: float = 1e-5                 # peak learning rate
+    lr_final: float = 1e-6           # learning rate at the end of the cosine
+    warmup_steps: int = 10           # steps from 0.01 lr to lr
+    max_steps: int | None = None     # optimiser steps of the whole run; or give epochs
+    epochs: float | None = None      # passes over the data; one if neither is given
+    weight_decay: float = 0.0        # on the large matrices alone
+    beta1: float = 0.9               # AdamW
+    beta2: float = 0.99              # AdamW
+    adam_eps: float = 1e-18          # AdamW; upstream's value
+    grad_clip: float = 1.0           # largest gradient norm; 0 = no clipping
+    grad_cp: bool = False            # gradient checkpointing: less memory, about a third more time
+    # evaluation, saving, logging
+    eval_every: int = 100            # steps between validations; 0 = at the end only
+    save_every: int = 500            # steps between checkpoints; 0 = at the end only
+    log_every: int = 10              # steps between progress lines
+    keep_last: int = 2               # rwkv-<step>.pth, lora-<step>.safetensors or state-<step>.pth to keep; 0 = all
+    log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl and metrics.png
+
+
+@dataclass
+class TuneConfig(RunConfig):
+    """Besides, where `tune` has a choice."""
+    lora_r: int = 32                 # LoRA rank
+    lora_alpha: float = 64.0         # LoRA scale: alpha / r
+    lora_dropout: float = 0.0        # LoRA dropout
+    lora_rslora: bool = False        # scale alpha / sqrt(r)
+    lora_targets: tuple[str, ...] = ()  # matrices: key, att.key, ffn, head …; none = all of att and ffn
+    lora_extra: tuple[str, ...] = ()  # further parameters to train, by parts of their names: ln, x_ …
+    adapter: str = ""                # saved adapter or state to go on from
+    eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}; a function in the config file
+
 
 def load_config(cls, argv=None):
     """Read `[file.py ...] [--key=value ...]` into the dataclass `cls`.
@@ -120,18 +173,39 @@ def _one_line_errors(kind, error, traceback):
 # ---------------------------------------------------------------------------------------------------------------------
 # processes, devices
 
-@dataclasses.dataclass
+@dataclass
 class Run:
-    """Where this process runs. `owns_group`: this run made the process group and takes it down at its end."""
+    """Where this process runs."""
     rank: int
     world: int
     device: torch.device
     dtype: torch.dtype
-    owns_group: bool
 
     @property
     def main(self):
         return self.rank == 0
+
+
+def launch(main):
+    """Decorator: a script's `def main(cfg, run)` becomes `main(cfg)`, with device, dtype, seed and process group from `cfg`
+    and torchrun. A live process group is reused and left alone; one made here is taken down at the end."""
+    @functools.wraps(main)
+    def launched(cfg):
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device, dtype = pick_device(cfg)
+        owns_group = world > 1 and not dist.is_initialized()
+        if owns_group:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=24))  # a reward may take long; torchrun sees a process that dies
+        torch.manual_seed(cfg.seed)
+        print0(f"device: {device} x {world}, {str(dtype)[6:]}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+               + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""))
+        try:
+            return main(cfg, Run(rank, world, device, dtype))
+        finally:
+            if owns_group:
+                dist.destroy_process_group()
+    return launched
 
 
 def pick_device(cfg):
@@ -156,26 +230,6 @@ def pick_device(cfg):
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device, getattr(torch, dtype)
-
-
-def start(cfg):
-    """Process group (reused when one is live), device, dtype and seed from `cfg`; -> Run. End with `finish(run)`."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, dtype = pick_device(cfg)
-    owns_group = world > 1 and not dist.is_initialized()
-    if owns_group:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=24))  # a reward may take long; torchrun sees a process that dies
-    torch.manual_seed(cfg.seed)
-    if rank == 0:
-        print(f"device: {device} x {world}, {str(dtype)[6:]}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
-              + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""), flush=True)
-    return Run(rank, world, device, dtype, owns_group)
-
-
-def finish(run):
-    if run.owns_group and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def cpu_name():
@@ -204,11 +258,6 @@ def all_reduce(x):
 def all_sum(*values):
     """Sum python numbers or scalar tensors over all processes; -> list of float, in float64."""
     return all_reduce(torch.stack([torch.as_tensor(v).detach().cpu().double() for v in values])).tolist()
-
-
-def all_max(x):
-    """The largest of a number over all processes."""
-    return max(gather([float(x)]))
 
 
 def gather(items):
@@ -377,20 +426,73 @@ def load_torch(path, device="cpu"):
                         "truncated, or not a checkpoint") from e
 
 
-def prune(folder, pattern, keep):
-    """Delete all but the `keep` newest files `pattern` ('rwkv-*.pth', numbered by step); keep = 0 keeps all."""
-    numbered = [p for p in Path(folder).glob(pattern) if p.stem.rsplit("-", 1)[-1].isdigit()]
-    numbered.sort(key=lambda p: int(p.stem.rsplit("-", 1)[-1]))
-    for path in numbered[:-keep] if keep else []:
-        path.unlink()
-        path.with_suffix(".json").unlink(missing_ok=True)  # of a state
+@contextlib.contextmanager
+def figure(path):
+    """`with figure(path) as ax:` a PNG of one pair of axes, drawn without a screen."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4))
+    yield ax
+    with atomic_write(path) as tmp:
+        fig.savefig(tmp, format="png", dpi=120, bbox_inches="tight")
+    plt.close(fig)
 
 
-def open_out_dir(cfg, run, **resolved):
-    """Make out_dir and write config.json: every field of cfg, what was worked out from them, and the versions.
+# ---------------------------------------------------------------------------------------------------------------------
+# a run's folder: opened new or gone on from, saved to, closed
 
-    A folder that holds another run is refused unless resume is set, so that nothing is lost by a forgotten flag.
+def open_run(cfg, run, model, opt, max_steps, *, data_order, kept, tokenizer, write, plot):
+    """A new run in out_dir, or with --resume on from its last.pt.
+
+    data_order: besides seed and global_bsz, what the order of the data follows from; it must be the same on resume. kept:
+    what the method wants back then, {name: value in a new run}. tokenizer() writes the tokenizer and says what config.json
+    should; write(name) writes weights; plot: the series of metrics.png.
+    -> ({name: trained parameter}, kept, metrics, save(step, name=None): weights if named, last.pt and the plot)
     """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    same = dict(architecture=dataclasses.asdict(model.config), data_order=dict(seed=cfg.seed, global_bsz=cfg.global_bsz, **data_order))
+    last = resume(cfg, trained, opt, same)
+    kept = {name: last.get(name, value) for name, value in kept.items()}
+    open_out_dir(cfg, run, arch=same["architecture"], tokenizer=tokenizer, max_steps=max_steps)
+    metrics = Metrics(cfg, run, from_step=last.get("step", 0))
+
+    def save(step, name=None):
+        if name:
+            write(name)
+        if run.main:
+            save_torch(dict(step=step, model={n: p.detach() for n, p in trained.items()}, optimizer=opt.state_dict(),
+                            rng=torch.get_rng_state(), **same, **kept), Path(cfg.out_dir) / "last.pt")
+        metrics.plot(*plot)
+    return trained, kept, metrics, save
+
+
+@torch.no_grad()
+def resume(cfg, trained, opt, same):
+    """With cfg.resume: parameters, optimiser and random numbers as last.pt has them. -> all of it; {} in a new run. same:
+    {what: dict}; the first difference between then and now is an error."""
+    path = Path(cfg.out_dir) / "last.pt"
+    if not cfg.resume:
+        return {}
+    if not path.exists():
+        raise UserError(f"{path} does not exist, so there is nothing to resume; check --out_dir, or start without --resume")
+    last = load_torch(path)
+    then, now = ({n: list(p.shape) for n, p in ps.items()} for ps in (last["model"], trained))
+    for what, then, now in (*((what, last[what], now) for what, now in same.items()), ("set of trained parameters", then, now)):
+        for key in sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k)):
+            raise UserError(f"{path} has another {what.replace('_', ' ')}: {key} was {then.get(key)}, is {now.get(key)}; resume with "
+                            "the data and settings it was made with, or start a new run with --init_from in another --out_dir")
+    for name, p in trained.items():
+        p.copy_(last["model"][name])
+    opt.load_state_dict(last["optimizer"])
+    torch.set_rng_state(last["rng"])
+    print0(f"resumed {path} at step {last['step']}")
+    return last
+
+
+def open_out_dir(cfg, run, *, tokenizer, **resolved):
+    """Make out_dir and write config.json: every field of cfg, what was worked out from them, and the versions. A folder that
+    holds another run is refused unless resume is set, so that nothing is lost by a forgotten flag."""
     out = Path(cfg.out_dir)
     if run.main:
         if (out / "last.pt").exists() and not cfg.resume:
@@ -401,12 +503,16 @@ def open_out_dir(cfg, run, **resolved):
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"out_dir={out} cannot be made ({e.strerror}); choose another") from e
-        resolved = {key: value() if callable(value) else value for key, value in resolved.items()}
         with atomic_write(out / "config.json") as tmp:
-            tmp.write_text(json.dumps({**config_dict(cfg), **resolved, "processes": run.world, "torch": torch.__version__,
-                                       "compute_dtype": str(run.dtype)}, indent=1) + "\n")
-    if run.world > 1:
-        dist.barrier()
+            tmp.write_text(json.dumps({**config_dict(cfg), **resolved, "tokenizer": tokenizer(), "processes": run.world,
+                                       "torch": torch.__version__, "compute_dtype": str(run.dtype)}, indent=1) + "\n")
+    gather([])  # all wait for it
+
+
+def config_dict(cfg):
+    """cfg as primitives; a function is shown by its name."""
+    plain = (int, float, str, bool, type(None))
+    return {f.name: v if isinstance(v := getattr(cfg, f.name), plain) else _show(v) for f in dataclasses.fields(cfg)}
 
 
 def origin(cfg, model, tokenizer, folder=None, fingerprint=None):
@@ -419,50 +525,33 @@ def origin(cfg, model, tokenizer, folder=None, fingerprint=None):
     return dict(model=os.path.relpath(cfg.init_from, folder), fingerprint=fingerprint or model.fingerprint(), tokenizer=name)
 
 
-def config_dict(cfg):
-    """cfg as primitives; a function is shown by its name."""
-    plain = (int, float, str, bool, type(None))
-    return {f.name: v if isinstance(v := getattr(cfg, f.name), plain) else _show(v) for f in dataclasses.fields(cfg)}
+def prune(path, keep):
+    """Of the files numbered by step that `path` is one of ('rwkv-100.pth'), delete all but the `keep` newest; 0 keeps all."""
+    kind = Path(path).stem.split("-")[0]
+    numbered = {int(p.stem.split("-")[1]): p for p in Path(path).parent.glob(f"{kind}-*{Path(path).suffix}") if p.stem.split("-")[1].isdigit()}
+    for step in sorted(numbered)[:-keep] if keep else ():
+        numbered[step].unlink()
+        numbered[step].with_suffix(".json").unlink(missing_ok=True)  # of a state
 
 
-def check_same(what, saved, now, path):
-    """Error that names the first difference between a checkpoint's dict and this run's."""
-    for key in sorted(saved.keys() | now.keys()):
-        if saved.get(key) != now.get(key):
-            raise UserError(f"{path} has another {what}: {key} was {saved.get(key)}, is {now.get(key)}; resume with the data "
-                            "and settings it was made with, or start a new run with --init_from in another --out_dir")
+def end_step(cfg, save, done, max_steps, stop):
+    """The end of each step: the weights if it is the last, or save_every says so; after a signal last.pt, how to go on, and
+    the status that shells expect."""
+    if done == max_steps:
+        save(done, "final")
+    elif stop or cfg.save_every and done % cfg.save_every == 0:
+        save(done, str(done) if cfg.save_every and done % cfg.save_every == 0 else None)
+    if stop and done < max_steps:
+        print0(f"saved {Path(cfg.out_dir) / 'last.pt'} at step {done}/{max_steps}; go on with the same command and --resume")
+        sys.exit(130)
 
 
-def save_last(cfg, step, trained, opt, same, **more):
-    """out_dir/last.pt, everything that --resume needs. trained {name: parameter}; same {what: dict}: compared then."""
-    save_torch(dict(step=step, model={name: p.detach() for name, p in trained.items()}, optimizer=opt.state_dict(),
-                    rng=torch.get_rng_state(), **same, **more), Path(cfg.out_dir) / "last.pt")
-
-
-@torch.no_grad()
-def resume(cfg, trained, opt, same):
-    """With cfg.resume: parameters, optimiser and random numbers as save_last left them. -> what it kept; {} in a new run."""
-    path = Path(cfg.out_dir) / "last.pt"
-    if not cfg.resume:
-        return {}
-    if not path.exists():
-        raise UserError(f"{path} does not exist, so there is nothing to resume; check --out_dir, or start without --resume")
-    last = load_torch(path)
-    for what, now in same.items():
-        check_same(what.replace("_", " "), last[what], now, path)
-    check_same("set of trained parameters", *({n: list(p.shape) for n, p in ps.items()} for ps in (last["model"], trained)), path)
-    for name, p in trained.items():
-        p.copy_(last["model"][name])
-    opt.load_state_dict(last["optimizer"])
-    torch.set_rng_state(last["rng"])
-    print0(f"resumed {path} at step {last['step']}")
-    return last
-
-
-def stopped(cfg, done, max_steps):
-    """After a signal: say how to go on, and leave with the status that shells expect."""
-    print0(f"saved {Path(cfg.out_dir) / 'last.pt'} at step {done}/{max_steps}; go on with the same command and --resume")
-    sys.exit(130)
+def end_run(cfg, metrics, max_steps, *files):
+    """The closing line; files: what to look at besides metrics.png."""
+    out = Path(cfg.out_dir)
+    if metrics.from_step >= max_steps:
+        return print0(f"{out} is already at step {metrics.from_step} of {max_steps}; give a larger --max_steps to go on")
+    print0(f"done in {duration(time.time() - metrics.t0)}: {', '.join(f'{out}/{file}' for file in (*files, 'metrics.png'))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,17 +564,14 @@ class Metrics:
     """
 
     def __init__(self, cfg, run, from_step=0):
-        self.path, self.backend, self.rows, self.t0 = Path(cfg.out_dir) / "metrics.jsonl", None, [], time.time()
-        self.from_step, self.tokens = from_step, 0
-        self.active = run.main
+        self.path, self.active, self.from_step, self.t0 = Path(cfg.out_dir) / "metrics.jsonl", run.main, from_step, time.time()
+        self.backend, self.rows, self.tokens = None, [], 0
         if not self.active:
             return
-        if from_step and self.path.exists():
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a kill can tear the last line
-                    row = json.loads(line)
-                    if row["step"] <= from_step:
-                        self.rows.append(row)
+        for line in self.path.read_text().splitlines() if from_step and self.path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # a kill can tear the last line
+                self.rows.append(json.loads(line))
+        self.rows = [row for row in self.rows if row["step"] <= from_step]
         with atomic_write(self.path) as tmp:
             tmp.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         name = Path(cfg.out_dir).name
@@ -517,6 +603,13 @@ class Metrics:
         if self.backend:
             self.backend(values, step=step)
 
+    def begin(self, values):
+        """The numbers from before the first step, {} for none; then the clock starts."""
+        if values:
+            self.log(0, **values)
+            print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self.t0 = time.time()
+
     def progress(self, done, max_steps, *, loss, lr, grad_norm, quiet=(), **values):
         """log, and a line on the screen without what is in `quiet`; tokens/s and the time left from self.tokens, to which
         the loop adds."""
@@ -531,17 +624,11 @@ class Metrics:
         """metrics.png: the named series over steps."""
         if not self.active:
             return
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        fig, ax = plt.subplots(figsize=(7, 4))
-        for name in names:
-            points = [(row["step"], row[name]) for row in self.rows if name in row]
-            if points:
-                ax.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
-        ax.set_xlabel("step")
-        ax.grid(alpha=0.3)
-        ax.legend()
-        with atomic_write(self.path.with_name("metrics.png")) as tmp:
-            fig.savefig(tmp, format="png", dpi=120, bbox_inches="tight")
-        plt.close(fig)
+        with figure(self.path.with_name("metrics.png")) as ax:
+            for name in names:
+                points = [(row["step"], row[name]) for row in self.rows if name in row]
+                if points:
+                    ax.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+            ax.set_xlabel("step")
+            ax.grid(alpha=0.3)
+            ax.legend()

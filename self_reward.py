@@ -427,8 +427,8 @@ def judgements(cfg, folder, answers, rows, judge, run):
             got = judge(prompts, texts, range(i, j))
         else:
             every = [rows[c["number"]][1] for c in part]
-            columns = {k: [row.get(k) for row in every] for k in dict.fromkeys(k for row in every for k in row) if k != "prompt"}
-            got = [{"score": s, "parsed": int(s is not None)} for s in train_grpo.call_reward(judge, prompts, texts, columns)]
+            scores = train_grpo.call_reward(judge, prompts, texts, train_grpo.columns_of(every))
+            got = [{"score": s, "parsed": int(s is not None)} for s in scores]
         return [{"number": c["number"], "candidate": c["candidate"], **row} for c, row in zip(part, got)]
 
     def stop_if_none(kept):
@@ -593,15 +593,8 @@ def check_stages(cfg):
     return stages
 
 
-def main(cfg):
-    run = common.start(cfg)
-    try:
-        loop(cfg, run)
-    finally:
-        common.finish(run)
-
-
-def loop(cfg, run):
+@common.launch
+def main(cfg, run):
     stages, out, history = check_stages(cfg), Path(cfg.out_dir), []
     if cfg.fresh:
         clear(out, run)
@@ -683,10 +676,11 @@ def write_report(out, rows):
     plt.close(fig)
 
 
-def make_eft_command(cfg):
+@common.launch
+def make_eft_command(cfg, run):
     """make-eft: answers with scores, or a `check` -> OUT.jsonl, to train a judge on (train_sft.py; judge=head: train_reward.py),
     and OUT_val.jsonl; with --judge_model how well that judge does there"""
-    run, rows, texts, labels = common.start(cfg), [], [], []
+    rows, texts, labels = [], [], []
     for where, row in prepare.read_jsonl(cfg.samples, '{"prompt", "completions": [...], "scores": [...]}'):
         texts.append([c["text"] if isinstance(c, dict) else c for c in row.get("completions") or ()])
         labels.append(row.get("scores") or [float(call(cfg.check, row["prompt"], text)) for text in texts[-1] if cfg.check])
@@ -699,7 +693,6 @@ def make_eft_command(cfg):
     print0(f"{cfg.out}.jsonl: {len(eft)} rows of {len(train_on[0])} prompts; {cfg.out}_val.jsonl: {len(held[0])} prompts")
     if cfg.judge_model:
         measure_judge(cfg, *held, run)
-    common.finish(run)
 
 
 if __name__ == "__main__":
