@@ -97,10 +97,10 @@ def load_config(cls, argv=None):
     values = {}
     for path in argv[:n_files]:
         values.update(read_config_file(path, cls))
-    cfg = read_flags(cls, argv[n_files:], default=cls(**values))
-    changed = [f.name for f in dataclasses.fields(cls) if getattr(cfg, f.name) != getattr(cls(), f.name)]
-    flags = [k for k in changed if k not in values or getattr(cfg, k) != values[k]]
-    print0("config: " + ", ".join([*argv[:n_files], *(f"{k}={_show(getattr(cfg, k))}" for k in flags)] or ["defaults"]))
+    given = cls(**values)
+    cfg = read_flags(cls, argv[n_files:], default=given)
+    flags = [f"{k}={_show(v)}" for k, v in vars(cfg).items() if v != getattr(given, k)]
+    print0("config: " + ", ".join([*argv[:n_files], *flags] or ["defaults"]))
     return cfg
 
 
@@ -210,26 +210,20 @@ def launch(main):
 
 def pick_device(cfg):
     """cfg.device and cfg.dtype, either of them "auto" -> (torch.device, torch.dtype); an error if it is not there."""
-    name, gpus = cfg.device, torch.cuda.is_available()
-    if name == "auto":
-        name = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     try:
-        device = torch.device(name)
+        device = torch.device(next(name for name in there if there[name]) if cfg.device == "auto" else cfg.device)
     except RuntimeError:
         raise UserError(f"device={cfg.device} is not a device; use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda" and not gpus:
-        raise UserError(f"device={cfg.device}: PyTorch {torch.__version__} sees no CUDA device here; use --device=cpu, "
-                        "or install a driver and a CUDA build of PyTorch")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps: there is none here; use --device=cpu")
+    if not there.get(device.type, True):
+        raise UserError(f"device={cfg.device}: PyTorch {torch.__version__} sees no {device.type.upper()} device here; use "
+                        "--device=cpu, or install a driver and a build of PyTorch for it")
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    dtype = cfg.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return device, getattr(torch, dtype)
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
 
 
 def cpu_name():
@@ -312,6 +306,12 @@ def shuffled(samples, n, seed):
     return [int(_permutation(n, seed, s // n)[s % n]) for s in samples]
 
 
+def micro_batches(items, cfg, run):
+    """This process's part of the items of a step or a file, micro_bsz at a time."""
+    mine = list(items)[run.rank::run.world]
+    return [mine[i:i + cfg.micro_bsz] for i in range(0, len(mine), cfg.micro_bsz)]
+
+
 def plan_steps(cfg, run, n_items):
     """-> (optimiser steps of the whole run, backward passes of one step). One of max_steps and epochs; the accumulation
     follows from the global batch, so that the same config gives the same run on any number of processes."""
@@ -345,9 +345,12 @@ def make_optimizer(model, cfg, run):
     return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=run.device.type in ("cpu", "cuda"))
 
 
-def set_lr(opt, lr):
+def set_lr(opt, cfg, step, max_steps):
+    """Each group's share of lr_at. -> lr"""
+    lr = lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
     for group in opt.param_groups:
         group["lr"] = lr * group["lr_scale"]
+    return lr
 
 
 def wrap(model, run):
@@ -393,15 +396,13 @@ def atomic_write(path):
         os.replace(tmp, path)
         if hasattr(os, "O_DIRECTORY"):  # the rename itself; Windows cannot open a folder
             folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as e:
         # torch.save reports a failed write as a RuntimeError of its zip writer
         if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e) and "unexpected pos" not in str(e):
             raise
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else "the write failed: is the disk full?"
+        reason = getattr(e, "strerror", None) or "the write failed: is the disk full?"
         raise UserError(f"cannot write {path}: {reason}; what was there before is untouched. "
                         "Free some space or choose another folder, then run again") from e
     finally:
@@ -451,10 +452,11 @@ def open_run(cfg, run, model, opt, max_steps, *, data_order, kept, tokenizer, wr
     -> ({name: trained parameter}, kept, metrics, save(step, name=None): weights if named, last.pt and the plot)
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    same = dict(architecture=dataclasses.asdict(model.config), data_order=dict(seed=cfg.seed, global_bsz=cfg.global_bsz, **data_order))
+    arch = dataclasses.asdict(model.config)
+    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, global_bsz=cfg.global_bsz, **data_order))
     last = resume(cfg, trained, opt, same)
     kept = {name: last.get(name, value) for name, value in kept.items()}
-    open_out_dir(cfg, run, arch=same["architecture"], tokenizer=tokenizer, max_steps=max_steps)
+    open_out_dir(cfg, run, arch=arch, tokenizer=tokenizer, max_steps=max_steps)
     metrics = Metrics(cfg, run, from_step=last.get("step", 0))
 
     def save(step, name=None):
@@ -478,10 +480,11 @@ def resume(cfg, trained, opt, same):
         raise UserError(f"{path} does not exist, so there is nothing to resume; check --out_dir, or start without --resume")
     last = load_torch(path)
     then, now = ({n: list(p.shape) for n, p in ps.items()} for ps in (last["model"], trained))
-    for what, then, now in (*((what, last[what], now) for what, now in same.items()), ("set of trained parameters", then, now)):
+    for what, then, now in (*((k, last[k], same[k]) for k in same), ("set of trained parameters", then, now)):
         for key in sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k)):
-            raise UserError(f"{path} has another {what.replace('_', ' ')}: {key} was {then.get(key)}, is {now.get(key)}; resume with "
-                            "the data and settings it was made with, or start a new run with --init_from in another --out_dir")
+            raise UserError(f"{path} has another {what.replace('_', ' ')}: {key} was {then.get(key)}, is {now.get(key)}; "
+                            "resume with the data and settings it was made with, or start a new run with --init_from in another "
+                            "--out_dir")
     for name, p in trained.items():
         p.copy_(last["model"][name])
     opt.load_state_dict(last["optimizer"])
@@ -527,20 +530,19 @@ def origin(cfg, model, tokenizer, folder=None, fingerprint=None):
 
 def prune(path, keep):
     """Of the files numbered by step that `path` is one of ('rwkv-100.pth'), delete all but the `keep` newest; 0 keeps all."""
-    kind = Path(path).stem.split("-")[0]
-    numbered = {int(p.stem.split("-")[1]): p for p in Path(path).parent.glob(f"{kind}-*{Path(path).suffix}") if p.stem.split("-")[1].isdigit()}
-    for step in sorted(numbered)[:-keep] if keep else ():
-        numbered[step].unlink()
-        numbered[step].with_suffix(".json").unlink(missing_ok=True)  # of a state
+    kind, end = Path(path).stem.split("-")[0], Path(path).suffix
+    numbered = [(int(n), p) for p in Path(path).parent.glob(f"{kind}-*{end}") if (n := p.stem.split("-")[1]).isdigit()]
+    for _, old in sorted(numbered)[:-keep] if keep else ():
+        old.unlink()
+        old.with_suffix(".json").unlink(missing_ok=True)  # of a state
 
 
 def end_step(cfg, save, done, max_steps, stop):
     """The end of each step: the weights if it is the last, or save_every says so; after a signal last.pt, how to go on, and
     the status that shells expect."""
-    if done == max_steps:
-        save(done, "final")
-    elif stop or cfg.save_every and done % cfg.save_every == 0:
-        save(done, str(done) if cfg.save_every and done % cfg.save_every == 0 else None)
+    name = "final" if done == max_steps else str(done) if cfg.save_every and done % cfg.save_every == 0 else None
+    if name or stop:
+        save(done, name)
     if stop and done < max_steps:
         print0(f"saved {Path(cfg.out_dir) / 'last.pt'} at step {done}/{max_steps}; go on with the same command and --resume")
         sys.exit(130)

@@ -405,6 +405,16 @@ def nested(values, n):
     return [values[i:i + n] for i in range(0, len(values), n)]
 
 
+def last_words(prompt):
+    """a prompt's text, of messages the last one's"""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def checked(cfg, answers):
+    """labels [P][N] of the config's `check`"""
+    return nested([float(call(cfg.check, c["prompt"], c["text"])) for c in answers], cfg.num_candidates)
+
+
 def candidates(cfg, folder, rows, model, tokenizer, run, stop=None):
     """num_candidates answers to each prompt, through candidates.jsonl"""
     n = cfg.num_candidates
@@ -459,7 +469,7 @@ def round_(stage, cfg, folder, run):
         report |= {"score": statistics.fmean(s["score"] for s in scores if s["score"] is not None),
                    "parse_rate": statistics.fmean(s["parsed"] for s in scores)}
         if cfg.check:
-            report |= judge_metrics(each, nested([float(call(cfg.check, c["prompt"], c["text"])) for c in answers], n))
+            report |= judge_metrics(each, checked(cfg, answers))
     print0(f"{folder}: {len(pairs)} pairs of {len(rows)} prompts; dropped: {dict(dropped)}")
     if not pairs:
         raise UserError(f"{folder}: no pairs of {len(rows)} prompts, {dict(dropped)}; its candidates and scores tell why")
@@ -486,8 +496,7 @@ def judge_stage(stage, cfg, folder, run):
     model, tokenizer = load(cfg.init_from, cfg, run)
     rows, n, tune = read_prompts(cfg, tokenizer), cfg.num_candidates, stage.get("tune", "lora")
     answers = candidates(cfg, folder, rows, model, tokenizer, run)
-    labels = nested([float(call(cfg.check, c["prompt"], c["text"])) for c in answers], n)
-    train_on, held = split([row for _, row in rows], nested([c["text"] for c in answers], n), labels)
+    train_on, held = split([row for _, row in rows], nested([c["text"] for c in answers], n), checked(cfg, answers))
     script = train_reward if cfg.judge == "head" else train_state if tune == "state" else train_sft
     eft = make_eft(*train_on, cfg)
     if not eft:
@@ -516,9 +525,8 @@ def measure_judge(cfg, rows, texts, labels, run):
 def new_prompt_stage(stage, cfg, folder, run):
     """new_prompts: the model goes on after 8 prompts drawn from the seeds; one that is too like another is dropped"""
     model, tokenizer = load(cfg.init_from, cfg, run)
-    seeds = [" ".join((p if isinstance(p := row["prompt"], str) else p[-1]["content"]).split())
-             for _, row in train_grpo.read_prompts(stage["seeds"], tokenizer, 10 ** 9)]
-    rows = []
+    rows = train_grpo.read_prompts(stage["seeds"], tokenizer, 10 ** 9)
+    seeds, rows = [" ".join(last_words(row["prompt"]).split()) for _, row in rows], []
     for k in range(cfg.max_prompts or 1000):
         shown = random.Random(f"{cfg.seed} {k}").sample(seeds, min(8, len(seeds)))
         text = "".join(f"Task {i}: {seed}\n" for i, seed in enumerate(shown, 1)) + f"Task {len(shown) + 1}:"
@@ -536,14 +544,9 @@ def new_prompt_stage(stage, cfg, folder, run):
     return {"prompts": str(folder / "prompts.jsonl"), "report": {"pairs": len(made)}}
 
 
-def alike(words, known, limit=0.7):
-    """whether one of `known` has that share of its words in common with these, in the same order: about ROUGE-L"""
-    m = difflib.SequenceMatcher(None, (), words, autojunk=False)
-    for other in known:
-        m.set_seq1(other)
-        if m.real_quick_ratio() > limit and m.quick_ratio() > limit and m.ratio() > limit:  # two quick upper bounds first
-            return True
-    return False
+def alike(words, known):
+    """whether one of `known` has 0.7 of its words in common with these, in the same order: about ROUGE-L"""
+    return bool(difflib.get_close_matches(words, known, 1, 0.7))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -641,9 +644,6 @@ def cell(value):
 
 def write_report(out, rows):
     """report.md and report.png, from every stage's done.json and pairs.jsonl"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     lines = ["Evaluation, answer tokens and KL (nats an answer) are of the model that the stage left; score, judge and pairs are "
              "of the answers that it was trained on.", "", f"| stage | {' | '.join(COLUMNS)} |",
              "|---" * (len(COLUMNS) + 1) + "|"]
@@ -654,26 +654,22 @@ def write_report(out, rows):
         lines += ["", f"## {r['stage']}: dropped {r['dropped'] or 'none'}"] if "dropped" in r else []
         path = out / r["stage"] / "pairs.jsonl"
         for row in map(json.loads, path.read_text().splitlines()[:12] if path.exists() else ()):
-            prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-            for name, text in (("prompt", prompt), *((k, row[k]) for k in ("chosen", "rejected"))):
+            for name, text in (("prompt", last_words(row["prompt"])), ("chosen", row["chosen"]), ("rejected", row["rejected"])):
                 score = " " + cell(row[name + "_score"]) if name + "_score" in row else ""
-                text = text.strip()[:1000].replace("\n", "\n    ")
-                lines += [("\n" if name == "prompt" else "") + f"    {name}{score}: {text}"]
+                lines += [*[""] * (name == "prompt"), f"    {name}{score}: " + text.strip()[:1000].replace("\n", "\n    ")]
     with common.atomic_write(out / "report.md") as tmp:
         tmp.write_text("\n".join(lines) + "\n")
-    fig, left = plt.subplots(figsize=(7, 4))
-    right = left.twinx()
-    for ax, key, name in ((left, "score", "score"), (left, "value", "evaluation"), (right, "tokens", "answer tokens")):
-        if points := [(i, r[key]) for i, r in enumerate(rows) if r.get(key) is not None]:
-            ax.plot(*zip(*points), "C1.--" if ax is right else "C0.-" if key == "score" else "C2.-", label=name)
-    left.set(xticks=range(len(rows)), ylabel="score, evaluation")
-    left.set_xticklabels([r["stage"] for r in rows], rotation=15, fontsize=7)
-    right.set_ylabel("tokens")
-    if left.lines or right.lines:
-        fig.legend(fontsize=7)
-    with common.atomic_write(out / "report.png") as tmp:
-        fig.savefig(tmp, format="png", dpi=120)
-    plt.close(fig)
+    with common.figure(out / "report.png") as left:
+        right = left.twinx()
+        for ax, key, name, look in ((left, "score", "score", "C0.-"), (left, "value", "evaluation", "C2.-"),
+                                    (right, "tokens", "answer tokens", "C1.--")):
+            if points := [(i, r[key]) for i, r in enumerate(rows) if r.get(key) is not None]:
+                ax.plot(*zip(*points), look, label=name)
+        left.set(xticks=range(len(rows)), ylabel="score, evaluation")
+        left.set_xticklabels([r["stage"] for r in rows], rotation=15, fontsize=7)
+        right.set_ylabel("tokens")
+        if left.lines or right.lines:
+            left.figure.legend(fontsize=7)
 
 
 @common.launch

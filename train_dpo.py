@@ -115,11 +115,9 @@ def batch_loss(scores, forks, ref, cfg, n_pairs, n_chosen):
     return losses.sum() / n_pairs + cfg.nll_coef * nll / n_chosen, dict(zip(METRICS, sums))
 
 
-def batches_of(step, n, cfg, run):
-    """The pairs of this process's part of a step, as lists of micro_bsz numbers."""
-    samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
-    mine = common.shuffled(samples, n, cfg.seed)
-    return [mine[i:i + cfg.micro_bsz] for i in range(0, len(mine), cfg.micro_bsz)]
+def pairs_of(step, n, cfg):
+    """Numbers of the pairs of a step."""
+    return common.shuffled(range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz), n, cfg.seed)
 
 
 @torch.no_grad()
@@ -167,7 +165,7 @@ def evaluate(model, pairs, ref, cfg, run):
     """{"val_<metric>": mean over held-out pairs}, over all processes."""
     totals, loss = dict.fromkeys(METRICS, 0.0), 0.0
     n_chosen = sum(len(row.answers[0]) for row in pairs)
-    for batch in in_turn(pairs, cfg, run):
+    for batch in common.micro_batches(range(len(pairs)), cfg, run):
         forks = fork([(pairs[i].prompt, pairs[i].answers) for i in batch], run.device)
         now, sums = batch_loss(forked(model, forks, cfg.chunk_len), forks, None if ref is None else ref[batch].T.to(run.device),
                                cfg, len(pairs), n_chosen)
@@ -175,12 +173,6 @@ def evaluate(model, pairs, ref, cfg, run):
         totals = {k: totals[k] + v for k, v in sums.items()}
     loss, *values = common.all_sum(loss, *totals.values())
     return {"val_loss": loss, **{f"val_{k}": v for k, v in zip(METRICS, values)}}
-
-
-def in_turn(pairs, cfg, run):
-    """This process's pairs in file order, micro_bsz at a time."""
-    mine = list(range(len(pairs)))[run.rank::run.world]
-    return [mine[i:i + cfg.micro_bsz] for i in range(0, len(mine), cfg.micro_bsz)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,9 +210,11 @@ def main(cfg, run):
                                 f"of {model.config.vocab_size}; a reference reads the same tokens")
         other.eval()
         with other.reference() if cfg.reference == "off" else nullcontext():
-            epoch = [batch for step in range(-(-len(data) // cfg.global_bsz)) for batch in batches_of(step, len(data), cfg, run)]
+            steps = range(math.ceil(len(data) / cfg.global_bsz))
+            epoch = [batch for step in steps for batch in common.micro_batches(pairs_of(step, len(data), cfg), cfg, run)]
             ref = cached_reference(cfg.data, other, data, epoch, cfg, run)
-            ref_val = cached_reference(cfg.val_data, other, val, in_turn(val, cfg, run), cfg, run) if val else None
+            if val:
+                ref_val = cached_reference(cfg.val_data, other, val, common.micro_batches(range(len(val)), cfg, run), cfg, run)
         del other
 
     # ---- optimiser: upstream's groups, printed
@@ -235,8 +229,8 @@ def main(cfg, run):
             common.prune(model.save_tuned(out, name, run.dtype, **about), cfg.keep_last)
 
     trained, kept, metrics, save = common.open_run(
-        cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, pairs=len(data)), kept=dict(best=-math.inf, waited=0),
-        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
+        cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, pairs=len(data)),
+        kept=dict(best=-math.inf, waited=0), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
         plot=("loss", "val_loss", "rewards/accuracies", "val_rewards/accuracies"))
     impatient = lambda: cfg.patience and kept["waited"] >= cfg.patience  # noqa: E731
     if impatient():
@@ -261,10 +255,8 @@ def main(cfg, run):
     wrapped, no_sync = common.wrap(model, run)
     with common.catch_signals() as signals:
         for step in range(metrics.from_step, max_steps):
-            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            common.set_lr(opt, lr)
-
-            batches = batches_of(step, len(data), cfg, run)
+            lr = common.set_lr(opt, cfg, step, max_steps)
+            batches = common.micro_batches(pairs_of(step, len(data), cfg), cfg, run)
             mine = [data[i] for batch in batches for i in batch]
             # sums over the whole batch's pairs and chosen tokens; x world because DDP averages gradients
             n_chosen, n_tokens = common.all_sum(sum(len(row.answers[0]) for row in mine),
@@ -273,10 +265,11 @@ def main(cfg, run):
             model.train()
             for i, batch in enumerate(batches):
                 forks = fork([(data[j].prompt, data[j].answers) for j in batch], run.device)
-                now, sums = forked_backward(
-                    wrapped, forks, lambda scores: batch_loss(
-                        scores, forks, None if ref is None else ref[batch].T.to(run.device), cfg, cfg.global_bsz / run.world,
-                        n_chosen / run.world), cfg.chunk_len, sync=nullcontext if i == accumulation - 1 else no_sync, no_sync=no_sync)
+                loss_of = lambda scores: batch_loss(  # noqa: E731
+                    scores, forks, None if ref is None else ref[batch].T.to(run.device), cfg, cfg.global_bsz / run.world,
+                    n_chosen / run.world)
+                now, sums = forked_backward(wrapped, forks, loss_of, cfg.chunk_len,
+                                            sync=nullcontext if i == accumulation - 1 else no_sync, no_sync=no_sync)
                 loss, totals = loss + now / run.world, {k: totals.get(k, 0.0) + v / run.world for k, v in sums.items()}
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
             loss, stop, *values = common.all_sum(loss, len(signals), *totals.values())
@@ -291,7 +284,7 @@ def main(cfg, run):
             if values or done % cfg.log_every == 0 or done in (1, max_steps):
                 metrics.progress(done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, quiet=now.keys() - {
                     "rewards/margins", "rewards/accuracies", "logps/chosen"}, **now, **values)
-            last = done == max_steps or impatient()
+            last = done == max_steps or values and impatient()
             if last and cfg.patience and kept["waited"] and (file := next(out.glob("best.[ps]*"), None)):
                 model.load_tuned(file)
                 print0(f"back to the best: {cfg.watch} {kept['best']:.4f}, {kept['waited']} validations ago")

@@ -121,8 +121,8 @@ def group_advantages(rewards, num_generations, *, scale_rewards="group"):
 
 
 def policy_loss(logps, old_logps, advantages, mask, *, loss_type="dapo", epsilon=0.2, epsilon_high=None, delta=None,
-                importance_sampling_level="token", ref_logps=None, beta=0.0, kl_estimator="k3", max_new_tokens=None, num_items=None,
-                num_rows=None, entropy=None, sampling_logps=None, importance_cap=3.0):
+                importance_sampling_level="token", ref_logps=None, beta=0.0, kl_estimator="k3", max_new_tokens=None,
+                num_items=None, num_rows=None, entropy=None, sampling_logps=None, importance_cap=3.0):
     """logps [B, T] of the tokens taken, advantages [B], mask [B, T] of completion tokens -> (loss, metrics).
 
     old_logps: under the policy that the rollouts are of; None = logps themselves, on-policy. num_items, num_rows: tokens
@@ -274,9 +274,7 @@ def rollout(model, tokenizer, judge, run, cfg, prompts, numbers, n, **options):
                             rewards={k: v[at] for k, v in rewards.items()}))
     groups, error = sorted(common.gather(out), key=lambda group: group["number"]), common.gather(error)
     if error:
-        path = Path(cfg.out_dir) / "rollouts" / "failed.jsonl"
-        write_rollouts(groups, path, run)
-        raise UserError(f"{error[0]}; the rollouts are in {path}, the last checkpoint stands")
+        keep_and_raise(error[0], groups, cfg, run)
     for group in groups:
         columns = list(group["rewards"].values())
         group["reward"] = combine_rewards(columns, cfg.reward_weights or (1.0,) * len(columns)).tolist()
@@ -297,9 +295,7 @@ def take_rollouts(roll, data, cursor, cfg, run):
             break
     rewards = torch.tensor([r for g in kept for r in g["reward"]], dtype=torch.float64)
     if rewards.isnan().all():
-        path = Path(cfg.out_dir) / "rollouts" / "failed.jsonl"
-        write_rollouts(kept, path, run)
-        raise UserError(f"every reward of this batch is None; the rollouts are in {path}")
+        keep_and_raise("every reward of this batch is None", kept, cfg, run)
     advantages = group_advantages(rewards, cfg.num_generations, scale_rewards=cfg.scale_rewards)
     if cfg.advantage_clip:
         advantages = advantages.clamp(-cfg.advantage_clip, cfg.advantage_clip)
@@ -334,6 +330,12 @@ def write_rollouts(groups, path, run):
                 for group in groups))
 
 
+def keep_and_raise(error, groups, cfg, run):
+    path = Path(cfg.out_dir) / "rollouts" / "failed.jsonl"
+    write_rollouts(groups, path, run)
+    raise UserError(f"{error}; the rollouts are in {path}, the last checkpoint stands")
+
+
 def completions_of(groups):
     return [c for group in groups for c in group["completions"]]
 
@@ -347,11 +349,13 @@ def tensors(groups, device):
     """groups of a micro-batch -> (forks, mask [B, T], advantages [B], said [B, T]: what the sampler reported, NaN where it did
     not, old [B, T]: log-probabilities when the rollouts were taken, or None)"""
     rows = completions_of(groups)
-    padded = lambda lists: pad_sequence([torch.tensor(x, dtype=torch.float32) for x in lists], batch_first=True).to(device)  # noqa: E731
+    tensor = functools.partial(torch.tensor, dtype=torch.float32)
+    padded = lambda rows: pad_sequence(list(map(tensor, rows)), batch_first=True).to(device)  # noqa: E731
     forks = fork([(g["ids"], [c["tokens"] for c in g["completions"]]) for g in groups], device)
-    advantages = torch.tensor([a for g in groups for a in g["advantages"]], dtype=torch.float32, device=device)
-    said = padded([c["logprobs"] or [math.nan] * len(c["tokens"]) for c in rows])  # NaN: rewritten by hand
-    return forks, padded([c["mask"] for c in rows]), advantages, said, padded([c["old"] for c in rows]) if "old" in rows[0] else None
+    advantages = tensor([a for g in groups for a in g["advantages"]]).to(device)
+    said = padded(c["logprobs"] or [math.nan] * len(c["tokens"]) for c in rows)  # NaN: rewritten by hand
+    old = padded(c["old"] for c in rows) if "old" in rows[0] else None
+    return forks, padded(c["mask"] for c in rows), advantages, said, old
 
 
 @torch.no_grad()
@@ -378,7 +382,8 @@ def load_other(what, path, model, run):
     """A model beside the one that trains; it must read the same tokens."""
     other, _ = load_model(path, run.device, run.dtype)
     if other.config.vocab_size != model.config.vocab_size:
-        raise UserError(f"{what}={path} has a vocabulary of {other.config.vocab_size}, the model one of {model.config.vocab_size}")
+        raise UserError(f"{what}={path} has a vocabulary of {other.config.vocab_size}, the model one of "
+                        f"{model.config.vocab_size}; it must read the same tokens")
     return other.eval()
 
 
@@ -392,7 +397,8 @@ def main(cfg, run):
     out, about = Path(cfg.out_dir), common.origin(cfg, model, tokenizer)
     names = [*reward_functions(cfg)] + ["reward_model"] * bool(cfg.reward_model)
     if not names:
-        raise UserError("no reward: define `def reward(prompts, completions, **columns)` in the config file, or give --reward_model")
+        raise UserError("no reward: define `def reward(prompts, completions, **columns)` in the config file, or give "
+                        "--reward_model")
     if cfg.reward_weights and len(cfg.reward_weights) != len(names):
         raise UserError(f"reward_weights has {len(cfg.reward_weights)} numbers for {len(names)} rewards: {', '.join(names)}")
     for key, low in (("num_generations", 2), ("steps_per_generation", 1), ("num_iterations", 1), ("max_completion_length", 1)):
@@ -441,7 +447,8 @@ def main(cfg, run):
         model.eval()
         values, k = {}, cfg.eval_generations
         if val is not None:
-            got = roll(dataclasses.replace(cfg, process=None), val, [HELD_OUT + i for i in range(len(val))], k, temperature=cfg.temperature)
+            numbers = [HELD_OUT + i for i in range(len(val))]
+            got = roll(dataclasses.replace(cfg, process=None), val, numbers, k, temperature=cfg.temperature)
             # right is what the first reward gives 1 or more; a missing one is not
             right = torch.tensor([[r is not None and r >= 1 for r in g["rewards"][names[0]]] for g in got])
             values = {"val_reward": float(torch.tensor([g["reward"] for g in got], dtype=torch.float64).nanmean()),
@@ -453,15 +460,6 @@ def main(cfg, run):
             write("best")
         return values
 
-    def part(step):
-        """The groups of an optimiser step"""
-        first = step % cfg.steps_per_generation * cfg.global_bsz
-        return kept["groups"][first:first + cfg.global_bsz]
-
-    def micro_batches(step):
-        mine = part(step)[run.rank::run.world]
-        return [mine[i:i + cfg.micro_bsz] for i in range(0, len(mine), cfg.micro_bsz)]
-
     # ---- the loop
     metrics.begin(validate() if metrics.from_step == 0 else {})
     wrapped, no_sync = common.wrap(model, run)
@@ -470,32 +468,32 @@ def main(cfg, run):
              "sampling/sampling_logp_difference/mean", *(f"rewards/{k}/mean" for k in names)}
     with common.catch_signals() as signals:
         for step in range(metrics.from_step, max_steps):
-            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            common.set_lr(opt, lr)
-
+            lr = common.set_lr(opt, cfg, step, max_steps)
             t = time.time()
             if step % updates == 0:
                 model.eval()
                 kept["groups"], kept["cursor"] = take_rollouts(roll, data, kept["cursor"], cfg, run)
                 if updates > 1:  # with one update the policy is still the one that sampled
-                    mine = [batch for i in range(cfg.steps_per_generation) for batch in micro_batches(i)]
+                    mine = common.micro_batches(kept["groups"], cfg, run)
                     for batch in mine:
                         for c, logps in zip(completions_of(batch), logps_of(model, tensors(batch, run.device)[0], cfg)):
                             c["old"] = logps[:len(c["tokens"])].tolist()
-                    kept["groups"] = sorted(common.gather([g for batch in mine for g in batch]), key=lambda group: group["number"])
+                    kept["groups"] = sorted(common.gather([g for batch in mine for g in batch]), key=lambda g: g["number"])
                 if cfg.rollouts_every and (step // updates * updates) % cfg.rollouts_every < updates:
                     write_rollouts(kept["groups"], out / "rollouts" / f"{step}.jsonl", run)
                     for group in kept["groups"][:3]:
                         print0(f"  {str(group['row']['prompt'])[-100:]!r}\n"
                                f"    {group['reward'][0]:.3f} {group['completions'][0]['text'][:200]!r}")
 
-            seconds_rollout, t, batch = time.time() - t, time.time(), part(step)
+            seconds_rollout, t = time.time() - t, time.time()
+            batch = kept["groups"][step % cfg.steps_per_generation * cfg.global_bsz:][:cfg.global_bsz]
             completions = completions_of(batch)
             # sums over the whole batch's tokens and rows; x world because DDP averages gradients
-            share = dict(num_items=max(sum(sum(c["mask"]) for c in completions), 1) / run.world, num_rows=len(completions) / run.world)
+            n_items = max(sum(sum(c["mask"]) for c in completions), 1)
+            share = dict(num_items=n_items / run.world, num_rows=len(completions) / run.world)
             loss, totals, gaps = 0.0, {}, []
             model.train()
-            for i, micro in enumerate(micro_batches(step)):
+            for i, micro in enumerate(common.micro_batches(batch, cfg, run)):
                 forks, mask, advantages, said, old = tensors(micro, run.device)
                 ref = None
                 if cfg.beta:

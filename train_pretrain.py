@@ -100,7 +100,8 @@ def evaluate(model, file, cfg, run):
         x, y = batch_at(tokens, mine[i:i + cfg.micro_bsz], length, run.device)
         nll -= model(x, targets=y)[0].logps.sum().item()
     nll, n = common.all_sum(nll, len(mine) * length)
-    return {"val_loss": nll / n, **({"val_bpb": nll / n / math.log(2) * meta["tokens"] / meta["bytes"]} if meta.get("bytes") else {})}
+    bpb = {"val_bpb": nll / n / math.log(2) * meta["tokens"] / meta["bytes"]} if meta.get("bytes") else {}
+    return {"val_loss": nll / n, **bpb}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +157,8 @@ def main(cfg, run):
 
     trained, kept, metrics, save = common.open_run(
         cfg, run, model, opt, max_steps, data_order=dict(order=cfg.order, ctx_len=cfg.ctx_len, tokens=len(tokens)),
-        kept=dict(best=math.inf), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write, plot=("loss", "val_loss"))
+        kept=dict(best=math.inf), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
+        plot=("loss", "val_loss"))
 
     def validate():
         """{name: number} on held-out data, and the best checkpoint"""
@@ -170,9 +172,7 @@ def main(cfg, run):
     wrapped, no_sync = common.wrap(model, run)
     with common.catch_signals() as signals:
         for step in range(metrics.from_step, max_steps):
-            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            common.set_lr(opt, lr)
-
+            lr = common.set_lr(opt, cfg, step, max_steps)
             samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
             nll = 0.0
             for i in range(accumulation):

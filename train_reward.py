@@ -135,7 +135,7 @@ def write_scores(cfg, run):
             try:
                 if not isinstance(texts, list):
                     raise UserError(f'"completions" is a list; got {texts!r:.60}')
-                texts = [text["text"] if isinstance(text, dict) and "text" in text else text for text in texts]  # sample.py batch's
+                texts = [t["text"] if isinstance(t, dict) and "text" in t else t for t in texts]  # sample.py batch's
                 rendered = [prepare.render_answer(row.get("prompt"), text, tokenizer) for text in texts]
                 if not rendered:
                     raise UserError(f"expected a completion; got the keys {sorted(row)}")
@@ -176,7 +176,8 @@ def main(cfg, run):
 
     trained, kept, metrics, save = common.open_run(
         cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, prompts=len(data)), kept=dict(best=math.inf),
-        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write, plot=("loss", "val_loss", "accuracy", "val_accuracy"))
+        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
+        plot=("loss", "val_loss", "accuracy", "val_accuracy"))
 
     def validate():
         """{name: number} on held-out data, and the best checkpoint"""
@@ -194,9 +195,7 @@ def main(cfg, run):
     wrapped, no_sync = common.wrap(model, run)
     with common.catch_signals() as signals:
         for step in range(metrics.from_step, max_steps):
-            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            common.set_lr(opt, lr)
-
+            lr = common.set_lr(opt, cfg, step, max_steps)
             samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
             batch = [data[i] for i in common.shuffled(samples, len(data), cfg.seed)]
             loss = right = margin = 0.0

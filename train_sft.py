@@ -96,9 +96,7 @@ def main(cfg, run):
     wrapped, no_sync = common.wrap(model, run)
     with common.catch_signals() as signals:
         for step in range(metrics.from_step, max_steps):
-            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            common.set_lr(opt, lr)
-
+            lr = common.set_lr(opt, cfg, step, max_steps)
             samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
             batch = [data[i] for i in common.shuffled(samples, len(data), cfg.seed)]
             # the sum over the whole batch's trained tokens, not a mean of means; x world because DDP averages gradients

@@ -159,8 +159,8 @@ def main(cfg, run):
                 common.prune(path, cfg.keep_last)
 
     trained, kept, metrics, save = common.open_run(
-        cfg, run, model, opt, max_steps, kept=dict(best={}), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
-        data_order=dict(ctx_len=cfg.ctx_len, documents=len(data), tasks=names, base=fingerprint),
+        cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, documents=len(data), tasks=names, base=fingerprint),
+        kept=dict(best={}), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
         plot=[f"{what}{end}" for what in ("loss", "val_loss") for end in ends])
 
     def validate():
@@ -187,9 +187,7 @@ def main(cfg, run):
     wrapped, no_sync = common.wrap(model, run)
     with common.catch_signals() as signals:
         for step in range(metrics.from_step, max_steps):
-            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            common.set_lr(opt, lr)
-
+            lr = common.set_lr(opt, cfg, step, max_steps)
             samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
             batch = [data[i] for i in common.shuffled(samples, len(data), cfg.seed)]
             # each task's own count over the whole batch; x world because DDP averages gradients
@@ -225,7 +223,8 @@ def main(cfg, run):
                     values.update({f"loss{ends[k]}": losses[k] for k in present})
                 metrics.progress(done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, **values)
             common.end_step(cfg, save, done, max_steps, stop)
-    common.end_run(cfg, metrics, max_steps, f"{Path(names[0]) / 'state-final.pth'}" + f" and {len(names) - 1} more" * (len(names) > 1))
+    more = f" and {len(names) - 1} more" * (len(names) > 1)
+    common.end_run(cfg, metrics, max_steps, f"{Path(names[0]) / 'state-final.pth'}{more}")
 
 
 if __name__ == "__main__":
