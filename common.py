@@ -306,10 +306,14 @@ def shuffled(samples, n, seed):
     return [int(_permutation(n, seed, s // n)[s % n]) for s in samples]
 
 
-def micro_batches(items, cfg, run):
-    """This process's part of the items of a step or a file, micro_bsz at a time."""
-    mine = list(items)[run.rank::run.world]
-    return [mine[i:i + cfg.micro_bsz] for i in range(0, len(mine), cfg.micro_bsz)]
+def samples_of(step, n, cfg, run):
+    """Numbers, of n, of this process's samples in an optimiser step."""
+    return shuffled(range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world], n, cfg.seed)
+
+
+def chunks(items, n):
+    """items, n at a time"""
+    return [items[i:i + n] for i in range(0, len(items), n)]
 
 
 def plan_steps(cfg, run, n_items):
@@ -443,13 +447,14 @@ def figure(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # a run's folder: opened new or gone on from, saved to, closed
 
-def open_run(cfg, run, model, opt, max_steps, *, data_order, kept, tokenizer, write, plot):
+def open_run(cfg, run, model, opt, max_steps, *, data_order, kept, tokenizer, plot, about=None, write=None):
     """A new run in out_dir, or with --resume on from its last.pt.
 
     data_order: besides seed and global_bsz, what the order of the data follows from; it must be the same on resume. kept:
     what the method wants back then, {name: value in a new run}. tokenizer() writes the tokenizer and says what config.json
-    should; write(name) writes weights; plot: the series of metrics.png.
-    -> ({name: trained parameter}, kept, metrics, save(step, name=None): weights if named, last.pt and the plot)
+    should. plot: the series of metrics.png. about: what an adapter's file says of itself. write: in place of the one below.
+    -> ({name: trained parameter}, kept, metrics, write(name): what trains, save(step, name=None): that if it has a name,
+    last.pt and the plot)
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     arch = dataclasses.asdict(model.config)
@@ -459,6 +464,11 @@ def open_run(cfg, run, model, opt, max_steps, *, data_order, kept, tokenizer, wr
     open_out_dir(cfg, run, arch=arch, tokenizer=tokenizer, max_steps=max_steps)
     metrics = Metrics(cfg, run, from_step=last.get("step", 0))
 
+    def write_tuned(name):
+        if run.main:
+            prune(model.save_tuned(cfg.out_dir, name, run.dtype, **(about or {})), cfg.keep_last)
+    write = write or write_tuned
+
     def save(step, name=None):
         if name:
             write(name)
@@ -466,7 +476,7 @@ def open_run(cfg, run, model, opt, max_steps, *, data_order, kept, tokenizer, wr
             save_torch(dict(step=step, model={n: p.detach() for n, p in trained.items()}, optimizer=opt.state_dict(),
                             rng=torch.get_rng_state(), **same, **kept), Path(cfg.out_dir) / "last.pt")
         metrics.plot(*plot)
-    return trained, kept, metrics, save
+    return trained, kept, metrics, write, save
 
 
 @torch.no_grad()

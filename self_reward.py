@@ -275,7 +275,7 @@ class Judge:
         got = sample.generate(self.model, rest, n=n, max_new_tokens=cfg.judge_max_tokens, temperature=cfg.judge_temperature,
                               top_p=cfg.top_p, stop=cfg.stop, tokenizer=self.tokenizer, seed=cfg.seed + 1, state=self.state,
                               indices=numbers, progress=False)
-        said = nested([c.text for c in got], n)
+        said = common.chunks([c.text for c in got], n)
         valid = [[s for t in texts if (s := parse_score(t, *cfg.score_range, cfg.score_pattern)) is not None] for texts in said]
         return [{"score": statistics.fmean(v) if v else None, "parsed": len(v) / n, "said": t} for v, t in zip(valid, said)]
 
@@ -401,10 +401,6 @@ def read_prompts(cfg, tokenizer):
     return part(rows, cfg)
 
 
-def nested(values, n):
-    return [values[i:i + n] for i in range(0, len(values), n)]
-
-
 def last_words(prompt):
     """a prompt's text, of messages the last one's"""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -412,7 +408,7 @@ def last_words(prompt):
 
 def checked(cfg, answers):
     """labels [P][N] of the config's `check`"""
-    return nested([float(call(cfg.check, c["prompt"], c["text"])) for c in answers], cfg.num_candidates)
+    return common.chunks([float(call(cfg.check, c["prompt"], c["text"])) for c in answers], cfg.num_candidates)
 
 
 def candidates(cfg, folder, rows, model, tokenizer, run, stop=None):
@@ -455,7 +451,8 @@ def round_(stage, cfg, folder, run):
     (model, tokenizer), spins, n = load(cfg.init_from, cfg, run), stage["kind"] == "spin", cfg.num_candidates
     rows = spin_prompts(cfg, stage["data"], tokenizer) if spins else read_prompts(cfg, tokenizer)
     answers = candidates(cfg, folder, rows, model, tokenizer, run)
-    texts, report = nested([c["text"] for c in answers], n), {"candidate_tokens": statistics.fmean(c["tokens"] for c in answers)}
+    report = {"candidate_tokens": statistics.fmean(c["tokens"] for c in answers)}
+    texts = common.chunks([c["text"] for c in answers], n)
     del model
     if spins:
         pairs = [{**row, "rejected": text} for (_, row), (text,) in zip(rows, texts)
@@ -464,7 +461,7 @@ def round_(stage, cfg, folder, run):
     else:
         by_function = stage["kind"] == "external_reward" and cfg.reward
         scores = judgements(cfg, folder, answers, rows, cfg.reward if by_function else Judge(cfg, run), run)
-        each = nested([s["score"] for s in scores], n)
+        each = common.chunks([s["score"] for s in scores], n)
         pairs, dropped = make_pairs([row for _, row in rows], texts, each, cfg)
         report |= {"score": statistics.fmean(s["score"] for s in scores if s["score"] is not None),
                    "parse_rate": statistics.fmean(s["parsed"] for s in scores)}
@@ -496,7 +493,7 @@ def judge_stage(stage, cfg, folder, run):
     model, tokenizer = load(cfg.init_from, cfg, run)
     rows, n, tune = read_prompts(cfg, tokenizer), cfg.num_candidates, stage.get("tune", "lora")
     answers = candidates(cfg, folder, rows, model, tokenizer, run)
-    train_on, held = split([row for _, row in rows], nested([c["text"] for c in answers], n), checked(cfg, answers))
+    train_on, held = split([row for _, row in rows], common.chunks([c["text"] for c in answers], n), checked(cfg, answers))
     script = train_reward if cfg.judge == "head" else train_state if tune == "state" else train_sft
     eft = make_eft(*train_on, cfg)
     if not eft:

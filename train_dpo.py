@@ -115,11 +115,6 @@ def batch_loss(scores, forks, ref, cfg, n_pairs, n_chosen):
     return losses.sum() / n_pairs + cfg.nll_coef * nll / n_chosen, dict(zip(METRICS, sums))
 
 
-def pairs_of(step, n, cfg):
-    """Numbers of the pairs of a step."""
-    return common.shuffled(range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz), n, cfg.seed)
-
-
 @torch.no_grad()
 def reference_logps(model, pairs, batches, cfg, run):
     """[N, 2] float32: each answer's summed log-probability, over all processes. batches: which pairs this process runs
@@ -160,12 +155,22 @@ def cached_reference(name, model, pairs, batches, cfg, run):
     return logps
 
 
+def batches_of(step, pairs, cfg, run):
+    """Numbers of this process's pairs in a step, micro_bsz at a time."""
+    return common.chunks(common.samples_of(step, len(pairs), cfg, run), cfg.micro_bsz)
+
+
+def in_turn(pairs, cfg, run):
+    """Numbers of this process's pairs in file order, micro_bsz at a time."""
+    return common.chunks(list(range(len(pairs)))[run.rank::run.world], cfg.micro_bsz)
+
+
 @torch.no_grad()
 def evaluate(model, pairs, ref, cfg, run):
     """{"val_<metric>": mean over held-out pairs}, over all processes."""
     totals, loss = dict.fromkeys(METRICS, 0.0), 0.0
     n_chosen = sum(len(row.answers[0]) for row in pairs)
-    for batch in common.micro_batches(range(len(pairs)), cfg, run):
+    for batch in in_turn(pairs, cfg, run):
         forks = fork([(pairs[i].prompt, pairs[i].answers) for i in batch], run.device)
         now, sums = batch_loss(forked(model, forks, cfg.chunk_len), forks, None if ref is None else ref[batch].T.to(run.device),
                                cfg, len(pairs), n_chosen)
@@ -211,10 +216,9 @@ def main(cfg, run):
         other.eval()
         with other.reference() if cfg.reference == "off" else nullcontext():
             steps = range(math.ceil(len(data) / cfg.global_bsz))
-            epoch = [batch for step in steps for batch in common.micro_batches(pairs_of(step, len(data), cfg), cfg, run)]
+            epoch = [batch for step in steps for batch in batches_of(step, data, cfg, run)]
             ref = cached_reference(cfg.data, other, data, epoch, cfg, run)
-            if val:
-                ref_val = cached_reference(cfg.val_data, other, val, common.micro_batches(range(len(val)), cfg, run), cfg, run)
+            ref_val = cached_reference(cfg.val_data, other, val, in_turn(val, cfg, run), cfg, run) if val else None
         del other
 
     # ---- optimiser: upstream's groups, printed
@@ -223,14 +227,9 @@ def main(cfg, run):
            f"steps of {cfg.global_bsz} pairs = {max_steps * cfg.global_bsz / len(data):.2f} epochs")
 
     # ---- a new run, or on from last.pt
-    def write(name):
-        """What trains, under that name; the older numbered ones go."""
-        if run.main:
-            common.prune(model.save_tuned(out, name, run.dtype, **about), cfg.keep_last)
-
-    trained, kept, metrics, save = common.open_run(
+    trained, kept, metrics, write, save = common.open_run(
         cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, pairs=len(data)),
-        kept=dict(best=-math.inf, waited=0), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
+        kept=dict(best=-math.inf, waited=0), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), about=about,
         plot=("loss", "val_loss", "rewards/accuracies", "val_rewards/accuracies"))
     impatient = lambda: cfg.patience and kept["waited"] >= cfg.patience  # noqa: E731
     if impatient():
@@ -256,7 +255,7 @@ def main(cfg, run):
     with common.catch_signals() as signals:
         for step in range(metrics.from_step, max_steps):
             lr = common.set_lr(opt, cfg, step, max_steps)
-            batches = common.micro_batches(pairs_of(step, len(data), cfg), cfg, run)
+            batches = batches_of(step, data, cfg, run)
             mine = [data[i] for batch in batches for i in batch]
             # sums over the whole batch's pairs and chosen tokens; x world because DDP averages gradients
             n_chosen, n_tokens = common.all_sum(sum(len(row.answers[0]) for row in mine),

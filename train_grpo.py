@@ -261,8 +261,8 @@ def rollout(model, tokenizer, judge, run, cfg, prompts, numbers, n, **options):
             if judge is not None:
                 forks = [(ids, [c.tokens for c in got[i * n:(i + 1) * n]]) for i, (ids, _) in enumerate(mine)]
                 with torch.no_grad():
-                    rewards["reward_model"] = [x for i in range(0, len(forks), cfg.micro_bsz) for x in forked(
-                        judge, fork(forks[i:i + cfg.micro_bsz], run.device, whole=True), score=True).tolist()]
+                    rewards["reward_model"] = [x for some in common.chunks(forks, cfg.micro_bsz) for x in forked(
+                        judge, fork(some, run.device, whole=True), score=True).tolist()]
         except UserError as e:
             error = [str(e)]
         for i, (ids, row) in enumerate(mine):
@@ -429,16 +429,11 @@ def main(cfg, run):
            f"rewards {', '.join(names)}")
 
     # ---- a new run, or on from last.pt
-    def write(name):
-        """What trains, under that name; the older numbered ones go."""
-        if run.main:
-            common.prune(model.save_tuned(out, name, run.dtype, **about), cfg.keep_last)
-
-    trained, kept, metrics, save = common.open_run(
+    trained, kept, metrics, write, save = common.open_run(
         cfg, run, model, opt, max_steps, kept=dict(best=-math.inf, cursor=0, groups=[]),
         data_order=dict(prompts=len(data), num_generations=cfg.num_generations, steps_per_generation=cfg.steps_per_generation,
                         num_iterations=cfg.num_iterations),
-        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
+        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), about=about,
         plot=("reward", "val_pass@1", f"val_pass@{cfg.eval_generations}", "entropy"))
     roll = functools.partial(rollout, model, tokenizer, judge, run)
 
@@ -474,7 +469,7 @@ def main(cfg, run):
                 model.eval()
                 kept["groups"], kept["cursor"] = take_rollouts(roll, data, kept["cursor"], cfg, run)
                 if updates > 1:  # with one update the policy is still the one that sampled
-                    mine = common.micro_batches(kept["groups"], cfg, run)
+                    mine = common.chunks(kept["groups"][run.rank::run.world], cfg.micro_bsz)
                     for batch in mine:
                         for c, logps in zip(completions_of(batch), logps_of(model, tensors(batch, run.device)[0], cfg)):
                             c["old"] = logps[:len(c["tokens"])].tolist()
@@ -493,7 +488,7 @@ def main(cfg, run):
             share = dict(num_items=n_items / run.world, num_rows=len(completions) / run.world)
             loss, totals, gaps = 0.0, {}, []
             model.train()
-            for i, micro in enumerate(common.micro_batches(batch, cfg, run)):
+            for i, micro in enumerate(common.chunks(batch[run.rank::run.world], cfg.micro_bsz)):
                 forks, mask, advantages, said, old = tensors(micro, run.device)
                 ref = None
                 if cfg.beta:

@@ -15,7 +15,6 @@ import functools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -96,8 +95,8 @@ def evaluate(model, file, cfg, run):
     if cfg.eval_windows and len(starts) > cfg.eval_windows:
         starts = starts[np.linspace(0, len(starts) - 1, cfg.eval_windows).astype(int)]
     mine, nll = starts[run.rank::run.world], 0.0
-    for i in range(0, len(mine), cfg.micro_bsz):
-        x, y = batch_at(tokens, mine[i:i + cfg.micro_bsz], length, run.device)
+    for some in common.chunks(mine, cfg.micro_bsz):
+        x, y = batch_at(tokens, some, length, run.device)
         nll -= model(x, targets=y)[0].logps.sum().item()
     nll, n = common.all_sum(nll, len(mine) * length)
     bpb = {"val_bpb": nll / n / math.log(2) * meta["tokens"] / meta["bytes"]} if meta.get("bytes") else {}
@@ -148,17 +147,9 @@ def main(cfg, run):
            f"windows = {max_steps * cfg.global_bsz / n_windows:.2f} epochs")
 
     # ---- a new run, or on from last.pt
-    out = Path(cfg.out_dir)
-
-    def write(name):
-        """The weights, under that name; the older numbered ones go."""
-        if run.main:
-            common.prune(model.save_tuned(out, name, run.dtype), cfg.keep_last)
-
-    trained, kept, metrics, save = common.open_run(
+    trained, kept, metrics, write, save = common.open_run(
         cfg, run, model, opt, max_steps, data_order=dict(order=cfg.order, ctx_len=cfg.ctx_len, tokens=len(tokens)),
-        kept=dict(best=math.inf), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
-        plot=("loss", "val_loss"))
+        kept=dict(best=math.inf), tokenizer=lambda: prepare.save_tokenizer(tokenizer, cfg.out_dir), plot=("loss", "val_loss"))
 
     def validate():
         """{name: number} on held-out data, and the best checkpoint"""
@@ -175,10 +166,9 @@ def main(cfg, run):
             lr = common.set_lr(opt, cfg, step, max_steps)
             samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
             nll = 0.0
-            for i in range(accumulation):
-                starts = window_starts(samples[i * cfg.micro_bsz:(i + 1) * cfg.micro_bsz], len(tokens), cfg.ctx_len,
-                                       cfg.order, cfg.seed)
-                x, y = batch_at(tokens, starts, cfg.ctx_len, run.device)
+            starts = window_starts(samples, len(tokens), cfg.ctx_len, cfg.order, cfg.seed)
+            for i, some in enumerate(common.chunks(starts, cfg.micro_bsz)):
+                x, y = batch_at(tokens, some, cfg.ctx_len, run.device)
                 # the sum over the whole batch's tokens, not a mean of means; x world because DDP averages gradients
                 with no_sync() if i < accumulation - 1 else nullcontext():
                     scores, _ = wrapped(x, targets=y, l2wrap=cfg.l2wrap)

@@ -89,8 +89,7 @@ def evaluate(model, rows, cfg, run, picture=None):
     """{"val_…": number} over all processes: loss; accuracy, best against worst (a tie is wrong); margin; mean and spread of
     the rewards; accuracy where the chosen answer is the shorter one. picture: a file for both histograms."""
     mine, best, worst, loss, shorter = rows[run.rank::run.world], [], [], 0.0, []
-    for i in range(0, len(mine), cfg.micro_bsz):
-        batch = mine[i:i + cfg.micro_bsz]
+    for batch in common.chunks(mine, cfg.micro_bsz):
         for row, rewards in zip(batch, rewards_of(model, batch, run.device)):
             a, b = pair_of(row)
             best.append(rewards[a].item())
@@ -169,14 +168,9 @@ def main(cfg, run):
            f"{cfg.global_bsz} prompts = {max_steps * cfg.global_bsz / len(data):.2f} epochs")
 
     # ---- a new run, or on from last.pt
-    def write(name):
-        """What trains, under that name; the older numbered ones go."""
-        if run.main:
-            common.prune(model.save_tuned(out, name, run.dtype, **about), cfg.keep_last)
-
-    trained, kept, metrics, save = common.open_run(
+    trained, kept, metrics, write, save = common.open_run(
         cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, prompts=len(data)), kept=dict(best=math.inf),
-        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
+        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), about=about,
         plot=("loss", "val_loss", "accuracy", "val_accuracy"))
 
     def validate():
@@ -196,12 +190,10 @@ def main(cfg, run):
     with common.catch_signals() as signals:
         for step in range(metrics.from_step, max_steps):
             lr = common.set_lr(opt, cfg, step, max_steps)
-            samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
-            batch = [data[i] for i in common.shuffled(samples, len(data), cfg.seed)]
+            batch = [data[i] for i in common.samples_of(step, len(data), cfg, run)]
             loss = right = margin = 0.0
             model.train()
-            for i in range(accumulation):
-                rows = batch[i * cfg.micro_bsz:(i + 1) * cfg.micro_bsz]
+            for i, rows in enumerate(common.chunks(batch, cfg.micro_bsz)):
                 with nullcontext() if i == accumulation - 1 else no_sync():
                     rewards = rewards_of(wrapped, rows, run.device)
                     # the mean over the whole batch's prompts; x world because DDP averages gradients

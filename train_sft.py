@@ -16,7 +16,6 @@ after which the model never stops; padding, which a recurrence feels. LoRA: arXi
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Callable, Literal
 
 import torch
@@ -53,7 +52,7 @@ def main(cfg, run):
     # ---- model and tokenizer
     model = load_to_tune(cfg, run)
     tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    out, about = Path(cfg.out_dir), common.origin(cfg, model, tokenizer)
+    about = common.origin(cfg, model, tokenizer)
 
     # ---- data
     if cfg.chunk_len and not cfg.packing:
@@ -68,14 +67,9 @@ def main(cfg, run):
            f"trained; {max_steps:,} steps of {cfg.global_bsz} documents = {max_steps * cfg.global_bsz / len(data):.2f} epochs")
 
     # ---- a new run, or on from last.pt
-    def write(name):
-        """What trains, under that name; the older numbered ones go."""
-        if run.main:
-            common.prune(model.save_tuned(out, name, run.dtype, **about), cfg.keep_last)
-
-    trained, kept, metrics, save = common.open_run(
+    trained, kept, metrics, write, save = common.open_run(
         cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, documents=len(data)), kept=dict(best=math.inf),
-        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write, plot=("loss", "val_loss"))
+        tokenizer=lambda: prepare.save_tokenizer(tokenizer, cfg.out_dir), about=about, plot=("loss", "val_loss"))
 
     def validate():
         """{name: number} on held-out data, and the best checkpoint"""
@@ -97,14 +91,12 @@ def main(cfg, run):
     with common.catch_signals() as signals:
         for step in range(metrics.from_step, max_steps):
             lr = common.set_lr(opt, cfg, step, max_steps)
-            samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
-            batch = [data[i] for i in common.shuffled(samples, len(data), cfg.seed)]
+            batch = [data[i] for i in common.samples_of(step, len(data), cfg, run)]
             # the sum over the whole batch's trained tokens, not a mean of means; x world because DDP averages gradients
             n, n_tokens = common.all_sum(sum(sum(mask[1:]) for _, mask in batch), sum(len(ids) for ids, _ in batch))
             nll = hits = 0.0
             model.train()
-            for i in range(accumulation):
-                documents = batch[i * cfg.micro_bsz:(i + 1) * cfg.micro_bsz]
+            for i, documents in enumerate(common.chunks(batch, cfg.micro_bsz)):
                 x, y, weight, borders = (pack if cfg.packing else pad)(documents, run.device)
                 loss, right, _ = backward(wrapped, x, y, weight * (run.world / n), borders, cfg.chunk_len, cfg.bptt,
                                           nullcontext if i == accumulation - 1 else no_sync, no_sync)

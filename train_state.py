@@ -158,7 +158,7 @@ def main(cfg, run):
                                  template=cfg.template.__name__ if cfg.template else "User: …\n\nAssistant: …")
                 common.prune(path, cfg.keep_last)
 
-    trained, kept, metrics, save = common.open_run(
+    trained, kept, metrics, write, save = common.open_run(
         cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, documents=len(data), tasks=names, base=fingerprint),
         kept=dict(best={}), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
         plot=[f"{what}{end}" for what in ("loss", "val_loss") for end in ends])
@@ -188,14 +188,12 @@ def main(cfg, run):
     with common.catch_signals() as signals:
         for step in range(metrics.from_step, max_steps):
             lr = common.set_lr(opt, cfg, step, max_steps)
-            samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
-            batch = [data[i] for i in common.shuffled(samples, len(data), cfg.seed)]
+            batch = [data[i] for i in common.samples_of(step, len(data), cfg, run)]
             # each task's own count over the whole batch; x world because DDP averages gradients
             counts = common.all_sum(*(sum(sum(m[1:]) for _, m, task in batch if task == k) for k in range(len(names))))
             counts, n_tokens = torch.tensor(counts, device=run.device), common.all_sum(sum(len(ids) for ids, *_ in batch))[0]
             losses = torch.zeros(len(names), device=run.device)
-            for i in range(accumulation):
-                documents = batch[i * cfg.micro_bsz:(i + 1) * cfg.micro_bsz]
+            for i, documents in enumerate(common.chunks(batch, cfg.micro_bsz)):
                 x, y, weight, borders = pack([row[:2] for row in documents], run.device)
                 tasks = torch.tensor([task for *_, task in documents], device=run.device)
                 weight, of_token = task_weights(weight * run.world, borders, tasks, counts)
