@@ -44,10 +44,10 @@ class Config:
     overwrite: bool = False      # replace --out if it is there
 
 
-def check_out(cfg, folder=False):
-    """--out is of the right kind, and may be written."""
-    if (Path(cfg.out).suffix in (".pth", ".safetensors")) == folder:
-        raise UserError(f"--out={cfg.out}: expected " + ("a folder" if folder else "a name in .pth or .safetensors"))
+def check_out(cfg, *endings):
+    """--out is of the right kind, a folder where there are no `endings`, and may be written."""
+    if (Path(cfg.out).suffix in (endings or (".pth", ".safetensors"))) != bool(endings):
+        raise UserError(f"--out={cfg.out}: expected " + (f"a name in {' or '.join(endings)}" if endings else "a folder"))
     if Path(cfg.out).exists() and not cfg.overwrite:
         raise UserError(f"{cfg.out} is already there; choose another --out, or give --overwrite")
 
@@ -139,7 +139,7 @@ def add_lora(weights, cfg):
 
 
 def merge(cfg):
-    check_out(cfg)
+    check_out(cfg, ".pth", ".safetensors")
     if not cfg.adapter and not cfg.state:
         raise UserError("nothing to merge: give --adapter=LORA or --state=STATE")
     weights = read_weights(cfg.model)
@@ -159,7 +159,7 @@ def merge(cfg):
 
 
 def convert(cfg):
-    check_out(cfg)
+    check_out(cfg, ".pth", ".safetensors")
     weights, metadata = read_weights(cfg.model), read_metadata(cfg.model)
     if cfg.dtype:
         cast(weights, cfg.dtype)
@@ -186,10 +186,7 @@ def state(cfg):
     statetuning: a list of att shift [C], state [H, value, key], ffn shift [C] of each layer; its shifts go to the .json
     beside, which gosling alone reads. The rwkv package's own state is [value, key] in RWKV-7 and [key, value] in RWKV-6:
     code that hands a file's tensors to an RWKV-6 there transposes them."""
-    if Path(cfg.out).exists() and not cfg.overwrite:
-        raise UserError(f"{cfg.out} is already there; choose another --out, or give --overwrite")
-    if Path(cfg.out).suffix != (want := ".st" if cfg.to == "web-rwkv" else ".pth"):
-        raise UserError(f"--out={cfg.out}: expected a name in {want} for --to={cfg.to}")
+    check_out(cfg, ".st" if cfg.to == "web-rwkv" else ".pth")
     about = {}
     if cfg.from_ == "statetuning":
         tensors = common.load_torch(cfg.state)
@@ -280,18 +277,17 @@ CHAT_TEMPLATE = """\
 
 def hub(cfg):
     back = Path(cfg.model).is_dir()
-    check_out(cfg, folder=not back)
+    check_out(cfg, *(".pth", ".safetensors") * back)
     weights = read_folder(cfg.model) if back else read_weights(cfg.model)
     c = config_of(weights, cfg.model)
     if (c.version, c.head_size) != ("x070", 64):  # fla's RWKV-6 normalises heads with eps 1e-5, not 64e-5
         raise UserError(f"{cfg.model} is {c.version} with heads of {c.head_size}; hub is for x070 with heads of 64")
-    if wrong := problems(weights, expected_shapes(c)):
+    if wrong := problems(weights, shapes := expected_shapes(c)):
         raise UserError(f"{cfg.model}: {'; '.join(wrong[:5])}{' …' * (len(wrong) > 5)}; hub wants a whole RWKV-7 "
                         "and nothing else")
     if "score.weight" in weights:
         raise UserError(f"{cfg.model} is a reward model; fla's RWKV-7 has no score.weight")
-    weights = cast({name: weights[name].reshape(size) for name, size in expected_shapes(c).items()
-                    if name not in NEVER_TRAINED}, cfg.dtype)
+    weights = cast({name: weights[name].reshape(size) for name, size in shapes.items() if name not in NEVER_TRAINED}, cfg.dtype)
     if back:
         return write(weights, cfg.out)
     tokenizer, folder = prepare.tokenizer_of(cfg.model, c.vocab_size, cfg.tokenizer), Path(cfg.out)

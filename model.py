@@ -2,6 +2,11 @@
 
   RWKV-7: https://arxiv.org/abs/2503.14456      RWKV-6: https://arxiv.org/abs/2404.05892
 
+A transformer's block with both halves replaced. Time mixing stands where attention does: a head does not keep all past
+keys and values but one matrix S [N, N] of fixed size, into which each token writes its value under its key, and from which
+it reads with its receptance r, the query (`TimeMix7`). Channel mixing stands where the MLP does (`ChannelMix7`). Both see
+the token before as well (`token_shift`, `mix`), and there are no positions: order is in the recurrence.
+
 Glossary of shapes
   B rows of a batch      T tokens of a row        V vocabulary          C width, n_embd       L layers
   N head size, 64        H heads, C / N           D documents packed end to end in one row (B = 1, cu_seqlens [D + 1])
@@ -15,7 +20,9 @@ every weight is cast where it is used. The decay and the state stay float32.
 """
 import contextlib
 import errno
+import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -27,6 +34,8 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import common
@@ -55,22 +64,21 @@ class RWKVConfig:
     def __post_init__(self):
         if self.version not in ("x060", "x070"):
             raise UserError(f"version={self.version!r}: expected x060 (RWKV-6) or x070 (RWKV-7)")
-        for name, value in (("n_layer", self.n_layer), ("n_embd", self.n_embd), ("head_size", self.head_size)):
-            if value < 1:
-                raise UserError(f"{name}={value}: expected a number above 0")
+        for name in ("n_layer", "n_embd", "head_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected a number above 0")
         if self.n_embd % self.head_size:
             raise UserError(f"n_embd={self.n_embd} is not a multiple of head_size={self.head_size}; "
                             f"try n_embd={-(-self.n_embd // self.head_size) * self.head_size}")
-        C, v7 = self.n_embd, self.version == "x070"
+        C = self.n_embd
 
         def rank(factor):  # upstream's rule for new models; files carry their own ranks
             return max(32, 32 * round(factor * math.sqrt(C) / 32))
-        self.dim_ffn = self.dim_ffn or (4 * C if v7 else int(3.5 * C) // 32 * 32)
-        self.decay_rank = self.decay_rank or (rank(2.5) if v7 else 64)
-        self.iclr_rank = self.iclr_rank or (rank(2.5) if v7 else 0)
-        self.value_rank = self.value_rank or (rank(1.7) if v7 else 0)
-        self.gate_rank = self.gate_rank or (rank(5.0) if v7 else 0)
-        self.mix_rank = self.mix_rank or (0 if v7 else 32)
+        rule = dict(dim_ffn=4 * C, decay_rank=rank(2.5), iclr_rank=rank(2.5), value_rank=rank(1.7), gate_rank=rank(5.0))
+        if self.version == "x060":
+            rule = dict(dim_ffn=int(3.5 * C) // 32 * 32, decay_rank=64, mix_rank=32)
+        for name, value in rule.items():
+            setattr(self, name, getattr(self, name) or value)
 
 
 class TokenScores(NamedTuple):
@@ -117,9 +125,8 @@ class OneDNN(torch.autograd.Function):
 def linear(x, w):
     """x [..., in], w [out, in] -> [..., out]"""
     # small ones gain nothing, and oneDNN keeps code for every shape that it has seen
-    if x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and w.numel() >= 2 ** 16 and torch.backends.mkldnn.is_available():
-        return OneDNN.apply(x, w)
-    return F.linear(x, w)
+    large = x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and w.numel() >= 2 ** 16
+    return OneDNN.apply(x, w) if large and torch.backends.mkldnn.is_available() else F.linear(x, w)
 
 
 class Linear(nn.Linear):
@@ -127,8 +134,7 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
-        self.lora_A = self.lora_B = None
-        self.lora_scale, self.lora_dropout, self.lora_on = 1.0, 0.0, True
+        self.lora_A = self.lora_B = None  # add_lora
 
     def reset_parameters(self):  # init_parameter does it, by name
         pass
@@ -142,7 +148,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         y = linear(x, self.weight.to(x.dtype))
-        if self.lora_A is None or not self.lora_on:
+        if self.lora_A is None:
             return y
         h = linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
         return torch.add(y, linear(h, self.lora_B.to(x.dtype)), alpha=self.lora_scale)
@@ -153,12 +159,11 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def vector(C):
-    return nn.Parameter(torch.empty(1, 1, C))
-
-
 def matrix(*shape):
     return nn.Parameter(torch.empty(*shape))
+
+
+vector = functools.partial(matrix, 1, 1)
 
 
 def fp32(x):
@@ -209,6 +214,13 @@ def head_norm(y, norm):
 
 
 class TimeMix7(nn.Module):
+    """For each head, with * by element, k' a row, and every vector computed from its own mix of x with the token before:
+
+      S_t = S_{t-1} (diag(w_t) - kappa_t (a_t * kappa_t)') + v_t k_t'       w decays each key channel; what S holds under the
+      y_t = S_t r_t                                                         unit key kappa is replaced at the rate a
+      out = W_o (g * (norm(y) + (r . (r_k * k)) v))
+    """
+
     def __init__(self, c):
         super().__init__()
         C, self.H, self.N = c.n_embd, c.n_embd // c.head_size, c.head_size
@@ -246,6 +258,8 @@ class TimeMix7(nn.Module):
 
 
 class ChannelMix7(nn.Module):
+    """out = W_v relu(W_k x_k)^2,  x_k = x mixed with the token before"""
+
     def __init__(self, c):
         super().__init__()
         self.x_k = vector(c.n_embd)
@@ -258,6 +272,13 @@ class ChannelMix7(nn.Module):
 
 
 class TimeMix6(nn.Module):
+    """As TimeMix7, with nothing removed but by decay, and read before the token is written, the token itself through u:
+
+      y_t = (S_{t-1} + v_t (u * k_t)') r_t       S_t = S_{t-1} diag(w_t) + v_t k_t'       out = W_o (silu(W_g x_g) * norm(y))
+
+    How much of the token before goes into each of w k v r g depends on the token: a low-rank pair, time_maa_w1/w2.
+    """
+
     def __init__(self, c):
         super().__init__()
         C, self.H, self.N = c.n_embd, c.n_embd // c.head_size, c.head_size
@@ -287,6 +308,8 @@ class TimeMix6(nn.Module):
 
 
 class ChannelMix6(nn.Module):
+    """out = sigmoid(W_r x_r) * W_v relu(W_k x_k)^2"""
+
     def __init__(self, c):
         super().__init__()
         self.time_maa_k, self.time_maa_r = vector(c.n_embd), vector(c.n_embd)
@@ -301,6 +324,8 @@ class ChannelMix6(nn.Module):
 
 
 class Block(nn.Module):
+    """x + TimeMix(norm(x)), then x + ChannelMix(norm(x))"""
+
     def __init__(self, c, layer):
         super().__init__()
         if layer == 0:
@@ -355,6 +380,7 @@ class ScoreTokens(torch.autograd.Function):
       d logp_y / dz = onehot(y) - p          d entropy / dz = -p (log p + entropy)
     l2wrap (upstream's L2Wrap, 1e-4): pulls the largest logit down by l2wrap * its value for each unit of d loss / d logp,
     which keeps logits from drifting in bf16; it changes the gradient and never the loss.
+    known: a list, filled by the first run; a second one, of a checkpoint, takes its results from there.
     """
 
     @staticmethod
@@ -362,10 +388,10 @@ class ScoreTokens(torch.autograd.Function):
         return max(16, (2 ** 26 if h.is_cuda else 2 ** 22) // len(weight))
 
     @staticmethod
-    def forward(ctx, h, weight, targets, temperature, l2wrap):
-        w = weight.to(h.dtype)
-        out = []
-        for x, y in zip(h.split(ScoreTokens.rows(h, w)), targets.split(ScoreTokens.rows(h, w))):
+    def forward(ctx, h, weight, targets, temperature, l2wrap, known=None):
+        w, out = weight.to(h.dtype), []
+        known = [] if known is None else known
+        for x, y in () if known else zip(h.split(ScoreTokens.rows(h, w)), targets.split(ScoreTokens.rows(h, w))):
             z = fp32(linear(x, w))
             if native := wkv_cuda.cpu.score_rows(z, y, temperature):
                 out.append(native)
@@ -376,7 +402,8 @@ class ScoreTokens(torch.autograd.Function):
             hits = z.argmax(-1) == y
             entropy = lse - ((z - lse[:, None]).exp_().mul_(z)).sum(-1)
             out.append((target - lse, entropy, hits, lse))
-        logps, entropy, hits, lse = (torch.cat(t) for t in zip(*out))
+        known.extend(torch.cat(t) for t in zip(*out))
+        logps, entropy, hits, lse = (t.detach() for t in known)  # autograd marks the very tensors that are returned
         ctx.save_for_backward(h, weight, targets, lse, entropy)
         ctx.temperature, ctx.l2wrap = temperature, l2wrap
         ctx.mark_non_differentiable(hits)
@@ -387,26 +414,21 @@ class ScoreTokens(torch.autograd.Function):
     def backward(ctx, dlogps, dentropy, _):
         h, weight, targets, lse, entropy = ctx.saved_tensors
         w, n = weight.to(h.dtype), ScoreTokens.rows(h, weight)
+        dlogps = torch.zeros_like(lse) if dlogps is None else dlogps
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(h), n):
             q = slice(i, i + n)
-            logits = fp32(linear(h[q], w))
-            grads = dlogps is not None and (dlogps[q], None if dentropy is None else dentropy[q])
-            if grads and wkv_cuda.cpu.score_rows(logits, targets[q], ctx.temperature, (None, entropy[q], None, lse[q]), grads,
-                                                 ctx.l2wrap):
-                dz = logits
-            else:
-                logp = logits / ctx.temperature - lse[q, None]
+            dz = fp32(linear(h[q], w))  # the logits, to begin with
+            grads = dlogps[q], None if dentropy is None else dentropy[q]
+            if not wkv_cuda.cpu.score_rows(dz, targets[q], ctx.temperature, (None, entropy[q], None, lse[q]), grads, ctx.l2wrap):
+                logits, logp = dz, dz / ctx.temperature - lse[q, None]
                 p = logp.exp()
-                dz = torch.zeros_like(p)
-                if dlogps is not None:
-                    dz.addcmul_(p, dlogps[q, None], value=-1)
-                    dz.scatter_add_(-1, targets[q, None], dlogps[q, None])
+                dz = (p * -dlogps[q, None]).scatter_add_(-1, targets[q, None], dlogps[q, None])
                 if dentropy is not None:
                     dz.addcmul_(p, (logp + entropy[q, None]) * dentropy[q, None], value=-1)
                 dz /= ctx.temperature
-                if ctx.l2wrap and dlogps is not None:
+                if ctx.l2wrap:
                     top, at = logits.max(-1, keepdim=True)
                     dz.scatter_add_(-1, at, -ctx.l2wrap * top * dlogps[q, None])
             dz = dz.to(h.dtype)
@@ -414,7 +436,7 @@ class ScoreTokens(torch.autograd.Function):
                 dh[q] = linear(dz, w.mT)
             if dw is not None:
                 dw += dz.mT @ h[q]
-        return dh, dw, None, None, None
+        return dh, dw, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,10 +453,8 @@ class RWKV(nn.Module):
         self.score = None          # [1, C], of a reward model: add_score
         self.compute_dtype = None  # None: the embedding's own
         self.grad_cp = False       # recompute each block in backward: less memory, about a third more time
-        self.adapter_info = None   # how the LoRA was made; None: there is none
-        self.before_tuning = []    # (parameter, its value before) of extra parameters trained with a LoRA
-        self.tuned = nn.ModuleList()  # learned initial states: one, or one for each of several tasks
-        self.tuned_on, self.task = True, 0
+        self.tuned, self.task = nn.ModuleList(), 0  # learned initial states, one for each task; the one to start from
+        self.base = []             # (module, attribute, its value without what tuning added): see reference
         self.step = None           # while generating: one token in one call, see stepper
         for name, p in self.named_parameters():
             if not p.is_meta:
@@ -451,7 +471,7 @@ class RWKV(nn.Module):
     def initial_state(self, sequences, tasks=None):
         """The state before the first token, for this many sequences: zeros, or the tuned state; tasks [B or D]: of several
         tuned states, the one that each sequence starts from; None = self.task for all."""
-        if not self.tuned or not self.tuned_on:
+        if not self.tuned:
             return self.zero_state(sequences)
         if tasks is None:
             tasks = torch.full((sequences,), self.task, device=self.emb.weight.device)
@@ -481,16 +501,21 @@ class RWKV(nn.Module):
         return {"wkv": wkv, "att_shift": shift, "ffn_shift": shift.clone()}
 
     def forward(self, idx, state=None, *, cu_seqlens=None, tasks=None, targets=None, temperature=1.0, l2wrap=0.0,
-                last_only=False, score=False, out=None):
+                last_only=False, score=False, chunk_len=0, known=None, out=None):
         """idx [B, T] integers, T >= 1, state as in the glossary or None for the initial one -> (logits [B, T, V], state).
 
         cu_seqlens [D + 1]: B = 1 and D documents end to end, each with its own state. tasks: as in `initial_state`.
         targets [B, T]: -> (TokenScores, state) of the distribution at this temperature, without [B, T, V] in memory.
         last_only: logits [B or D, 1, V] of each sequence's last token. score: -> (scores [B or D] there, state).
+        chunk_len: run so many tokens at a time, and once more in backward: memory is one chunk's activations and one state
+        per chunk, the gradient is that of the whole. For targets; last_only gives (None, state), score runs whole.
         out: a state to write the new one into, without gradient; `state` itself will do. Saves a large allocation per token.
         """
         if self.step and out is state is not None and idx.shape[1] == 1:
             return self.step(idx[:, 0], state)[:, None].to(state["att_shift"].dtype), state
+        if 0 < chunk_len < idx.shape[1] and not score:
+            return self._in_chunks(idx, state, cu_seqlens, targets, chunk_len, tasks=tasks, temperature=temperature,
+                                   l2wrap=l2wrap, last_only=last_only)
         packing = Packing.of(cu_seqlens, idx.device)
         sequences = len(idx) if packing is None else len(packing.cu_seqlens) - 1
         state = state or self.initial_state(sequences, tasks)
@@ -515,8 +540,20 @@ class RWKV(nn.Module):
             return self.score(fp32(x)).flatten(), state
         if targets is None:
             return self.head(x), state
-        scores = ScoreTokens.apply(x.flatten(0, 1), self.head.weight, targets.flatten().long(), temperature, l2wrap)
+        scores = ScoreTokens.apply(x.flatten(0, 1), self.head.weight, targets.flatten().long(), temperature, l2wrap, known)
         return TokenScores(*(s.view(targets.shape) for s in scores)), state
+
+    def _in_chunks(self, idx, state, cu_seqlens, targets, chunk_len, **options):
+        """forward's chunk_len. `known` keeps a chunk's scores: its second run, in backward, does without the head."""
+        parts = []
+        for a, b, cu in pieces(idx.shape[1], cu_seqlens, chunk_len):
+            # the last chunk is the first in backward: its activations may stay
+            again = torch.is_grad_enabled() and b < idx.shape[1]
+            run = functools.partial(checkpoint, self.forward, use_reentrant=False) if again else self.forward
+            part, state = run(idx[:, a:b], state, cu_seqlens=cu, targets=targets if targets is None else targets[:, a:b],
+                              known=[], **options)
+            parts.append(part)
+        return None if targets is None else TokenScores(*(torch.cat(part, 1) for part in zip(*parts))), state
 
     def token_logprobs(self, idx, targets, state=None, *, cu_seqlens=None, temperature=1.0):
         """[B, T] log-probability of each target; for use outside DDP, whose wrapper only sees `forward`."""
@@ -531,70 +568,71 @@ class RWKV(nn.Module):
         nothing but the scalar head. A scalar head (add_score) trains with any of them, in place of the language model's.
         Everything else gets requires_grad = False and keeps its dtype; what trains is float32. An adapter or a state that
         was there goes."""
-        self.adapter_info, self.before_tuning, self.tuned, self.tune = None, [], nn.ModuleList(), tune
+        self.base, self.tuned, self.tune = [], nn.ModuleList(), tune
         for m in self.modules():
             if isinstance(m, Linear):
                 m.lora_A = m.lora_B = None
         self.requires_grad_(False)
+        # with a scalar head the language model's gets no gradient
+        frozen = NEVER_TRAINED if self.score is None else (*NEVER_TRAINED, "score.weight", "head.weight")
         if tune == "full":
             for name, p in self.named_parameters():
-                p.requires_grad = name not in NEVER_TRAINED and (self.score is None or name != "head.weight")
-                p.data = fp32(p.data)
+                p.requires_grad, p.data = name not in frozen, fp32(p.data)
         elif tune == "lora":
-            self._lora(**options)
+            self._lora(frozen, **options)
         elif tune == "state":
             dtype = torch.promote_types(self.emb.weight.dtype, torch.float32)
             self.tuned.extend(TunedState(self.config, **options).to(self.emb.weight.device, dtype) for _ in range(tasks))
+            self.base = [(self, "tuned", nn.ModuleList())]
         elif tune != "head" or self.score is None:
             raise UserError(f"tune={tune!r}: expected full, lora or state, or for a reward model head")
         if self.score is not None:
             self.score.requires_grad_(True)
 
-    def _lora(self, r=32, alpha=64.0, dropout=0.0, rslora=False, targets=(), extra=()):
+    def _lora(self, frozen, r=32, alpha=64.0, dropout=0.0, rslora=False, targets=(), extra=()):
         """r: rank; the update is scaled by alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732). targets: names of
         matrices, "key" for all of that name or "att.key" for one kind; none = all of att and ffn. extra: further
         parameters to train, by parts of their names ("ln", "x_"); they are saved with the adapter."""
         if r < 1:
             raise UserError(f"lora_r={r}: expected a number above 0")
-        linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear)
-                   and not (self.score is not None and name in ("score", "head"))}  # that head gets no gradient
+        strings = lambda x: (x,) if isinstance(x, str) else x  # noqa: E731
+        linears = {name: m for name, m in self.named_modules() if isinstance(m, Linear) and f"{name}.weight" not in frozen}
         kinds = {name: re.sub(r"blocks\.\d+\.", "", name) for name in linears}
         chosen = set()
-        for target in ((targets,) if isinstance(targets, str) else targets) or ("att", "ffn"):
-            hits = {name for name, kind in kinds.items() if target in (name, kind, kind.split(".")[0], kind.split(".")[-1])}
+        for target in strings(targets) or ("att", "ffn"):
+            hits = {name for name, kind in kinds.items() if target in (name, kind, *kind.split("."))}
             if not hits:
                 raise UserError(f"LoRA target {target!r} is not a matrix of {self.config.version}; there are "
                                 f"{', '.join(sorted(set(kinds.values())))}")
             chosen |= hits
         for name in sorted(chosen):  # a set's own order differs from process to process, and A is random
             linears[name].add_lora(r, alpha / (math.sqrt(r) if rslora else r), dropout)
-        for part in (extra,) if isinstance(extra, str) else extra:
-            hits = [p for name, p in self.base_weights() if part in name and name not in NEVER_TRAINED
-                    and not (self.score is not None and name in ("score.weight", "head.weight"))]
+            self.base.append((linears[name], "lora_A", None))
+        for part in strings(extra):
+            hits = [(name, p) for name, p in self.base_weights() if part in name and name not in frozen]
             if not hits:
                 raise UserError(f"extra={part!r}: no parameter has that in its name")
-            for p in hits:
+            for name, p in hits:
                 p.data, p.requires_grad = fp32(p.data), True
-                self.before_tuning.append((p, p.data.clone()))
-        self.adapter_info = dict(r=r, alpha=alpha, rslora=rslora, dropout=dropout)
+                module, _, leaf = name.rpartition(".")
+                self.base.append((self.get_submodule(module), leaf, nn.Parameter(p.detach().clone(), False)))
+        self.lora = dict(r=r, alpha=alpha, rslora=rslora, dropout=dropout)
 
     @contextlib.contextmanager
     def reference(self):
-        """The same network with its adapter or tuned state off (and extra trained parameters as they were): the reference
-        of DPO and GRPO."""
-        def switch(on):
-            self.tuned_on = on
-            for m in self.modules():
-                if isinstance(m, Linear):
-                    m.lora_on = on
-            for i, (p, other) in enumerate(self.before_tuning):
-                self.before_tuning[i] = (p, p.data)
-                p.data = other.to(p.device)
-        switch(False)
+        """The same network without its adapter or tuned state, extra trained parameters as they were: the reference of DPO
+        and GRPO."""
+        def swap():
+            for i, (module, name, value) in enumerate(self.base):
+                self.base[i] = module, name, (now := getattr(module, name))
+                if isinstance(value, torch.Tensor) and now is not None:  # the network may have moved since
+                    value.data = value.data.to(now.device)
+                setattr(module, name, value)
+        swap()
         try:
             yield self
         finally:
-            switch(True)
+            swap()
 
     def param_groups(self, lr, weight_decay):
         """Upstream's optimiser groups, for torch.optim.AdamW; every trainable parameter is in exactly one.
@@ -615,43 +653,36 @@ class RWKV(nn.Module):
     # weights in and out
 
     @staticmethod
-    def from_pretrained(path, device="cpu", dtype=torch.float32):
+    def from_pretrained(path, device="cpu", dtype=torch.float32, weights=None):
         """An official x060 or x070 file, `.pth` or `.safetensors`. Version and every dimension come from the tensors.
 
         Vectors may be 1 x 1 x C or C, layer 0's v0/v1/v2 there or not. What is missing, extra or misshapen is named.
-        Tensors are taken over one by one, so that the peak is about the model's own size.
+        Tensors are converted one by one, so that the peak is about the model's own size. weights: of a file that has been
+        read; converted in place.
         """
-        return RWKV.from_weights(read_weights(path), path, device, dtype)
-
-    @staticmethod
-    def from_weights(weights, path, device="cpu", dtype=torch.float32):
-        """from_pretrained of a file that has been read; `weights` is emptied."""
+        weights = read_weights(path) if weights is None else weights
         config = config_of(weights, path)
         with torch.device("meta"):
             model = RWKV(config)
             if "score.weight" in weights:
                 model.add_score()
-        missing, misshapen = [], []
-        for name, p in list(model.named_parameters()):
-            module, _, leaf = name.rpartition(".")
-            if name not in weights:
-                if name in NEVER_TRAINED:
-                    weights[name] = init_parameter(name, torch.empty(p.shape), config)
-                else:
-                    missing.append(name)
-                    continue
-            w = weights.pop(name)
+        expected, misshapen = {name: p.shape for name, p in model.named_parameters()}, []
+        for name, shape in expected.items():
+            if name in NEVER_TRAINED and name not in weights:
+                weights[name] = init_parameter(name, torch.empty(shape), config)
+            w = weights.get(name)
             # only 1-sized axes may differ: [C] and [1, 1, C] are one vector, [C, R] and [R, C] are not one matrix
-            if [n for n in w.shape if n > 1] != [n for n in p.shape if n > 1]:
-                misshapen.append(f"{name} is {list(w.shape)}, expected {list(p.shape)}")
-                continue
-            w = w.to(device=device, dtype=torch.float32 if name == "score.weight" else dtype).reshape(p.shape)
-            setattr(model.get_submodule(module), leaf, nn.Parameter(w, requires_grad=p.requires_grad))
-        for what, names in (("missing", missing), ("misshapen", misshapen), ("extra", list(weights))):
+            if w is not None and [n for n in w.shape if n > 1] != [n for n in shape if n > 1]:
+                misshapen.append(f"{name} is {list(w.shape)}, expected {list(shape)}")
+            elif w is not None:
+                weights[name] = w.to(device=device, dtype=torch.float32 if name == "score.weight" else dtype).reshape(shape)
+        missing, extra = [name for name in expected if name not in weights], [name for name in weights if name not in expected]
+        for what, names in (("missing", missing), ("misshapen", misshapen), ("extra", extra)):
             if names:
                 raise UserError(f"{path}: read as {config.version} with {config.n_layer} layers of width {config.n_embd}, "
                                 f"but {len(names)} tensors are {what}: {'; '.join(names[:5])}"
                                 + (" …" if len(names) > 5 else "") + "; is this a whole, unmodified model file?")
+        model.load_state_dict(weights, assign=True)
         return model
 
     def save_pretrained(self, path, dtype=None):
@@ -682,29 +713,29 @@ class RWKV(nn.Module):
 
     def save_tuned(self, folder, name, dtype=None, **about):
         """What trains, as folder/rwkv-<name>.pth, lora-<name>.safetensors or state-<name>.pth, or best.* for "best"; about:
-        what an adapter's or a state's file should say, its base above all. -> the path"""
+        what an adapter's or a state's file should say, its base above all. -> the path
+
+        A LoRA has RWKV-PEFT's keys, ….lora_A [r, in] and ….lora_B [out, r], extra parameters their own names."""
         kind, end = {"lora": ("lora", "safetensors"), "state": ("state", "pth")}.get(self.tune, ("rwkv", "pth"))
         path = Path(folder) / (f"best.{end}" if name == "best" else f"{kind}-{name}.{end}")
         if kind == "rwkv":
             self.save_pretrained(path, dtype)
+        elif kind == "state":
+            self.save_state(path, **about)
         else:
-            (self.save_adapter if kind == "lora" else self.save_state)(path, **about)
+            trained = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters() if p.requires_grad}
+            write_weights(trained, path, {key: str(value) for key, value in {**self.lora, **about}.items()})
         return path
-
-    def save_adapter(self, path, **about):
-        """The trained parameters alone: RWKV-PEFT's keys, ….lora_A [r, in] and ….lora_B [out, r], and extra ones under
-        their own names. A .safetensors file also carries r, alpha, rslora and `about`."""
-        write_weights({name: p.detach().cpu().contiguous() for name, p in self.named_parameters() if p.requires_grad}, path,
-                      {key: str(value) for key, value in {**self.adapter_info, **about}.items()})
 
     @torch.no_grad()
     def load_tuned(self, path):
         """Values for what trains, from a file of save_tuned; every name and size must fit."""
         if self.tune == "state":
             state, about = read_state(path, self.config)
+            self.tuned[0].load(state)
             if self.score is not None and "score" in about:
                 self.score.weight[0] = torch.tensor(about["score"])
-            return self.tuned[0].load(state)
+            return
         saved, own = read_weights(path), {name: p for name, p in self.named_parameters() if p.requires_grad}
         for name in sorted(saved.keys() | own.keys() if self.tune == "lora" else own.keys()):
             there, here = (list(w[name].shape) if name in w else "absent" for w in (saved, own))
@@ -717,25 +748,26 @@ class RWKV(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # batches of documents, (ids, mask) pairs, and the gradient in chunks of time
 
+def packed(rows, device="cpu"):
+    """Lists of ids -> all of them end to end [1, T], cu_seqlens [D + 1]"""
+    ids = torch.tensor([list(itertools.chain(*rows))], dtype=torch.long, device=device)
+    return ids, torch.tensor([0, *map(len, rows)]).cumsum(0)
+
+
 def pack(documents, device="cpu"):
     """[(ids, mask), …] -> x, y [1, T], weight [1, T] float32, cu_seqlens [D + 1]: the next-token pairs of each document,
     end to end; a position's weight is the mask of its target."""
-    x, y, w = [], [], []
-    for ids, mask in documents:
-        x += ids[:-1]
-        y += ids[1:]
-        w += mask[1:]
-    borders = torch.tensor([0, *(len(ids) - 1 for ids, _ in documents)]).cumsum(0)
-    return *(torch.tensor([part], device=device) for part in (x, y)), torch.tensor([w], dtype=torch.float32, device=device), borders
+    (x, borders), (y, _) = packed([ids[:-1] for ids, _ in documents], device), packed([ids[1:] for ids, _ in documents], device)
+    weight = [m for _, mask in documents for m in mask[1:]]
+    return x, y, torch.tensor([weight], dtype=torch.float32, device=device), borders
 
 
 def pad(documents, device="cpu"):
     """The same as rows, right padded: x, y, weight [D, T], and None for cu_seqlens. A causal network never sees what
     lies to the right, and the padding weighs 0."""
-    x, y, w = ([torch.tensor(part) for part in parts] for parts in
-               zip(*((ids[:-1], ids[1:], mask[1:]) for ids, mask in documents)))
-    rows = [torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device) for part in (x, y, w)]
-    return rows[0], rows[1], rows[2].float(), None
+    x, y, weight = (torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, part)), batch_first=True).to(device)
+                    for part in zip(*((ids[:-1], ids[1:], mask[1:]) for ids, mask in documents)))
+    return x, y, weight.float(), None
 
 
 def pieces(T, cu_seqlens, chunk_len):
@@ -747,48 +779,21 @@ def pieces(T, cu_seqlens, chunk_len):
 
 
 def backward(model, x, y, weight, cu_seqlens, chunk_len=0, bptt="full", sync=contextlib.nullcontext,
-             no_sync=contextlib.nullcontext, tasks=None, temperature=1.0, state=None, grads=None):
+             no_sync=contextlib.nullcontext, tasks=None):
     """Add the gradient of  loss = -(weight * log p(y | x)).sum()  to the parameters' .grad; -> (each token's share of the
-    loss, its weight if it was the likeliest, both like x; the gradient of the loss with respect to `state`, a dict).
+    loss, its weight if it was the likeliest), both like x.
 
-    In chunks of chunk_len tokens, memory is one chunk's activations and one state per chunk. "full": run forward keeping
-    the state at each border, then from the last chunk to the first run again with that state as a leaf, backward with the
-    gradient of the state that goes out, and keep the gradient of the state that came in. Equal to the whole to rounding.
-    "truncated": the state goes on, its gradient does not. model: may be a DDP wrapper; its last backward is in `sync`.
-    tasks: as in RWKV.initial_state. state: to start from, a leaf. y None: only what comes through `grads`, the gradient
-    of the loss with respect to the final state.
-    """
-    parts = pieces(x.shape[1], cu_seqlens, chunk_len)
-    states, losses, hits, out = [state, *[None] * (len(parts) - 1)], [], [], None
-    if bptt == "full":
-        with torch.no_grad():
-            for i, (a, b, cu) in enumerate(parts[:-1]):
-                states[i + 1] = getattr(model, "module", model)(x[:, a:b], states[i], cu_seqlens=cu, tasks=tasks,
-                                                                last_only=True)[1]
-    order = list(range(len(parts)))
-    for i in reversed(order) if bptt == "full" else order:
-        a, b, cu = parts[i]
-        came_in = states[i] if bptt == "full" else out or state
-        if came_in is not None:
-            came_in = {k: v.detach().requires_grad_(bptt == "full") for k, v in came_in.items()}
-        states[i] = None
-        with sync() if i == (0 if bptt == "full" else order[-1]) else no_sync():
-            if y is None:
-                logits, out = model(x[:, a:b], came_in, cu_seqlens=cu, tasks=tasks, last_only=True)
-                ends = {"all": (logits.sum() * 0, None)}  # DDP waits for every parameter
-            else:
-                scores, out = model(x[:, a:b], came_in, cu_seqlens=cu, tasks=tasks, targets=y[:, a:b], temperature=temperature)
-                losses.append(-weight[:, a:b] * scores.logps)
-                hits.append(weight[:, a:b] * scores.hits)
-                ends = {"loss": (losses[-1].sum(), None)}
-                losses[-1] = losses[-1].detach()
-            ends.update({k: (out[k], g) for k, g in (grads or {}).items() if g is not None and out[k].requires_grad})
-            torch.autograd.backward(*zip(*ends.values()))
-        grads = {k: v.grad for k, v in came_in.items()} if came_in and bptt == "full" else None
-    if y is None:
-        return None, None, grads
-    turn = reversed if bptt == "full" else list
-    return torch.cat(list(turn(losses)), 1), torch.cat(list(turn(hits)), 1), grads
+    chunk_len and tasks: as in RWKV.forward. bptt "truncated": a backward pass for every chunk; the state goes on, its
+    gradient does not. model: may be a DDP wrapper; its last backward is in `sync`."""
+    parts, state = [], None
+    for a, b, cu in pieces(x.shape[1], cu_seqlens, chunk_len if bptt == "truncated" else 0):
+        with sync() if b == x.shape[1] else no_sync():
+            scores, state = model(x[:, a:b], state, cu_seqlens=cu, tasks=tasks, targets=y[:, a:b], chunk_len=chunk_len)
+            loss = -weight[:, a:b] * scores.logps
+            loss.sum().backward()
+        parts.append((loss.detach(), weight[:, a:b] * scores.hits))
+        state = {k: v.detach() for k, v in state.items()}
+    return [torch.cat(part, 1) for part in zip(*parts)]
 
 
 class Forks(NamedTuple):
@@ -808,12 +813,10 @@ class Forks(NamedTuple):
 
 def fork(groups, device="cpu", whole=False):
     """[(prompt ids, [answer ids, …]), …] -> Forks. whole: also run over each answer's last token, where a score is read."""
-    def packed(rows):
-        return torch.tensor([sum(rows, [])], dtype=torch.long, device=device), torch.tensor([0, *map(len, rows)]).cumsum(0)
-    x1, borders1 = packed([prompt[:-1] for prompt, _ in groups])
     pairs = [(prompt, answer) for prompt, answers in groups for answer in answers]
-    x2, borders2 = packed([prompt[-1:] + (answer if whole else answer[:-1]) for prompt, answer in pairs])
-    y2, _ = packed([answer + [0] * whole for _, answer in pairs])
+    x1, borders1 = packed([prompt[:-1] for prompt, _ in groups], device)
+    x2, borders2 = packed([prompt[-1:] + (answer if whole else answer[:-1]) for prompt, answer in pairs], device)
+    y2, _ = packed([answer + [0] * whole for _, answer in pairs], device)
     owner = [i for i, (_, answers) in enumerate(groups) for _ in answers]
     row = torch.arange(len(pairs)).repeat_interleave(borders2.diff()).to(device)
     return Forks(x1, borders1, torch.tensor(owner, device=device), x2, y2, borders2, row)
@@ -821,43 +824,19 @@ def fork(groups, device="cpu", whole=False):
 
 def forked(model, forks, chunk_len=0, temperature=1.0, score=False):
     """-> TokenScores of the answers' tokens, each [1, T2]; score: the scalar head's score of each answer, [A]."""
-    net = getattr(model, "module", model)
-    state = net.initial_state(len(forks.borders1) - 1)
-    for a, b, cu in pieces(forks.x1.shape[1], forks.borders1, chunk_len):
-        _, state = model(forks.x1[:, a:b], state if a else None, cu_seqlens=cu, last_only=True)
-    state, out = {k: v[:, forks.owner] for k, v in state.items()}, []
-    if score:
-        return model(forks.x2, state, cu_seqlens=forks.borders2, score=True)[0]
-    for a, b, cu in pieces(forks.x2.shape[1], forks.borders2, chunk_len):
-        scores, state = model(forks.x2[:, a:b], state, cu_seqlens=cu, targets=forks.y2[:, a:b], temperature=temperature)
-        out.append(scores)
-    return TokenScores(*(torch.cat(parts, 1) for parts in zip(*out)))
+    state = getattr(model, "module", model).initial_state(len(forks.borders1) - 1)
+    if forks.x1.shape[1]:
+        _, state = model(forks.x1, cu_seqlens=forks.borders1, last_only=True, chunk_len=chunk_len)
+    state = {k: v[:, forks.owner] for k, v in state.items()}
+    return model(forks.x2, state, cu_seqlens=forks.borders2, targets=forks.y2, temperature=temperature, score=score,
+                 chunk_len=chunk_len)[0]
 
 
-def forked_backward(model, forks, loss_of, chunk_len=0, temperature=1.0, sync=contextlib.nullcontext,
-                    no_sync=contextlib.nullcontext):
-    """loss_of(TokenScores) -> (loss, anything); adds the loss's gradient, also through the forked states, and returns that.
-
-    In chunks: the loss is a function of the log-probabilities, so they are computed without a graph, d loss / d logp is
-    taken on that small tensor, and `backward` runs the network with these as weights, answers first, then prompts."""
-    if not chunk_len or not forks.x1.shape[1]:
-        with sync():
-            loss, more = loss_of(forked(model, forks, temperature=temperature))
-            loss.backward()
-        return loss.detach(), more
-    net = getattr(model, "module", model)
-    with torch.no_grad():
-        scores = forked(net, forks, chunk_len, temperature)
-        state = None
-        for a, b, cu in pieces(forks.x1.shape[1], forks.borders1, chunk_len):
-            _, state = net(forks.x1[:, a:b], state, cu_seqlens=cu, last_only=True)
-    logps = scores.logps.requires_grad_()
-    loss, more = loss_of(scores._replace(logps=logps))
-    coef, = torch.autograd.grad(loss, logps)
-    _, _, grads = backward(model, forks.x2, forks.y2, -coef, forks.borders2, chunk_len, "full", no_sync, no_sync,
-                           temperature=temperature, state={k: v[:, forks.owner] for k, v in state.items()})
-    grads = {k: torch.zeros_like(state[k], dtype=g.dtype).index_add(1, forks.owner, g) for k, g in grads.items() if g is not None}
-    backward(model, forks.x1, None, None, forks.borders1, chunk_len, "full", sync, no_sync, grads=grads)
+def forked_backward(model, forks, loss_of, chunk_len=0, temperature=1.0, sync=contextlib.nullcontext):
+    """loss_of(TokenScores) -> (loss, anything); adds the loss's gradient, also through the forked states, and returns that."""
+    with sync():
+        loss, more = loss_of(forked(model, forks, chunk_len, temperature))
+        loss.backward()
     return loss.detach(), more
 
 
@@ -867,11 +846,9 @@ def evaluate(model, documents, cfg, run):
     mine, nll, hits, n = documents[run.rank::run.world], 0.0, 0.0, 0.0
     for i in range(0, len(mine), cfg.micro_bsz):
         x, y, weight, borders = pack(mine[i:i + cfg.micro_bsz], run.device)
-        state = None
-        for a, b, cu in pieces(x.shape[1], borders, cfg.chunk_len):
-            scores, state = model(x[:, a:b], state, cu_seqlens=cu, targets=y[:, a:b])
-            nll -= (weight[:, a:b] * scores.logps).sum().item()
-            hits += (weight[:, a:b] * scores.hits).sum().item()
+        scores, _ = model(x, cu_seqlens=borders, targets=y, chunk_len=cfg.chunk_len)
+        nll -= (weight * scores.logps).sum().item()
+        hits += (weight * scores.hits).sum().item()
         n += weight.sum().item()
     nll, hits, n = common.all_sum(nll, hits, n)
     return {"val_loss": nll / n, "val_accuracy": hits / n}
@@ -884,31 +861,25 @@ def load_model(path, device="cpu", dtype=torch.float32):
     """A network by any of its files -> (model, what the file says of itself): whole weights, or a LoRA or a tuned state,
     which name their base and are put on."""
     weights = read_weights(path)
-    lora = any(name.endswith(".lora_A") for name in weights)
+    lora = {name.removesuffix(".lora_A"): len(A) for name, A in weights.items() if name.endswith(".lora_A")}
     if not lora and not all(name.endswith(".time_state") for name in weights):
-        return RWKV.from_weights(weights, path, device, dtype), {}
+        return RWKV.from_pretrained(path, device, dtype, weights), {}
     state, about = (None, read_metadata(path)) if lora else read_state(path)
     base = base_of(path, about)
     model = RWKV.from_pretrained(base, device, dtype)
     if about.get("fingerprint") not in (None, model.fingerprint()):
         warnings.warn(f"{path} was trained on {about.get('model')}, and {base} has other weights")
+    if lora and "alpha" not in about:
+        raise UserError(f"{path} does not say its alpha; merge it with export.py merge --alpha=…, and give that file")
+    if "score.weight" in weights or about.pop("score", None):
+        model.add_score()
     if lora:
-        if "alpha" not in about:
-            raise UserError(f"{path} does not say its alpha; merge it with export.py merge --alpha=…, and give that file")
-        if "score.weight" in weights:
-            model.add_score()
-        targets = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
         extra = [name for name in weights if ".lora_" not in name and name != "score.weight"]
-        model.set_tune("lora", r=len(weights[targets[0] + ".lora_A"]), alpha=float(about["alpha"]),
-                       rslora=about.get("rslora") == "True", targets=targets, extra=extra)
-        model.load_tuned(path)
+        model.set_tune("lora", r=next(iter(lora.values())), alpha=float(about["alpha"]), rslora=about.get("rslora") == "True",
+                       targets=list(lora), extra=extra)
     else:
-        read_state(path, model.config)  # the error, if it does not fit
-        if "score" in about:
-            model.add_score()
-            model.score.weight.data[0] = torch.tensor(about.pop("score"))
         model.set_tune("state", shift=bool(state["att_shift"].any() or state["ffn_shift"].any()))
-        model.tuned[0].load(state)
+    model.load_tuned(path)
     return model.to(device), about
 
 
@@ -933,11 +904,9 @@ def load_to_tune(cfg, run, score=False):
         model.add_score()
     elif not score:
         model.score = None
-    lora = {} if cfg.tune != "lora" else dict(
-        r=cfg.lora_r, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout, rslora=cfg.lora_rslora, targets=cfg.lora_targets,
-        extra=cfg.lora_extra)
     torch.manual_seed(cfg.seed)
-    model.set_tune(cfg.tune, **lora)
+    model.set_tune(cfg.tune, **{key.removeprefix("lora_"): value for key, value in vars(cfg).items()
+                                if key.startswith("lora_") and cfg.tune == "lora"})
     if cfg.adapter and cfg.tune not in ("lora", "state"):
         raise UserError(f"adapter is for --tune=lora or state, not {cfg.tune}; merge it first (export.py merge)")
     if cfg.adapter:
@@ -948,43 +917,41 @@ def load_to_tune(cfg, run, score=False):
     return model
 
 
+def is_safetensors(path):
+    return Path(path).suffix in (".safetensors", ".st")
+
+
 def read_metadata(path):
     """The {str: str} that a .safetensors file carries beside its tensors; {} for a .pth."""
-    if Path(path).suffix not in (".safetensors", ".st"):
+    if not is_safetensors(path):
         return {}
-    from safetensors import safe_open
     with safe_open(path, "pt") as f:
         return f.metadata() or {}
 
 
 def read_weights(path):
     """{name: tensor} of a `.pth` or `.safetensors` file."""
-    if Path(path).suffix not in (".safetensors", ".st"):
-        weights = common.load_torch(path)
-        if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
-            raise UserError(f"{path} is not a file of weights (a flat dict of tensors); "
-                            "last.pt is for resuming, rwkv-*.pth holds weights")
-        return weights
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} cannot be read as safetensors ({e})") from e
+    if is_safetensors(path):
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{path} cannot be read as safetensors ({e})") from e
+    weights = common.load_torch(path)
+    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        raise UserError(f"{path} is not a file of weights (a flat dict of tensors); "
+                        "last.pt is for resuming, rwkv-*.pth holds weights")
+    return weights
 
 
 def write_weights(weights, path, metadata=None):
     """`.pth` or `.safetensors` by the path's ending, atomically. metadata {str: str}: .safetensors only."""
-    if Path(path).suffix in (".safetensors", ".st"):
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-        with common.atomic_write(path) as tmp:
-            try:
-                save_file(weights, tmp, metadata)
-            except SafetensorError as e:
-                raise OSError(errno.EIO, str(e)) from e
-    else:
-        common.save_torch(weights, path)
+    if not is_safetensors(path):
+        return common.save_torch(weights, path)
+    with common.atomic_write(path) as tmp:
+        try:
+            save_file(weights, tmp, metadata)
+        except SafetensorError as e:
+            raise OSError(errno.EIO, str(e)) from e
 
 
 def write_state(state, path, **about):
@@ -999,18 +966,17 @@ def write_state(state, path, **about):
 def read_state(path, config=None):
     """A state file -> (state [L, 1, …], what the .json beside it says or {}). With `config`, an error unless it fits."""
     weights, about = read_weights(path), {}
-    L = len(weights)
-    sizes = sorted({tuple(w.shape) for w in weights.values()})
-    if set(weights) != {f"blocks.{i}.att.time_state" for i in range(L)} or len(sizes) != 1 or len(sizes[0]) != 3 or \
-            sizes[0][1] != sizes[0][2]:
+    names, sizes = [f"blocks.{i}.att.time_state" for i in range(len(weights))], {w.shape for w in weights.values()}
+    L, size = len(names), [*next(iter(sizes), ())]
+    if set(weights) != set(names) or len(sizes) != 1 or len(size) != 3 or size[1] != size[2]:
         raise UserError(f"{path} is not a tuned state: expected blocks.{{i}}.att.time_state [H, N, N] for each layer and "
                         f"nothing else; it has {L} tensors, {', '.join(list(weights)[:2])} …"
                         + ("; it looks like a whole model: give it as the model" if "emb.weight" in weights else ""))
-    H, N, _ = sizes[0]
+    H, N, _ = size
     if config and (L, H, N) != (have := (config.n_layer, config.n_embd // config.head_size, config.head_size)):
         raise UserError(f"{path} is a state of another model: {L} layers, {H} heads of {N}; "
                         f"this one has {have[0]} layers, {have[1]} heads of {have[2]}")
-    wkv = torch.stack([weights[f"blocks.{i}.att.time_state"].float() for i in range(L)])[:, None]
+    wkv = torch.stack([weights[name].float() for name in names])[:, None]
     with contextlib.suppress(FileNotFoundError):
         about = json.loads(Path(path).with_suffix(".json").read_text())
     shifts = {key: torch.tensor(about.pop(key, [[0.0] * H * N] * L))[:, None] for key in ("att_shift", "ffn_shift")}
@@ -1023,35 +989,31 @@ def read_state(path, config=None):
 
 def config_of(weights, path="the file"):
     """RWKVConfig from the tensors' names and shapes, never from a table of sizes."""
-    def shape(name, dims):
+    v7 = "blocks.0.att.r_k" in weights
+    if not v7 and "blocks.0.att.time_maa_w2" not in weights:
+        raise UserError(f"{path} is neither RWKV-7 (blocks.0.att.r_k) nor RWKV-6 (blocks.0.att.time_maa_w2); it has "
+                        f"{', '.join(list(weights)[:3])} …")
+    n_layer = 1 + max(int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name))
+    heads, deeper = "blocks.0.att." + ("r_k" if v7 else "time_faaaa"), f"blocks.{min(1, n_layer - 1)}.att.v1"
+    places = {"vocab_size": ("emb.weight", 0, 2), "n_embd": ("emb.weight", 1, 2), "n_head": (heads, 0, 2),
+              "head_size": (heads, 1, 2), "dim_ffn": ("blocks.0.ffn.key.weight", 0, 2)}  # name, axis, dimensions
+    if v7:
+        places |= {"decay_rank": ("blocks.0.att.w1", 1, 2), "iclr_rank": ("blocks.0.att.a1", 1, 2),
+                   "gate_rank": ("blocks.0.att.g1", 1, 2), "value_rank": (deeper, 1, 2)}
+        if n_layer == 1 and deeper not in weights:  # never used: any rank will do
+            del places["value_rank"]
+    else:
+        places |= {"mix_rank": ("blocks.0.att.time_maa_w2", 1, 3), "decay_rank": ("blocks.0.att.time_decay_w1", 1, 2)}
+    sizes = {}
+    for field, (name, axis, dims) in places.items():
         size = weights[name].shape if name in weights else ()
         if len(size) != dims:
             raise UserError(f"{path}: {name} is {list(size) if size else 'missing'}, expected {dims} dimensions; "
                             "is this a whole RWKV-6 or RWKV-7 file?")
-        return size
-    if "blocks.0.att.r_k" in weights:
-        version, heads = "x070", "blocks.0.att.r_k"
-    elif "blocks.0.att.time_maa_w2" in weights:
-        version, heads = "x060", "blocks.0.att.time_faaaa"
-    else:
-        names = ", ".join(list(weights)[:3])
-        raise UserError(f"{path} is neither RWKV-7 (blocks.0.att.r_k) nor RWKV-6 (blocks.0.att.time_maa_w2); it has {names} …")
-    n_layer = 1 + max(int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name))
-    vocab_size, n_embd = shape("emb.weight", 2)
-    n_head, head_size = shape(heads, 2)
-    sizes = dict(dim_ffn=shape("blocks.0.ffn.key.weight", 2)[0])
-    if version == "x070":
-        for field, leaf in (("decay_rank", "w1"), ("iclr_rank", "a1"), ("gate_rank", "g1")):
-            sizes[field] = shape(f"blocks.0.att.{leaf}", 2)[1]
-        v1 = next((f"blocks.{i}.att.v1" for i in range(n_layer) if f"blocks.{i}.att.v1" in weights), None)
-        if v1 or n_layer > 1:  # one layer without it: any rank will do, it is never used
-            sizes["value_rank"] = shape(v1 or "blocks.1.att.v1", 2)[1]
-    else:
-        sizes["mix_rank"] = shape("blocks.0.att.time_maa_w2", 3)[1]
-        sizes["decay_rank"] = shape("blocks.0.att.time_decay_w1", 2)[1]
-    if n_head * head_size != n_embd:
-        raise UserError(f"{path}: {heads} is {n_head} heads of {head_size}, but the width is {n_embd}")
-    return RWKVConfig(version, n_layer, n_embd, vocab_size, head_size, **sizes)
+        sizes[field] = size[axis]
+    if (n_head := sizes.pop("n_head")) * sizes["head_size"] != sizes["n_embd"]:
+        raise UserError(f"{path}: {heads} is {n_head} heads of {sizes['head_size']}, but the width is {sizes['n_embd']}")
+    return RWKVConfig("x070" if v7 else "x060", n_layer, **sizes)
 
 
 @torch.no_grad()
@@ -1061,43 +1023,33 @@ def init_parameter(name, p, c):
     Source: RWKV-LM's RWKV-v7/train_temp (x070) and RWKV-v5 (x060). With l the layer and i the channel:
     d = i / C, x = i / (C - 1), s = l / (L - 1), q = 1 - l / L.
     """
-    match_ = re.match(r"blocks\.(\d+)\.(.*)", name)
-    layer, leaf = (int(match_[1]), match_[2]) if match_ else (0, name)
+    layer, leaf = (int(found[1]), found[2]) if (found := re.match(r"blocks\.(\d+)\.(.*)", name)) else (0, name)
     C, L, N = c.n_embd, c.n_layer, c.head_size
     i = torch.arange(C, dtype=torch.float32)
     d, x, s, q = i / C, i / max(C - 1, 1), layer / max(L - 1, 1), 1 - layer / L
     z = (i % N - (N - 1) / 2) / max((N - 1) / 2, 1e-9)
     zigzag = z * z.abs()
+    # how much of the token before: 1 - d ** power
+    powers = {"att.x_r": 0.2 * q, "att.x_w": 0.9 * q, "att.x_k": 0.7 * q, "att.x_v": 0.7 * q, "att.x_a": 0.9 * q,
+              "att.x_g": 0.2 * q, "ffn.x_k": q ** 4, "att.time_maa_x": q, "att.time_maa_w": q, "att.time_maa_k": q,
+              "att.time_maa_r": 0.5 * q, "att.time_maa_g": 0.5 * q, "ffn.time_maa_k": q ** 3,
+              "ffn.time_maa_r": q ** 3}
     values = {
-        "att.x_r": lambda: 1 - d ** (0.2 * q), "att.x_w": lambda: 1 - d ** (0.9 * q), "att.x_k": lambda: 1 - d ** (0.7 * q),
-        "att.x_v": lambda: 1 - d ** (0.7 * q), "att.x_a": lambda: 1 - d ** (0.9 * q), "att.x_g": lambda: 1 - d ** (0.2 * q),
-        "att.w0": lambda: -6 + 6 * x ** (1 + s ** 0.3) + 0.5 + 2.5 * zigzag,
-        "att.a0": lambda: -0.19 + 0.3 * zigzag + 0.4 * (x - 0.5),
-        "att.v0": lambda: 0.73 - 0.4 * (x - 0.5),
-        "att.k_k": lambda: 0.71 - 0.1 * (x - 0.5), "att.k_a": lambda: 1.02, "att.r_k": lambda: -0.04,
-        "ffn.x_k": lambda: 1 - d ** (q ** 4),
-        "att.time_maa_x": lambda: 1 - d ** q, "att.time_maa_w": lambda: 1 - d ** q, "att.time_maa_k": lambda: 1 - d ** q,
-        "att.time_maa_v": lambda: 1 - (d ** q + 0.3 * s),
-        "att.time_maa_r": lambda: 1 - d ** (0.5 * q), "att.time_maa_g": lambda: 1 - d ** (0.5 * q),
-        "att.time_decay": lambda: -6 + 5 * x ** (0.7 + 1.3 * s),
-        "att.time_faaaa": lambda: s * (1 - x) + 0.1 * ((i + 1) % 3 - 1),
-        "ffn.time_maa_k": lambda: 1 - d ** (q ** 3), "ffn.time_maa_r": lambda: 1 - d ** (q ** 3),
-        "att.ln_x.weight": lambda: ((1 + layer) / L) ** 0.7,
-    }
+        "att.time_maa_v": 1 - (d ** q + 0.3 * s), "att.w0": -6 + 6 * x ** (1 + s ** 0.3) + 0.5 + 2.5 * zigzag,
+        "att.a0": -0.19 + 0.3 * zigzag + 0.4 * (x - 0.5), "att.v0": 0.73 - 0.4 * (x - 0.5),
+        "att.k_k": 0.71 - 0.1 * (x - 0.5), "att.k_a": 1.02, "att.r_k": -0.04, "att.ln_x.weight": ((1 + layer) / L) ** 0.7,
+        "att.time_decay": -6 + 5 * x ** (0.7 + 1.3 * s), "att.time_faaaa": s * (1 - x) + 0.1 * ((i + 1) % 3 - 1)}
     orthogonal = {"att.receptance.weight": 1, "att.key.weight": 0.1, "att.value.weight": 1, "ffn.key.weight": 1,
                   "att.gate.weight": 0.1, "head.weight": 0.5 * max(1, c.vocab_size / C) ** 0.5}
+    if leaf in powers:
+        return p.copy_((1 - d ** powers[leaf]).reshape(p.shape))
     if leaf in values:
-        value = torch.as_tensor(values[leaf](), dtype=torch.float32)
-        return p.copy_((value if value.dim() else value.expand(p.numel())).reshape(p.shape))
-    if leaf in orthogonal:
-        return nn.init.orthogonal_(p, gain=orthogonal[leaf])
-    if re.fullmatch(r"att\.[wavg]2", leaf):
-        return nn.init.orthogonal_(p, gain=0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+        return p.copy_(torch.as_tensor(values[leaf], dtype=torch.float32).expand(p.numel()).reshape(p.shape))
+    if leaf in orthogonal or re.fullmatch(r"att\.[wavg]2", leaf):
+        return nn.init.orthogonal_(p, gain=orthogonal.get(leaf) or 0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5)
     if leaf in ("att.time_maa_w2", "att.time_decay_w2"):
         return p.uniform_(-0.01, 0.01)
     if leaf == "emb.weight":
         return p.uniform_(-1e-4, 1e-4)
-    if re.fullmatch(r"(.*\.)?ln\w*\.weight", leaf):
-        return p.fill_(1)
-    # norms' biases, first halves of low-rank pairs, and what writes into the residual stream
-    return p.zero_()
+    # 1 for norms; 0 for their biases, first halves of low-rank pairs, and what writes into the residual stream
+    return p.fill_(1) if re.fullmatch(r"(.*\.)?ln\w*\.weight", leaf) else p.zero_()

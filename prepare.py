@@ -8,6 +8,7 @@
     python prepare.py inspect FILE                        what a token file holds
     python prepare.py vocab TOKENS.txt --out=vocab.txt    a vocab file from a list of tokens, one per line
     python prepare.py show CHATS.jsonl                    a few conversations as they are trained on, the trained part green
+    python prepare.py pairs PREFS.jsonl                   preferences: how many, how long, which answer is the longer one
 
 Token files are RWKV-LM's MMIDIDX pair. `.bin`: the tokens back to back, end_id after every document. `.idx`: a header,
 int32 sizes [D], int64 byte offsets [D], int64 document numbers [D + 1]. All little-endian. A corpus may be larger than
@@ -229,11 +230,10 @@ def render_row(row, tokenizer, last_reply_only=False):
     """One row of fine-tuning data in any of SHAPES -> (ids, mask). UserError says what is wrong with it."""
     text, mask = row.get("text"), row.get("mask")
     if isinstance(text, list):
-        if not isinstance(mask, list) or len(mask) != len(text):
-            raise UserError(f'"text" has {len(text)} ids, "mask" {len(mask) if isinstance(mask, list) else "none"}; '
-                            "they go in pairs")
-        if not all(isinstance(i, int) and i >= 0 for i in text) or not all(m in (0, 1) for m in mask):
-            raise UserError('"text" holds ids >= 0 and "mask" 0 and 1')
+        if not isinstance(mask, list) or len(mask) != len(text) or not all(isinstance(i, int) and i >= 0 for i in text) or \
+                not all(m in (0, 1) for m in mask):
+            raise UserError(f'"text" has {len(text)} ids, "mask" {len(mask) if isinstance(mask, list) else "none"}; they '
+                            "go in pairs, ids >= 0 with 0 or 1")
         return text, [int(m) for m in mask]
     if isinstance(text, str):
         ids = [*tokenizer.encode(text), tokenizer.end_id]
@@ -269,26 +269,34 @@ def read_hub(name):
     yield from ((f"{name}, row {i}", row) for i, row in enumerate(rows))
 
 
-def read_jsonl(path, shapes):
-    """("file:line", row) of each line of a JSONL file of objects; empty lines do not count. Or of a hub's data set, hf:…"""
+def read_jsonl(path, shapes, pick=lambda row: row, skipped=None):
+    """("file:line", pick(row)) of each line of a JSONL file of objects; empty lines do not count. Or of a hub's data set, hf:…
+    What is wrong with a line, pick's UserError too, is an error with its place, or counted where `skipped` is a Counter."""
     if str(path).startswith("hf:"):
-        yield from read_hub(str(path))
-        return
-    if not Path(path).is_file():
+        lines = read_hub(str(path))
+    elif Path(path).is_file():
+        lines = ((f"{path}:{number}", line) for number, line in enumerate(open(path, "rb"), 1) if line.strip())
+    else:
         raise UserError(f"{path} does not exist; expected a JSONL file of {shapes}, or hf:DATASET:SPLIT")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except json.JSONDecodeError as e:
-                raise UserError(f"{path}:{number}: not JSON ({e.msg})") from None
-            except UnicodeError as e:
-                raise UserError(f"{path}:{number}: not UTF-8 text ({e.reason})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object")
-            yield f"{path}:{number}", row
+    for where, row in lines:
+        problem = None
+        try:
+            row = json.loads(row.decode("utf-8-sig")) if isinstance(row, bytes) else row
+            picked = pick(row) if isinstance(row, dict) else None
+        except (json.JSONDecodeError, RecursionError) as e:
+            problem = f"not JSON ({e}); expected {shapes}"
+        except UnicodeError as e:
+            problem = f"not UTF-8 text ({e.reason}); expected {shapes}"
+        except UserError as e:
+            problem = e
+        if not isinstance(row, dict):
+            problem = problem or f"expected a JSON object: {shapes}"
+        if not problem:
+            yield where, picked
+        elif skipped is None:
+            raise UserError(f"{where}: {problem}")
+        else:
+            skipped["bad JSONL lines"] += 1
 
 
 def read_examples(path, tokenizer, ctx_len, template=None, last_reply_only=False):
@@ -297,24 +305,17 @@ def read_examples(path, tokenizer, ctx_len, template=None, last_reply_only=False
     template: a function (row, tokenizer) -> (ids, mask) in place of render_row. What is cut to ctx_len, and what is
     dropped because nothing trained is left, is counted and printed. UserError names file and line.
     """
-    examples, cut, dropped = [], 0, 0
-    for where, row in read_jsonl(path, SHAPES):
-        try:
-            ids, mask = template(row, tokenizer) if template else render_row(row, tokenizer, last_reply_only)
-            if len(ids) != len(mask):
-                raise UserError(f"the template gave {len(ids)} ids and a mask of {len(mask)}")
-            if ids and max(ids) >= tokenizer.vocab_size:
-                raise UserError(f"id {max(ids)} does not fit the tokenizer's {tokenizer.vocab_size} ids")
-        except UnicodeError as e:
-            raise UserError(f"{where}: not UTF-8 text ({e.reason})") from None
-        except UserError as e:
-            raise UserError(f"{where}: {e}") from None
-        cut += len(ids) > ctx_len
-        ids, mask = ids[:ctx_len], mask[:ctx_len]
-        if any(mask[1:]):  # the first token has nothing before it to be predicted from
-            examples.append((ids, mask))
-        else:
-            dropped += 1
+    def render(row):
+        ids, mask = template(row, tokenizer) if template else render_row(row, tokenizer, last_reply_only)
+        if len(ids) != len(mask):
+            raise UserError(f"the template gave {len(ids)} ids and a mask of {len(mask)}")
+        if ids and max(ids) >= tokenizer.vocab_size:
+            raise UserError(f"id {max(ids)} does not fit the tokenizer's {tokenizer.vocab_size} ids")
+        return ids, mask
+    rows = [row for _, row in read_jsonl(path, SHAPES, render)]
+    # the first token has nothing before it to be predicted from
+    examples = [(ids[:ctx_len], mask[:ctx_len]) for ids, mask in rows if any(mask[1:ctx_len])]
+    cut, dropped = sum(len(ids) > ctx_len for ids, _ in rows), len(rows) - len(examples)
     if cut or dropped:
         print0(f"{path}: {cut} documents cut to ctx_len={ctx_len} tokens, {dropped} dropped with nothing to train on; "
                f"{len(examples)} remain")
@@ -355,35 +356,33 @@ def render_answer(prompt, answer, tokenizer):
 def read_preferences(path, tokenizer, ctx_len):
     """A JSONL file of PAIRS -> [Preference, …]. What cannot teach is left out, counted and printed: answers that are the
     same text or the same ids, and rows longer than ctx_len (an answer is never cut). UserError names file and line."""
-    rows, dropped = [], collections.Counter()
-    for where, row in read_jsonl(path, PAIRS):
-        try:
-            kwise = "responses" in row
-            answers, scores = (row["responses"], row["scores"]) if kwise else ([row["chosen"], row["rejected"]], None)
-            if kwise and not (isinstance(scores, list) and isinstance(answers, list) and len(scores) == len(answers) >= 2 and all(
-                    isinstance(x, (int, float)) and math.isfinite(x) for x in scores)):
-                raise UserError(f'"responses" and "scores" go in pairs, at least two; got {len(answers)} and {scores!r:.60}')
-            rendered = [render_answer(row["prompt"], answer, tokenizer) for answer in answers]
-            margin = float(row.get("margin") or 0.0)
-        except KeyError as e:
-            raise UserError(f"{where}: {e} is missing; expected {PAIRS}") from None
-        except UnicodeError as e:
-            raise UserError(f"{where}: not UTF-8 text ({e.reason})") from None
-        except (TypeError, ValueError):
-            raise UserError(f"{where}: expected {PAIRS}; got {row!r:.80}") from None
-        except UserError as e:
-            raise UserError(f"{where}: {e}") from None
+    def render(row):
+        answers, scores, margin = row.get("responses"), row.get("scores"), row.get("margin") or 0.0
+        if "responses" not in row:
+            answers, scores = [row.get("chosen"), row.get("rejected")], None
+        elif not (isinstance(scores, list) and isinstance(answers, list) and len(scores) == len(answers) >= 2 and all(
+                isinstance(x, (int, float)) and math.isfinite(x) for x in scores)):
+            raise UserError(f'"responses" and "scores" go in pairs, at least two; got {answers!r:.60} and {scores!r:.60}')
+        if missing := [key for key in ("prompt", "chosen", "rejected") if key not in row and (scores is None or key == "prompt")]:
+            raise UserError(f"{missing[0]!r} is missing; expected {PAIRS}")
+        if not isinstance(margin, (int, float)):
+            raise UserError(f'expected a number as "margin", got {margin!r:.60}')
+        rendered = [render_answer(row["prompt"], answer, tokenizer) for answer in answers]
         prompt, ids = rendered[0][0], [answer for _, answer in rendered]
         if max(map(max, [prompt, *ids])) >= tokenizer.vocab_size:
-            raise UserError(f"{where}: an id does not fit the tokenizer's {tokenizer.vocab_size}")
-        if not kwise and ids[0] == ids[1]:
+            raise UserError(f"an id does not fit the tokenizer's {tokenizer.vocab_size}")
+        return answers, Preference(prompt, ids, scores, float(margin))
+    rows, dropped = [], collections.Counter()
+    for _, (answers, row) in read_jsonl(path, PAIRS, render):
+        ids, scores = row.answers, row.scores
+        if not scores and ids[0] == ids[1]:
             dropped["the same text" if answers[0] == answers[1] else "the same ids"] += 1
-        elif kwise and len(set(scores)) == 1:
+        elif scores and len(set(scores)) == 1:
             dropped["scores that are all equal"] += 1
-        elif len(prompt) + max(map(len, ids)) > ctx_len:
+        elif len(row.prompt) + max(map(len, ids)) > ctx_len:
             dropped[f"more than ctx_len={ctx_len} tokens"] += 1
         else:
-            rows.append(Preference(prompt, ids, scores, margin))
+            rows.append(row)
     if dropped:
         print0(f"{path}: dropped " + ", ".join(f"{n} rows of {why}" for why, n in dropped.items()) + f"; {len(rows)} remain")
     if not rows:
@@ -532,7 +531,7 @@ def read_documents(files, skip_bad, skipped):
     """Yield (where, text) of every document. skipped: Counter of what was left out."""
     for path, named in files:
         try:
-            for where, text in read_file(path, named, skip_bad, skipped):
+            for where, text in read_file(path, named, skipped, skipped if skip_bad else None):
                 if text:
                     yield where, text
                 else:
@@ -541,30 +540,19 @@ def read_documents(files, skip_bad, skipped):
             raise UserError(f"{path} cannot be read: {e}") from None
 
 
-def read_file(path, named, skip_bad, skipped):
-    if str(path).startswith("hf:"):
-        for where, row in read_hub(str(path)):
-            if not isinstance(row.get("text"), str):
-                raise UserError(f'{where}: expected a row with "text", got the keys {sorted(row)}')
-            yield where, row["text"]
+def read_file(path, named, skipped, skipped_lines):
+    shape = '{"text": "..."}; mend it, or leave such lines out with --skip_bad'
+
+    def text_of(row):
+        if not isinstance(row.get("text"), str):
+            raise UserError(f"got {row!r:.60}, expected {shape}")
+        row["text"].encode()  # fails for half of a surrogate pair
+        return row["text"]
+    if str(path).startswith("hf:") or path.suffix == ".jsonl":
+        yield from read_jsonl(path, shape, text_of, skipped_lines)
     elif path.suffix == ".npy":
         for number, row in enumerate(np.atleast_2d(np.load(path, mmap_mode="r", allow_pickle=False))):
             yield f"{path}, row {number}", " ".join(map(str, row.tolist()))
-    elif path.suffix == ".jsonl":
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line.decode("utf-8-sig"))["text"]
-                    text.encode()  # fails for what is not str, and for half of a surrogate pair
-                except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-                    if not skip_bad:
-                        raise UserError(f'{path}, line {number}: expected {{"text": "..."}}, got {line[:60]!r} ({e}); '
-                                        "mend it, or leave such lines out with --skip_bad") from None
-                    skipped["bad JSONL lines"] += 1
-                else:
-                    yield f"{path}, line {number}", text
     else:
         text = read_text(path, "strict" if named else "surrogateescape")
         if not named and re.search("[\0\udc80-\udcff]", text):  # a NUL: some binary files are valid UTF-8
@@ -583,6 +571,36 @@ class Config:
     skip_bad: bool = False  # leave out and count JSONL lines that cannot be read, instead of stopping at the first
 
 
+def split_documents(cfg, files, skipped):
+    """Reads everything once, to choose by seed and sizes what validates -> a function that reads it again and yields
+    ("train" or "val", where, text) of every document. A single document is cut in two."""
+    first = tqdm(read_documents(files, cfg.skip_bad, skipped), "reading", unit=" documents", disable=None)
+    sizes = np.fromiter((len(text) for _, text in first), np.int64)
+    # A document larger than half of what validation should have in all is passed over, where that leaves enough.
+    n_val = min(max(round(len(sizes) * cfg.val), 1), len(sizes) - 1) if cfg.val and len(sizes) else 0
+    pool = np.flatnonzero(sizes <= cfg.val * sizes.sum() / 2)
+    pool = pool if len(pool) >= n_val else np.arange(len(sizes))
+    chosen = set(pool[random.Random(cfg.seed).sample(range(len(pool)), n_val)].tolist())
+
+    def documents(what):
+        again = read_documents(files, cfg.skip_bad, collections.Counter())
+        for i, (where, text) in enumerate(tqdm(again, what, len(sizes), unit=" documents", disable=None)):
+            if len(sizes) > 1 or not cfg.val:
+                yield "val" if i in chosen else "train", where, text
+            else:  # its last part, from a line on, or else a word
+                aim = min(max(round(len(text) * (1 - cfg.val)), 1), len(text) - 1)
+                cut = text.rfind("\n", aim // 2, aim) + 1 or text.rfind(" ", aim // 2, aim) + 1 or aim
+                yield "train", where, text[:cut]
+                yield "val", where, text[cut:]
+    if not len(sizes):
+        raise UserError(f"no documents in {' '.join(cfg.inputs) or 'no INPUT'}{left_out(skipped)}")
+    return documents
+
+
+def left_out(skipped):
+    return "".join(f"; left out {n:,} {what}" for what, n in skipped.items())
+
+
 def prepare(cfg):
     """Inputs -> token files. The input is read twice, three times with bpe:SIZE; of documents no longer in hand only
     the sizes are kept. After an error the old files are as they were."""
@@ -596,36 +614,11 @@ def prepare(cfg):
     for path, _ in files:
         if path.suffix == ".npy" and kind != "integers":
             raise UserError(f"{path}: integer arrays need --tokenizer=integers:MAX, MAX being their largest value")
-
-    # the first reading measures; the others give ("train" or "val", where, text) of every document
-    first = tqdm(read_documents(files, cfg.skip_bad, skipped), "reading", unit=" documents", disable=None)
-    sizes = np.fromiter((len(text) for _, text in first), np.int64)
-    left_out = "".join(f"; left out {n:,} {what}" for what, n in skipped.items())
-    if not len(sizes):
-        raise UserError(f"no documents in {' '.join(cfg.inputs) or 'no INPUT'}{left_out}")
-    lone = len(sizes) == 1 and cfg.val > 0
-    # A document larger than half of what validation should have in all is passed over, where that leaves enough.
-    n_val = min(max(round(len(sizes) * cfg.val), 1), len(sizes) - 1) if cfg.val else 0
-    pool = np.flatnonzero(sizes <= cfg.val * sizes.sum() / 2)
-    pool = pool if len(pool) >= n_val else np.arange(len(sizes))
-    chosen = set(pool[random.Random(cfg.seed).sample(range(len(pool)), n_val)].tolist())
-
-    def documents(what):
-        again = read_documents(files, cfg.skip_bad, collections.Counter())
-        for i, (where, text) in enumerate(tqdm(again, what, len(sizes), unit=" documents", disable=None)):
-            if not lone:
-                yield "val" if i in chosen else "train", where, text
-            else:  # its last part, from a line on, or else a word
-                aim = min(max(round(len(text) * (1 - cfg.val)), 1), len(text) - 1)
-                cut = text.rfind("\n", aim // 2, aim) + 1 or text.rfind(" ", aim // 2, aim) + 1 or aim
-                yield "train", where, text[:cut]
-                yield "val", where, text[cut:]
-
+    documents = split_documents(cfg, files, skipped)
     if kind == "bpe":
         texts = (text for split, _, text in documents(f"training {cfg.tokenizer}") if split == "train")
         tokenizer = train_bpe(texts, int(bpe_size))
 
-    # the last reading encodes and writes; the sidecars come last
     out, splits = Path(cfg.out), ("train", "val") if cfg.val else ("train",)
     dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
     text_bytes, val_text = dict.fromkeys(splits, 0), bytearray()
@@ -646,7 +639,7 @@ def prepare(cfg):
             writer.flush()  # a full disk shows here, while the old sidecars still stand
         for split in ("train", "val"):  # the sidecar of an earlier run would not fit the new tokenizer
             Path(f"{out}_{split}.json").unlink(missing_ok=True)
-    entry = save_tokenizer(tokenizer, out.parent, prefix=f"{out.name}.")
+    entry = save_tokenizer(tokenizer, out.parent, prefix=f"{out.name}.")  # the sidecars come last
     for split in splits:
         lengths, size, n = writers[split].sizes, text_bytes[split], sum(writers[split].sizes)
         report = {"tokenizer": entry, "vocab_size": tokenizer.vocab_size, "documents": len(lengths), "tokens": n,
@@ -656,7 +649,7 @@ def prepare(cfg):
         with atomic_write(f"{out}_{split}.json") as tmp:
             tmp.write_text(json.dumps(report, indent=1) + "\n")
         print(f"{out}_{split}: {len(lengths):,} documents, {n:,} tokens, {size / n:.3f} bytes per token")
-    print(f"tokenizer: {entry}, vocab_size {tokenizer.vocab_size}{left_out}")
+    print(f"tokenizer: {entry}, vocab_size {tokenizer.vocab_size}{left_out(skipped)}")
 
 
 @dataclasses.dataclass
@@ -693,11 +686,15 @@ def make_vocab(cfg):
 
 
 @dataclasses.dataclass
-class ShowConfig:
-    file: tyro.conf.Positional[str]  # a JSONL file of conversations
+class PairsConfig:
+    file: tyro.conf.Positional[str]  # a JSONL file, of conversations for show, of preferences for pairs
     tokenizer: str = "world"  # name or file
+    ctx_len: int = 4096  # as in training, longer conversations are cut, longer preferences dropped
+
+
+@dataclasses.dataclass
+class ShowConfig(PairsConfig):
     n: int = 3  # examples to print
-    ctx_len: int = 4096  # longer ones are cut, as in training
     last_reply_only: bool = False  # train on each conversation's last reply alone
 
 
@@ -717,26 +714,19 @@ def show(cfg):
           f"{sum(len(i) for i, _ in examples):,} tokens trained")
 
 
-@dataclasses.dataclass
-class PairsConfig:
-    file: tyro.conf.Positional[str]  # a JSONL file of preferences
-    tokenizer: str = "world"  # name or file
-    ctx_len: int = 4096  # rows with more tokens are dropped, as in training
-
-
 def pairs(cfg):
     """Read preferences as training would, and print what they are."""
     rows = read_preferences(cfg.file, load_tokenizer(cfg.tokenizer), cfg.ctx_len)
-    two, k = [row for row in rows if not row.scores], [row for row in rows if row.scores]
-    mean = lambda lengths: f"{sum(lengths) / max(len(lengths), 1):,.1f}"  # noqa: E731
-    print(f"{cfg.file}: {len(two):,} pairs, {len(k):,} rows of scored answers; prompts {mean([len(r.prompt) for r in rows])} "
-          f"tokens on average, the longest {max(len(r.prompt) for r in rows):,}; answers "
-          f"{mean([len(a) for r in rows for a in r.answers])}, the longest {max(len(a) for r in rows for a in r.answers):,}")
+    mean = lambda lengths: f"{sum(lengths) / len(lengths):,.1f}"  # noqa: E731
+    prompts, answers = [len(r.prompt) for r in rows], [len(a) for r in rows for a in r.answers]
+    two = [r for r in rows if not r.scores]
+    print(f"{cfg.file}: {len(two):,} pairs, {len(rows) - len(two):,} rows of scored answers; prompts {mean(prompts)} tokens on "
+          f"average, the longest {max(prompts):,}; answers {mean(answers)}, the longest {max(answers):,}")
     if two:
-        longer = [(len(a) > len(b), len(a) == len(b)) for a, b in (r.answers for r in two)]
-        print(f"chosen {mean([len(r.answers[0]) for r in two])} tokens, rejected {mean([len(r.answers[1]) for r in two])}; the "
-              f"longer one is the chosen one in {sum(x for x, _ in longer) / len(two):.1%}, equally long "
-              f"{sum(x for _, x in longer) / len(two):.1%}")
+        chosen, rejected = zip(*(map(len, r.answers) for r in two))
+        print(f"chosen {mean(chosen)} tokens, rejected {mean(rejected)}; the longer one is the chosen one in "
+              f"{sum(a > b for a, b in zip(chosen, rejected)) / len(two):.1%}, equally long "
+              f"{sum(a == b for a, b in zip(chosen, rejected)) / len(two):.1%}")
 
 
 def main(argv=None):

@@ -12,9 +12,10 @@ that everything else uses too. No compiler is needed, and a CPU is enough.
 """
 import contextlib
 import json
+import math
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -26,23 +27,17 @@ from tqdm import tqdm
 import common
 import prepare
 from common import UserError
-from model import base_of, load_model, read_state, write_state
+from model import base_of, load_model, packed, read_state, write_state
 
 PREFILL = 4096  # prompt tokens read at a time: bounds the memory of long and of many prompts
 TURNS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")  # a reply that begins another turn is over
 
 
 @dataclass
-class Config:
-    model: str = ""              # weights or a LoRA, .pth or .safetensors; empty = the one that the state was tuned on
-    prompt: str = ""             # text to continue
-    prompts: str = ""            # file with a prompt a line, or .jsonl with {"prompt": …} lines
-    chat: bool = False           # talk: a turn a line, an empty line or Ctrl-D ends
-    system: str = ""             # chat: a system turn to begin with
-    state: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # tuned state; repeated: side by side; "none" is one too
-    save_state: str = ""         # keep the state after the prompt in this file, and stop
+class Sampling:
+    """How to sample: flags of the command line, keywords of `generate`."""
     n: int = 1                   # samples of each prompt
-    max_new_tokens: int = 256    # at most so many tokens of a sample
+    max_new_tokens: int = 256    # at most so many tokens of a sample; `generate` also takes a list, one for each prompt
     temperature: float = 1.0     # 0 = greedy
     top_p: float = 1.0           # sample from the likeliest tokens that hold this much probability; 1 = all
     top_k: int = 0               # sample from so many likeliest tokens; 0 = all
@@ -54,6 +49,17 @@ class Config:
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # text that ends a sample; repeated: any of them
     batch_size: int | None = None    # sequences at a time; none = what fits in 2 GiB, or in a quarter of the GPU
     seed: int | None = None      # same seed, same text; none = another each time
+
+
+@dataclass
+class Config(Sampling):
+    model: str = ""              # weights or a LoRA, .pth or .safetensors; empty = the one that the state was tuned on
+    prompt: str = ""             # text to continue
+    prompts: str = ""            # file with a prompt a line, or .jsonl with {"prompt": …} lines
+    chat: bool = False           # talk: a turn a line, an empty line or Ctrl-D ends
+    system: str = ""             # chat: a system turn to begin with
+    state: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # tuned state; repeated: side by side; "none" is one too
+    save_state: str = ""         # keep the state after the prompt in this file, and stop
     tokenizer: str = ""          # name or file; empty = what the model's folder says, or World if it has 65536 ids
     device: str = "auto"         # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and computation; auto = bfloat16 on CUDA
@@ -83,8 +89,7 @@ class Completion:
 def inference(model):
     """Dropout off, and single tokens in C++ if it is built; afterwards every module is as it was."""
     training, model.step = [m for m in model.modules() if m.training], model.stepper()
-    for m in training:
-        m.training = False
+    model.eval()
     try:
         yield
     finally:
@@ -122,18 +127,14 @@ def prefill(model, prompts, state=None):
     Short prompts are read together, packed end to end; a long one in pieces that hand the state on.
     """
     check_ids(model, prompts)
-    state = state or model.initial_state(len(prompts))
-    device = model.emb.weight.device
+    state, device = state or model.initial_state(len(prompts)), model.emb.weight.device
     logits, states = [], []
     for i, j in spans(list(map(len, prompts)), len(prompts)):
-        s = {k: v[:, i:j] for k, v in state.items()}
-        if j == i + 1:
-            for at in range(0, len(prompts[i]), PREFILL):
-                out, s = model(torch.tensor([prompts[i][at:at + PREFILL]], device=device), s, last_only=True)
-        else:
-            borders = torch.tensor([0, *map(len, prompts[i:j])]).cumsum(0)
-            ids = torch.tensor([[t for ids in prompts[i:j] for t in ids]], device=device)
+        s, (ids, borders) = {k: v[:, i:j] for k, v in state.items()}, packed(prompts[i:j], device)
+        if j > i + 1:
             out, s = model(ids, s, cu_seqlens=borders, last_only=True)
+        for piece in ids.split(PREFILL, 1) if j == i + 1 else ():
+            out, s = model(piece, s, last_only=True)
         logits.append(out[:, 0])
         states.append(s)
     return torch.cat(logits), {k: torch.cat([s[k] for s in states], 1) for k in state}
@@ -183,142 +184,153 @@ def pick(logits, u, temperature, top_p=1.0, top_k=0, min_p=0.0, changed=None):
     return ids, logp.gather(-1, ids[:, None])[:, 0]
 
 
-def check_options(model, stop, stop_ids, tokenizer, **o):
-    V, o = model.config.vocab_size, {**o, "max_new_tokens": min(o.pop("limits"), default=1)}
-    for name, fits, want in (
-            ("n", o["n"] >= 1, "a number above 0"), ("temperature", 0 <= o["temperature"] < float("inf"), "0 (greedy) or more"),
-            ("top_p", 0 < o["top_p"] <= 1, "above 0, at most 1 (all)"), ("top_k", o["top_k"] >= 0, "0 (all) or more"),
-            ("min_p", 0 <= o["min_p"] <= 1, "a share from 0 to 1"), ("penalty_decay", 0 <= o["penalty_decay"] <= 1, "0 to 1"),
-            ("repetition_penalty", o["repetition_penalty"] > 0, "above 0; 1 = none"),
-            ("batch_size", o["batch_size"] is None or o["batch_size"] >= 1, "a number above 0, or none"),
-            ("max_new_tokens", o["max_new_tokens"] >= 1, "a number above 0"),
-            ("seed", o["seed"] is None or o["seed"] >= 0, "0 or more, or none")):
-        if not fits:
-            raise UserError(f"{name}={o[name]}: expected {want}")
-    for name, ids in (("stop_ids", stop_ids), ("logit_bias", o["logit_bias"] or ())):
-        if wrong := [i for i in ids if not 0 <= i < V]:
-            raise UserError(f"{name}: {wrong[0]} is not an id of this model; they go from 0 to {V - 1}")
-    for s in stop:
+def check_options(model, o, stop_ids, logit_bias, tokenizer):
+    above_0, finite = math.ulp(0.0), sys.float_info.max
+    for name, low, high, want in (
+            ("n", 1, finite, "a number above 0"), ("max_new_tokens", 1, finite, "a number above 0"), ("min_p", 0, 1, "0 to 1"),
+            ("temperature", 0, finite, "0 (greedy) or more"), ("top_p", above_0, 1, "above 0, at most 1 (all)"),
+            ("top_k", 0, finite, "0 (all) or more"), ("repetition_penalty", above_0, finite, "above 0; 1 = none"),
+            ("penalty_decay", 0, 1, "0 to 1"), ("batch_size", 1, finite, "a number above 0, or none"),
+            ("seed", 0, finite, "0 or more, or none")):
+        value = min(o.max_new_tokens, default=1) if name == "max_new_tokens" else getattr(o, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{name}={value}: expected {want}")
+    for name, ids in (("stop_ids", stop_ids), ("logit_bias", logit_bias)):
+        if wrong := [i for i in ids if not 0 <= i < model.config.vocab_size]:
+            raise UserError(f"{name}: {wrong[0]} is not an id of this model; they go from 0 to {model.config.vocab_size - 1}")
+    for s in o.stop:
         if not tokenizer:
             raise UserError(f"stop={s!r}: stop texts need a tokenizer; give tokenizer=, or stop_ids")
+        if not s:
+            raise UserError("stop='' is empty; leave it out")
         try:
-            fits = bool(s) and bool(tokenizer.encode(s))
+            tokenizer.encode(s)
         except UserError as e:
             raise UserError(f"stop={s!r} can never be generated: {e}") from None
-        if not fits:
-            raise UserError(f"stop={s!r} is empty; leave it out")
+
+
+class Penalties:
+    """What moves the logits [slots, V] away from the model's own: counts of each slot's tokens, and biases."""
+
+    def __init__(self, o, slots, V, device, logit_bias, tokenizer):
+        self.o, self.tokenizer, self.bias = o, tokenizer, torch.zeros(V, device=device)
+        for i, value in logit_bias.items():
+            self.bias[i] = value
+        # how often generated, decaying; generated at all; generated or in the prompt
+        self.count, self.seen, self.read = (torch.zeros(slots, V, dtype=dtype, device=device)
+                                            for dtype in (torch.float32, torch.bool, torch.bool))
+
+    def start(self, slot, prompt):
+        self.count[slot], self.seen[slot], self.read[slot] = 0, False, False
+        self.read[slot, prompt] = True
+
+    def apply(self, logits, at):
+        """logits of the slots `at` -> those that the choice is made from"""
+        o, logits = self.o, logits.float()
+        factor = torch.where(logits > 0, 1 / o.repetition_penalty, o.repetition_penalty)
+        logits = torch.where(self.read[at], logits * factor, logits)
+        return logits - (o.presence_penalty * self.seen[at] + o.frequency_penalty * self.count[at]) + self.bias
+
+    def chosen(self, at, ids):
+        # as the RWKV runners: blanks and digits count as 0 times, and only `seen` holds them back
+        weights = [float(not self.tokenizer or self.tokenizer.decode([t]) not in " \t0123456789") for t in ids.tolist()]
+        self.count[at] *= self.o.penalty_decay
+        self.count[at, ids] += torch.tensor(weights, device=ids.device)
+        self.seen[at, ids] = self.read[at, ids] = True
+
+
+def waiting(model, prompts, n, state, slots):
+    """(prompt, sample, the prompt's logits [V], state [L, …]) of every completion in order; prompts are read a packed pass at
+    a time, equal ones once."""
+    same, own = {}, state and state["wkv"].shape[1] > 1  # (ids, row of the state) -> prompts
+    for p, ids in enumerate(prompts):
+        same.setdefault((tuple(ids), p if own else 0), []).append(p)
+    keys = list(same)
+    for i, j in spans([len(ids) for ids, _ in keys], slots):
+        start = state and {k: v[:, [row for _, row in keys[i:j]]].to(model.emb.weight.device) for k, v in state.items()}
+        logits, s = prefill(model, [list(ids) for ids, _ in keys[i:j]], start)
+        for at, key in enumerate(keys[i:j]):
+            for p in same[key]:
+                yield from ((p, sample, logits[at], {k: v[:, at] for k, v in s.items()}) for sample in range(n))
+
+
+def grow(c, token, logp, limit, stop_ids, stop, tokenizer):
+    """One more token of a Completion, and whether it is the last."""
+    c.tokens.append(token)
+    c.logprobs.append(logp)
+    # a stop text of m bytes lies within the last m tokens that are not empty; some are
+    tail = 2 * max((len(s.encode()) for s in stop), default=0) + 4
+    if token in stop_ids or stop and any(s in tokenizer.decode(c.tokens[-tail:]) for s in stop):
+        c.finish_reason = "stop"
+    elif len(c.tokens) == limit:
+        c.finish_reason = "length"
+    if c.finish_reason and tokenizer:
+        c.text = tokenizer.decode(c.tokens[:-1] if token in stop_ids else c.tokens)
+        c.text = c.text[:min((i for s in stop if (i := c.text.find(s)) >= 0), default=None)]
 
 
 @torch.no_grad()
-def stream(model, prompts, *, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0,
-           frequency_penalty=0.0, penalty_decay=1.0, repetition_penalty=1.0, logit_bias=None, stop_ids=None, stop=(),
-           tokenizer=None, seed=None, state=None, batch_size=None, memory=None, indices=None, return_state=False):
+def stream(model, prompts, *, logit_bias=None, stop_ids=None, tokenizer=None, state=None, memory=None, indices=None,
+           return_state=False, **sampling):
     """Yield (number of the completion, Completion so far) for every new token. The arguments as in `generate`.
 
     A fixed number of slots decode together. A row that ends leaves its slot to the next one waiting, which begins with a
     copy of its prompt's state; when none waits, the slot is computed on and ignored. While this runs dropout is off.
     """
-    model = getattr(model, "module", model)
+    model, o = getattr(model, "module", model), Sampling(**sampling)
+    o.stop = (o.stop,) if isinstance(o.stop, str) else tuple(o.stop)
     stop_ids = {tokenizer.end_id} if stop_ids is None and tokenizer else set(stop_ids or ())
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    o.max_new_tokens = [o.max_new_tokens] * len(prompts) if isinstance(o.max_new_tokens, int) else list(o.max_new_tokens)
     indices = range(len(prompts)) if indices is None else indices
-    check_options(model, stop, stop_ids, tokenizer, n=n, limits=limits, temperature=temperature, top_p=top_p, top_k=top_k,
-                  min_p=min_p, repetition_penalty=repetition_penalty, penalty_decay=penalty_decay, logit_bias=logit_bias,
-                  seed=seed, batch_size=batch_size)
+    check_options(model, o, stop_ids, logit_bias or {}, tokenizer)
     check_ids(model, prompts)
-    given = state["wkv"].shape[1] if state else 1
-    if given not in (1, len(prompts)):
+    if state and (given := state["wkv"].shape[1]) not in (1, len(prompts)):
         raise UserError(f"state has {given} rows for {len(prompts)} prompts; give one row for all, or one for each")
-    seed = seed if seed is not None else int(np.random.SeedSequence().entropy % 2 ** 63)
-    device, V = model.emb.weight.device, model.config.vocab_size
-    slots = min(batch_size or slots_for(model, memory), len(prompts) * n)
-    same = {}  # equal prompts are read once: (ids, row of the state) -> prompts
-    for p, ids in enumerate(prompts):
-        same.setdefault((tuple(ids), p if given > 1 else 0), []).append(p)
-    # a stop text of m bytes lies within the last m tokens that are not empty; some are
-    tail = 2 * max((len(s.encode()) for s in stop), default=0) + 4
-    bias = torch.zeros(V, device=device)
-    for i, value in (logit_bias or {}).items():
-        bias[i] = value
-    penalties = presence_penalty or frequency_penalty or repetition_penalty != 1
-    if penalties:  # how often generated, decaying; generated at all; generated or in the prompt
-        count, seen, read = (torch.zeros(slots, V, dtype=d, device=device) for d in (torch.float32, torch.bool, torch.bool))
-
-    def waiting():
-        """(prompt, sample, the prompt's logits [V], state [L, …]), prompts being read a packed pass at a time."""
-        keys = list(same)
-        for i, j in spans([len(ids) for ids, _ in keys], slots):
-            start = state and {k: v[:, [row for _, row in keys[i:j]]].to(device) for k, v in state.items()}
-            logits, s = prefill(model, [list(ids) for ids, _ in keys[i:j]], start)
-            for at, key in enumerate(keys[i:j]):
-                for p in same[key]:
-                    yield from ((p, sample, logits[at], {k: v[:, at] for k, v in s.items()}) for sample in range(n))
-
-    rows, queue, held, ids = [None] * slots, waiting(), None, torch.zeros(slots, dtype=torch.long, device=device)
+    seed = o.seed if o.seed is not None else int(np.random.SeedSequence().entropy % 2 ** 63)
+    device, slots = model.emb.weight.device, min(o.batch_size or slots_for(model, memory), len(prompts) * o.n)
+    penalties = None
+    if o.presence_penalty or o.frequency_penalty or o.repetition_penalty != 1 or logit_bias:
+        penalties = Penalties(o, slots, model.config.vocab_size, device, logit_bias or {}, tokenizer)
+    rows, queue, held = [None] * slots, waiting(model, prompts, o.n, state, slots), None
+    ids = torch.zeros(slots, dtype=torch.long, device=device)
     with inference(model):
         while True:
-            new = [(slot, *row) for slot, row in zip([s for s in range(slots) if rows[s] is None], queue)]
+            new = list(zip([slot for slot in range(slots) if rows[slot] is None], queue))
             if new:  # their first token comes from their prompt's logits
-                at = [slot for slot, *_ in new]
-                logits = torch.stack([out for *_, out, _ in new])
-                for slot, p, sample, _, s in new:
+                at, logits = [slot for slot, _ in new], torch.stack([out for _, (*_, out, _) in new])
+                for slot, (p, sample, _, s) in new:
                     held = held or {k: v.new_zeros(len(v), slots, *v.shape[1:]) for k, v in s.items()}
                     for k in held:
                         held[k][:, slot] = s[k]
-                    rows[slot] = (p * n + sample, limits[p], np.random.default_rng((seed, indices[p], sample)), Completion())
+                    rows[slot] = (p * o.n + sample, o.max_new_tokens[p],
+                                  np.random.default_rng((seed, indices[p], sample)), Completion())
                     if penalties:
-                        count[slot], seen[slot], read[slot] = 0, False, False
-                        read[slot, prompts[p]] = True
+                        penalties.start(slot, prompts[p])
             elif any(rows):
-                at = list(range(slots))
-                logits = model(ids[:, None], held, out=held)[0][:, 0]
+                at, logits = list(range(slots)), model(ids[:, None], held, out=held)[0][:, 0]
             else:
                 return
-            changed = None
-            if penalties or logit_bias:
-                changed = logits.float() + 0  # a copy
-                if penalties:
-                    factor = torch.where(changed > 0, 1 / repetition_penalty, repetition_penalty)
-                    changed = torch.where(read[at], changed * factor, changed)
-                    changed -= presence_penalty * seen[at] + frequency_penalty * count[at]
-                changed += bias
             u = torch.tensor([rows[slot][2].random(dtype=np.float32) if rows[slot] else 0.5 for slot in at], device=device)
-            chosen, logps = pick(logits, u, temperature, top_p, top_k, min_p, changed)
+            chosen, logps = pick(logits, u, o.temperature, o.top_p, o.top_k, o.min_p, penalties and penalties.apply(logits, at))
             ids[at] = chosen
             if penalties:
-                # as the RWKV runners: blanks and digits count as 0 times, and only `seen` holds them back
-                weights = [float(not tokenizer or tokenizer.decode([t]) not in " \t0123456789") for t in chosen.tolist()]
-                count[at] *= penalty_decay
-                count[at, chosen] += torch.tensor(weights, device=device)
-                seen[at, chosen] = read[at, chosen] = True
+                penalties.chosen(at, chosen)
             for slot, token, logp in zip(at, chosen.tolist(), logps.tolist()):
-                if rows[slot] is None:
-                    continue
-                number, limit, _, c = rows[slot]
-                c.tokens.append(token)
-                c.logprobs.append(logp)
-                if token in stop_ids or stop and any(s in tokenizer.decode(c.tokens[-tail:]) for s in stop):
-                    c.finish_reason = "stop"
-                elif len(c.tokens) == limit:
-                    c.finish_reason = "length"
-                if c.finish_reason:
-                    rows[slot] = None
-                    c.state = {k: v[:, slot:slot + 1].clone() for k, v in held.items()} if return_state else None
-                    if tokenizer:
-                        c.text = tokenizer.decode(c.tokens[:-1] if token in stop_ids else c.tokens)
-                        c.text = c.text[:min((i for s in stop if (i := c.text.find(s)) >= 0), default=None)]
-                yield number, c
+                if rows[slot]:
+                    number, limit, _, c = rows[slot]
+                    grow(c, token, logp, limit, stop_ids, o.stop, tokenizer)
+                    if c.finish_reason:
+                        rows[slot] = None
+                        c.state = {k: v[:, slot:slot + 1].clone() for k, v in held.items()} if return_state else None
+                    yield number, c
 
 
 def generate(model, prompts, *, n=1, callback=None, progress=None, **options):
     """prompts: P lists of ids -> list of P * n Completions, prompt-major. Uses the live weights; `model` may be a DDP wrapper.
 
-    max_new_tokens (a number, or one per prompt), temperature (0 = greedy), top_p, top_k, min_p; presence_penalty,
-    frequency_penalty, penalty_decay as in the RWKV runners (of what was generated), repetition_penalty (also of the
-    prompt), logit_bias {id: added}; stop_ids (default: the tokenizer's end id), stop (texts), tokenizer (for .text and stop).
-    state: one for all prompts, or one row per prompt; None: the initial one. return_state: .state of each completion.
-    batch_size: slots; None: what fits in `memory` bytes, see slots_for.
+    options: the fields of Sampling, and logit_bias {id: added}; stop_ids (default: the tokenizer's end id); tokenizer (for
+    .text and stop); state: one for all prompts, or one row per prompt; None: the initial one. return_state: .state of each
+    completion. memory: bytes, what batch_size follows from, see slots_for.
     The random stream of a completion depends on (seed, prompt index, sample index) alone; indices: other numbers for the
     prompts than 0 … P - 1, as for the share of one process.
     callback(number, Completion so far): at every token. progress: None = a bar when rows have to wait for a slot.
@@ -350,22 +362,19 @@ def score_choices(model, prompts, choices, *, state=None, temperature=1.0, per_t
     check_ids(model, [ids for options in choices for ids in options], "choice")
     with inference(model):
         for i, j in spans(list(map(len, prompts)), most):
-            rows = state and {k: v if v.shape[1] == 1 else v[:, i:j] for k, v in state.items()}
-            rows = rows and {k: v.expand(-1, j - i, *v.shape[2:]).to(device) for k, v in rows.items()}
+            rows = state and {k: (v[:, i:j] if v.shape[1] > 1 else v.expand(-1, j - i, *v.shape[2:])).to(device)
+                              for k, v in state.items()}
             logits, s = prefill(model, prompts[i:j], rows)
             first = (logits.float() / temperature).log_softmax(-1)
             flat = [(p, ids) for p in range(j - i) for ids in choices[i + p]]
             scores = [[first[p, ids[0]].item()] for p, ids in flat]
             for a, b in spans([len(ids) for _, ids in flat], most):
-                cu = torch.tensor([0, *(len(ids) - 1 for _, ids in flat[a:b])]).cumsum(0)
-                if cu[-1] == 0:
+                (x, cu), (y, _) = (packed([ids[cut] for _, ids in flat[a:b]], device) for cut in (slice(-1), slice(1, None)))
+                if x.shape[1] == 0:
                     continue
-                x, y = (torch.tensor([[t for _, ids in flat[a:b] for t in ids[cut]]], device=device)
-                        for cut in (slice(-1), slice(1, None)))
                 fork = {k: v[:, [p for p, _ in flat[a:b]]] for k, v in s.items()}
-                logps = model.token_logprobs(x, y, fork, cu_seqlens=cu, temperature=temperature)[0].tolist()
-                for at in range(a, b):
-                    scores[at] += logps[cu[at - a]:cu[at - a + 1]]
+                logps = model.token_logprobs(x, y, fork, cu_seqlens=cu, temperature=temperature)[0].split(cu.diff().tolist())
+                scores[a:b] = [head + more.tolist() for head, more in zip(scores[a:b], logps)]
             mine = iter(scores if per_token else map(sum, scores))
             out += [[next(mine) for _ in choices[p]] for p in range(i, j)]
     return out
@@ -398,20 +407,18 @@ def show_answers(model, documents, tokenizer, n, off=False):
 def load(cfg):
     """-> (model, tokenizer, {name: state or None}, the model's file) of the command line. cfg.model may also be a LoRA; it
     and a state say themselves which model they belong to."""
-    states, abouts = {}, {}
-    for path in cfg.state or ("none",):
-        states[path], abouts[path] = (None, {}) if path == "none" else read_state(path)
-    path, about = next((item for item in abouts.items() if item[1]), (next(iter(abouts)), {}))
+    found = {path: (None, {}) if path == "none" else read_state(path) for path in cfg.state or ("none",)}
+    path, about = next(((path, about) for path, (_, about) in found.items() if about), (next(iter(found)), {}))
     weights = cfg.model or base_of("" if path == "none" else path, about)
     if Path(weights).is_dir():
         raise UserError(f"{weights} is a folder; give a file in it: --model={weights}/rwkv-final.pth")
     device, dtype = common.pick_device(cfg)
     model, of_model = load_model(weights, device, dtype)
-    for name, says in abouts.items():
-        if states[name]:
-            states[name] = {k: v.to(device) for k, v in read_state(name, model.config)[0].items()}  # now checked
-            if says.get("fingerprint") not in (None, model.fingerprint()):
-                print(f"warning: {name} was tuned on {says.get('model')}, and {weights} has other weights", file=sys.stderr)
+    states = {name: state and {k: v.to(device) for k, v in read_state(name, model.config)[0].items()}  # now checked
+              for name, (state, _) in found.items()}
+    for name, (_, says) in found.items():
+        if says.get("fingerprint") not in (None, model.fingerprint()):
+            print(f"warning: {name} was tuned on {says.get('model')}, and {weights} has other weights", file=sys.stderr)
     where, says = (weights, of_model) if of_model else (path, about) if about.get("tokenizer") else (weights, {})
     tokenizer = prepare.tokenizer_of(where, model.config.vocab_size, cfg.tokenizer, says)
     return model.eval(), tokenizer, states, weights
@@ -419,20 +426,16 @@ def load(cfg):
 
 def read_prompts(path, column="prompt", kinds=str):
     """-> [(row, prompt)]: of a .jsonl file every line and what it has in `column`; of another file the line itself."""
-    if not Path(path).is_file():
+    if Path(path).suffix == ".jsonl":
+        rows = prepare.read_jsonl(path, f'{{"{column}": "…"}}')
+    elif Path(path).is_file():
+        rows = [(path, {column: line.rstrip("\r")}) for line in prepare.read_text(path).split("\n") if line.strip()]
+    else:
         raise UserError(f"{path} does not exist; --prompts wants a file with a prompt a line, batch one of JSON rows")
     out = []
-    for number, line in enumerate(prepare.read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        row = {column: line.rstrip("\r")}
-        if Path(path).suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                row = None
-        if not isinstance(row, dict) or not isinstance(row.get(column), kinds):
-            raise UserError(f'{path}:{number}: expected {{"{column}": "…"}}, got {line[:60]!r}')
+    for where, row in rows:
+        if not isinstance(row.get(column), kinds):
+            raise UserError(f'{where}: expected {{"{column}": "…"}}')
         out.append((row, row[column]))
     return out
 
@@ -454,8 +457,8 @@ def print_stream(pieces, tokenizer, stop=()):
 
 def chat(model, tokenizer, cfg, options, state=None):
     """Turns in, turns out. The state behind the conversation so far is kept; only what is new is read."""
-    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    read = 0
+    messages, read = [{"role": "system", "content": cfg.system}] if cfg.system else [], 0
+    options = {**options, "stop": TURNS + cfg.stop}
     while True:
         try:
             line = input("User: ").strip()
@@ -468,7 +471,7 @@ def chat(model, tokenizer, cfg, options, state=None):
         _, state = prefill(model, [ids[read:-1]], state)
         read = len(ids) - 1
         print("\nAssistant:", end="", flush=True)
-        c = print_stream(stream(model, [ids[-1:]], state=state, **{**options, "stop": TURNS + cfg.stop}), tokenizer, TURNS + cfg.stop)
+        c = print_stream(stream(model, [ids[-1:]], state=state, **options), tokenizer, options["stop"])
         print()
         messages.append({"role": "assistant", "content": c.text.strip() or "…"})
 
@@ -494,6 +497,7 @@ def batch(cfg):
             raise UserError(f"{out}:{done} is not row {done} of {cfg.rows} with {cfg.n} completions; give another file to write")
         os.truncate(out, sum(len(line) + 1 for line in lines))
     options = {**options_of(cfg, tokenizer), "stop": cfg.stop + TURNS * chats, "state": next(iter(states.values()))}
+    out.parent.mkdir(parents=True, exist_ok=True)
     ready, at = {}, done
     with open(out, "ab") as f, tqdm(total=len(rows), initial=done, unit="row", disable=None) as bar:
         for number, c in stream(model, prompts[done:], n=cfg.n, indices=range(done, len(rows)), **options):
@@ -511,9 +515,7 @@ def batch(cfg):
 
 
 def options_of(cfg, tokenizer):
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "penalty_decay",
-             "repetition_penalty", "stop", "batch_size", "seed")
-    return {name: getattr(cfg, name) for name in names} | {"tokenizer": tokenizer}
+    return {f.name: getattr(cfg, f.name) for f in fields(Sampling) if f.name != "n"} | {"tokenizer": tokenizer}
 
 
 def main(cfg):
@@ -539,7 +541,8 @@ def main(cfg):
             print_stream(stream(model, prompts, state=state, **options), tokenizer, cfg.stop)
             continue
         for i, c in enumerate(generate(model, prompts, n=cfg.n, state=state, **options)):
-            print(f"--- prompt {i // cfg.n + 1}, sample {i % cfg.n + 1}, {c.finish_reason}\n{texts[i // cfg.n]}{c.text}", flush=True)
+            p, sample = divmod(i, cfg.n)
+            print(f"--- prompt {p + 1}, sample {sample + 1}, {c.finish_reason}\n{texts[p]}{c.text}", flush=True)
 
 
 if __name__ == "__main__":

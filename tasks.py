@@ -126,13 +126,13 @@ def document(rng):
 
 def report(results):
     """results: [(row of `prompts`, completion text)] -> exact match per skill and the first ten, as a text."""
-    tasks, texts = [row["prompt"][-1]["content"] for row, _ in results], [text.strip() for _, text in results]
-    hits, lines = list(map(check, tasks, texts)), []
-    for skill in [*dict.fromkeys(row["skill"] for row, _ in results), "all"]:
-        own = [hit for hit, (row, _) in zip(hits, results) if skill in (row["skill"], "all")]
-        lines.append(f"{skill:8} {sum(own) / max(len(own), 1):6.3f} of {len(own)}")
-    for task, text, hit in list(zip(tasks, texts, hits))[:10]:
-        lines.append(f"{task} -> {text!r}" + ("" if hit else f", should be {solve(task)!r}"))
+    rows = [(row["skill"], row["prompt"][-1]["content"], text.strip()) for row, text in results]
+    lines = []
+    for skill in [*dict.fromkeys(skill for skill, *_ in rows), "all"]:
+        hits = [check(task, text) for own, task, text in rows if skill in (own, "all")]
+        lines.append(f"{skill:8} {sum(hits) / max(len(hits), 1):6.3f} of {len(hits)}")
+    for _, task, text in rows[:10]:
+        lines.append(f"{task} -> {text!r}" + ("" if check(task, text) else f", should be {solve(task)!r}"))
     return "\n".join(lines)
 
 
@@ -157,10 +157,14 @@ def pairs(cfg):
             rows.append({"prompt": row["prompt"], "chosen": rng.choice(right), "rejected": rng.choice(wrong),
                          "skill": row["skill"]})
     cut = round(len(rows) * (1 - cfg.val))
-    for name, part in (("", rows[:cut]), ("_val", rows[cut:])):
-        with atomic_write(f"{cfg.out}{name}.jsonl") as tmp:
-            tmp.write_text("".join(json.dumps(row) + "\n" for row in part))
-        print(f"{cfg.out}{name}.jsonl: {len(part):,} pairs")
+    write(f"{cfg.out}.jsonl", rows[:cut], "pairs")
+    write(f"{cfg.out}_val.jsonl", rows[cut:], "pairs")
+
+
+def write(path, rows, what):
+    with atomic_write(path) as tmp:
+        tmp.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{path}: {len(rows):,} {what}")
 
 
 def main(cfg):
@@ -178,9 +182,7 @@ def main(cfg):
         "unseen_heldout": prompts(cfg.heldout, f"heldout {cfg.seed}", [UNSEEN], held_out=True),
     }
     for name, rows in files.items():
-        with atomic_write(f"{cfg.out}_{name}.jsonl") as tmp:
-            tmp.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{cfg.out}_{name}.jsonl: {len(rows):,} rows" + (f", {size:,} byte tokens" if name == "text" else ""))
+        write(f"{cfg.out}_{name}.jsonl", rows, f"rows, {size:,} byte tokens" if name == "text" else "rows")
 
 
 if __name__ == "__main__":

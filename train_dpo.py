@@ -268,7 +268,7 @@ def main(cfg, run):
                     scores, forks, None if ref is None else ref[batch].T.to(run.device), cfg, cfg.global_bsz / run.world,
                     n_chosen / run.world)
                 now, sums = forked_backward(wrapped, forks, loss_of, cfg.chunk_len,
-                                            sync=nullcontext if i == accumulation - 1 else no_sync, no_sync=no_sync)
+                                            sync=nullcontext if i == accumulation - 1 else no_sync)
                 loss, totals = loss + now / run.world, {k: totals.get(k, 0.0) + v / run.world for k, v in sums.items()}
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
             loss, stop, *values = common.all_sum(loss, len(signals), *totals.values())

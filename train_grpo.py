@@ -505,7 +505,7 @@ def main(cfg, run):
                         sampling_logps=torch.where(said.isnan(), now, said) if cfg.importance_cap else None,
                         importance_cap=cfg.importance_cap)
                 now, values = forked_backward(wrapped, forks, loss_of, cfg.chunk_len, cfg.temperature,
-                                              nullcontext if i == accumulation - 1 else no_sync, no_sync)
+                                              nullcontext if i == accumulation - 1 else no_sync)
                 loss, totals = loss + now / run.world, {k: totals.get(k, 0.0) + v / run.world for k, v in values.items()}
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
             gaps = torch.cat(gaps)

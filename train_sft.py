@@ -98,8 +98,8 @@ def main(cfg, run):
             model.train()
             for i, documents in enumerate(common.chunks(batch, cfg.micro_bsz)):
                 x, y, weight, borders = (pack if cfg.packing else pad)(documents, run.device)
-                loss, right, _ = backward(wrapped, x, y, weight * (run.world / n), borders, cfg.chunk_len, cfg.bptt,
-                                          nullcontext if i == accumulation - 1 else no_sync, no_sync)
+                loss, right = backward(wrapped, x, y, weight * (run.world / n), borders, cfg.chunk_len, cfg.bptt,
+                                       nullcontext if i == accumulation - 1 else no_sync, no_sync)
                 nll, hits = nll + loss.sum() / run.world, hits + right.sum() / run.world
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
             loss, accuracy, stop = common.all_sum(nll, hits, len(signals))

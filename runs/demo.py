@@ -39,6 +39,7 @@ class Stage:
     after: tuple = ()                 # names of stages that it needs
     commands: list = field(default_factory=list)
     metric: str = "exact_match"       # of metrics.jsonl: first and last
+    threads: int = 1                  # 2 where no other stage can run beside it
     expect: tuple | None = None       # where the last one was, of all seeds that were tried, and a little beside
     seconds: float = 0.0
     rows: tuple = ()                  # before, after
@@ -52,15 +53,15 @@ def ladder(cfg):
     sft = f"--init_from={out}/sft/rwkv-final.pth"
     stages = [
         Stage("data", "tasks, text to pretrain on", commands=[
-            ["tasks.py", f"--out={data}/tasks"],
+            ["tasks.py", f"--out={data}/tasks", *["--prompts=1600"] * quick],
             ["prepare.py", f"{data}/tasks_text.jsonl", f"--out={data}/tasks", "--tokenizer=bytes", "--val=0.01"],
             ["tasks.py", "--seed=1", "--out=data/tasks1"]]),
         Stage("pretrain", "pretraining (nats a byte)", ("data",), [train(
             "pretrain", "pretrain", "pretrain_tasks", f"--data={data}/tasks_train", f"--val_data={data}/tasks_val",
-            f"--version={cfg.version}", steps(700, 300))], "val_loss", (0.91, 0.96) if v7 else None),
+            f"--version={cfg.version}", steps(700, 300))], "val_loss", 2, (0.91, 0.96) if v7 else None),
         Stage("sft", "SFT on 500 chats", ("pretrain",), [train(
             "sft", "sft", "sft_tiny", f"--data={data}/tasks_sft.jsonl", f"--val_data={data}/tasks_sft_val.jsonl",
-            f"--init_from={out}/pretrain/rwkv-final.pth", steps(200, 100))], expect=(0.60, 0.90) if v7 else None),
+            f"--init_from={out}/pretrain/rwkv-final.pth", steps(200, 100))], threads=2, expect=(0.60, 0.90) if v7 else None),
         Stage("state", "state tuning, a skill SFT never saw", ("sft",), [train(
             "state", "state", "state_tiny", f"--data={data}/tasks_unseen.jsonl", sft, steps(300, 150))],
             expect=(0.94, 1.0) if v7 else None),
@@ -71,22 +72,27 @@ def ladder(cfg):
                 "sft", "more", "sft_tiny", f"--data={data}/tasks_sft.jsonl", f"--val_data={data}/tasks_sft_val.jsonl", sft,
                 steps(200, 50), "--lr=5e-4", "--lr_final=2e-5")], expect=(0.60, 0.90)),
             Stage("samples", "8 answers to each of 6,400 prompts", ("sft",), [
-                ["sample.py", "batch", f"{data}/tasks_prompts.jsonl", f"{data}/tasks_samples.jsonl", f"--model={out}/sft/rwkv-final.pth",
-                 "--n=8", "--max_new_tokens=20", f"--seed={cfg.seed}", "--batch_size=512"],
-                ["tasks.py", "pairs", f"{data}/tasks_samples.jsonl", f"--out={data}/tasks_pairs"]]),
+                ["sample.py", "batch", f"{data}/tasks_prompts.jsonl", f"{out}/samples/answers.jsonl", f"--model={out}/sft/rwkv-final.pth",
+                 "--n=8", "--max_new_tokens=20", "--temperature=1.5", f"--seed={cfg.seed}", "--batch_size=512"],
+                ["tasks.py", "pairs", f"{out}/samples/answers.jsonl", f"--out={out}/samples/pairs"]]),
             Stage("grpo", "GRPO", ("sft",), [train(
                 "grpo", "grpo", "grpo_tiny", f"--data={data}/tasks_prompts.jsonl", sft, steps(700, 40), *["--lr=2e-4"] * quick)], expect=(0.78, 1.0)),
             Stage("dpo", "DPO + NLL", ("samples",), [train(
-                "dpo", "dpo", "dpo_tiny", f"--data={data}/tasks_pairs.jsonl", f"--val_data={data}/tasks_pairs_val.jsonl", sft,
+                "dpo", "dpo", "dpo_tiny", f"--data={out}/samples/pairs.jsonl", f"--val_data={out}/samples/pairs_val.jsonl", sft,
                 steps(200, 50))], expect=(0.72, 1.0)),
             Stage("reward", "reward model (accuracy on pairs)", ("samples",), [train(
-                "reward", "reward", "reward_tiny", f"--data={data}/tasks_pairs.jsonl", f"--val_data={data}/tasks_pairs_val.jsonl", sft,
-                steps(300, 50))], "val_accuracy", (0.82, 0.95)),
+                "reward", "reward", "reward_tiny", f"--data={out}/samples/pairs.jsonl", f"--val_data={out}/samples/pairs_val.jsonl", sft,
+                steps(300, 50))], "val_accuracy", expect=(0.82, 0.95)),
             Stage("self_reward", "self-rewarding, its own judge", ("sft",), [[
                 "self_reward.py", "config/self_reward_tiny.py", f"--prompts={data}/tasks_prompts.jsonl", sft, f"--seed={cfg.seed}",
                 f"--out_dir={out}/self_reward", *["--recipe=quick"] * quick]], expect=(0.60, 1.0)),
         ]
     return stages
+
+
+def lineage(stage, stages):
+    """its commands, after those of all that it stands on"""
+    return [c for s in stages if s.name in stage.after for c in lineage(s, stages)] + stage.commands
 
 
 def start(stage, cfg):
@@ -99,7 +105,7 @@ def start(stage, cfg):
         shutil.rmtree(folder)  # cut off before its first checkpoint; nobody else writes here
     log.parent.mkdir(parents=True, exist_ok=True)
     line = " && ".join(subprocess.list2cmdline(command) for command in commands)
-    return subprocess.Popen(line, shell=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=open(log, "w"),
+    return subprocess.Popen(line, shell=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(stage.threads)}, stdout=open(log, "w"),
                             stderr=subprocess.STDOUT, start_new_session=True), time.time()
 
 
@@ -135,18 +141,18 @@ def report(stages, cfg, seconds):
     cell = lambda tag, items: "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in items) + "</tr>"  # noqa: E731
     parts = ["<!doctype html><meta charset=utf-8><title>gosling: the ladder</title><style>body{font:16px/1.5 system-ui,sans-serif;"
              "max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .6rem;"
-             "border-bottom:1px solid #ccc}pre{background:#f4f4f4;padding:1rem;overflow:auto;font-size:13px}img{max-width:100%}</style>",
+             "border-bottom:1px solid #ccc}pre{background:#f4f4f4;padding:1rem;white-space:pre-wrap;font-size:13px}img{max-width:100%}</style>",
              f"<h1>gosling: the ladder, {html.escape(cfg.version)}, {cfg.mode}, {duration(seconds)}</h1><table>",
              cell("th", HEAD), *(cell("td", cells(s, cfg)) for s in stages), "</table>",
              "<p>Exact match of greedy answers to 1,000 tasks that no stage has seen, unless said.</p>"]
     for s in stages:
-        picture, log = ROOT / cfg.out / s.name / "metrics.png", ROOT / cfg.out / f"{s.name}.log"
+        log = ROOT / cfg.out / f"{s.name}.log"
         parts.append(f"<h2>{html.escape(s.what)}</h2>")
         parts += [f"<pre>python {html.escape(subprocess.list2cmdline(c))}</pre>" for c in s.commands]
-        if picture.exists():
-            parts.append(f"<img src='data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}'>")
-        lines = re.sub(r"\x1b\[\d+m", "", log.read_text()).split("\n")
-        parts.append(f"<details><summary>the end of its log</summary><pre>{html.escape(chr(10).join(lines[-45:]))}</pre></details>")
+        parts += [f"<img src='data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}'>"
+                  for picture in (ROOT / cfg.out / s.name).glob("*.png")]
+        lines = [x for x in re.sub(r"\x1b\[\d+m", "", log.read_text()).split("\n") if not x.startswith("step ")]  # the curves
+        parts.append(f"<details open><summary>samples, scores</summary><pre>{html.escape(chr(10).join(lines[-45:]))}</pre></details>")
     with atomic_write(ROOT / cfg.out / "report.html") as tmp:
         tmp.write_text("\n".join(parts))
 
@@ -180,11 +186,14 @@ def climb(cfg, running):
             if stage in done or stage.name in running or not set(stage.after) <= {s.name for s in done} or len(running) == 2:
                 continue
             said = json.loads(mark.read_text()) if mark.exists() else {}
-            if said.get("commands") == stage.commands:  # of an earlier run
+            if said.get("commands") == lineage(stage, stages):  # of an earlier run
                 stage.seconds, stage.rows = said["seconds"], tuple(said["rows"])
                 done.append(stage)
                 show(cells(stage, cfg))
             else:
+                if said:  # it was made in another way
+                    mark.unlink()
+                    shutil.rmtree(ROOT / cfg.out / stage.name, ignore_errors=True)
                 running[stage.name] = (stage, *start(stage, cfg))
         for name, (stage, process, began) in list(running.items()):
             if process.poll() is None:
@@ -196,7 +205,7 @@ def climb(cfg, running):
                          + "\n".join((ROOT / cfg.out / f"{name}.log").read_text().split("\n")[-15:]))
             stage.seconds, stage.rows = time.time() - began, result(stage, cfg)
             with atomic_write(ROOT / cfg.out / f"{name}.json") as tmp:
-                tmp.write_text(json.dumps(dict(commands=stage.commands, seconds=stage.seconds, rows=stage.rows)))
+                tmp.write_text(json.dumps(dict(commands=lineage(stage, stages), seconds=stage.seconds, rows=stage.rows)))
             done.append(stage)
             show(cells(stage, cfg))
         time.sleep(0.2)

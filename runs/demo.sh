@@ -1,19 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh machine to a trained model: bash runs/demo.sh      (under 10 minutes on 2 cores, no GPU, no download of data)
+# From a fresh machine through every method: pretraining, SFT, state tuning, reward model, DPO, GRPO, self-rewarding.
+#   bash runs/demo.sh                      2 cores, no GPU, no download of data, 20 minutes
+#   bash runs/demo.sh quick                the same stages in fewer steps
+#   bash runs/demo.sh --version=x060       pretraining, SFT and state tuning of an RWKV-6
 set -euo pipefail
 . "$(dirname "$0")/install.sh"
-rm -rf out/pretrain_tiny
-
-# 1. real text that every machine has: the source of Python's standard library, through a BPE trained on it
-python prepare.py stdlib --out=data/stdlib --tokenizer=bpe:2048 --val=0.04
-
-# 2. a small RWKV-7
-python train_pretrain.py config/pretrain_tiny.py
-
-# 3. text from it
-for prompt in 'def __init__(self, ' 'import os' 'class '; do
-    echo "----------------------------------------------------------------------"
-    python sample.py --model=out/pretrain_tiny/rwkv-final.pth --prompt="$prompt" --max_new_tokens=80 --temperature=0.7 --seed=1
-done
-echo "----------------------------------------------------------------------"
-echo "the loss curve: out/pretrain_tiny/metrics.png"
+python runs/demo.py "$@"

@@ -32,9 +32,11 @@ def library_on_cpu(tmp_path_factory):
 @pytest.fixture
 def emulated(library_on_cpu, monkeypatch):
     """The CUDA ops take CPU tensors, and run there."""
-    from wkv_cuda import cuda_seq
-    monkeypatch.setattr(cuda_seq, "_library", lambda: library_on_cpu)
-    monkeypatch.setattr(cuda_seq, "DEVICE", "cpu")
+    from wkv_cuda import cuda, cuda_seq
+    monkeypatch.setattr(cuda_seq, "library", lambda: (library_on_cpu, None))
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)  # it would ask for the card
+    for form in (cuda_seq, cuda):
+        monkeypatch.setattr(form, "DEVICE", "cpu")
     torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN: what a kernel forgot to write shows
     yield library_on_cpu
     torch.use_deterministic_algorithms(False)

@@ -1,21 +1,22 @@
 """wkv_cuda/cuda_seq.py and its .cu files. Without a GPU the same .cu sources are compiled by g++ (cuda_on_cpu.h) and go
 through the whole Python path on CPU tensors; where there is a GPU every comparison runs there as well."""
+import functools
 import os
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from wkv_cuda import cuda_seq
+import wkv_cuda
+from wkv_cuda import cuda_seq, native
 
 ROOT = Path(__file__).resolve().parent.parent
 N, H = 64, 2
-OPS = {"wkv6": cuda_seq.wkv6, "wkv7": cuda_seq.wkv7}
+OPS = {"wkv6": functools.partial(wkv_cuda.wkv6, backend="cuda_seq"), "wkv7": functools.partial(wkv_cuda.wkv7, backend="cuda_seq")}
 NAMES = {"wkv6": ["r", "logw", "k", "v", "u", "state"], "wkv7": ["r", "logw", "k", "v", "a", "b", "state"]}
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
@@ -224,19 +225,21 @@ def test_nothing_is_saved_without_gradients(op, device):
 def test_wrong_arguments(device):
     inputs, *_ = make("wkv7", 3)
     r, logw, k, v, a, b, state = [x.to(device) for x in inputs]
-    call = cuda_seq.wkv7
+    call = OPS["wkv7"]
     for message, args in {
-        r"r must be \[B, T, H, 64\], got \[2, 3, 2, 32\]": [x[..., :32] for x in (r, logw, k, v, a, b)],
-        r"k must be .* \[2, 3, 2, 64\] on .*, got torch.float32 \[2, 2, 2, 64\]": [r, logw, k[:, 1:], v, a, b],
-        "v must be torch.float32 or torch.bfloat16 .*, got torch.float64": [r, logw, k, v.double(), a, b],
-        "state must be torch.float32.*got torch.bfloat16": [r, logw, k, v, a, b, state.bfloat16()],
-        r"state must be .* \[2, 2, 64, 64\].*got torch.float32 \[1, 2, 64, 64\]": [r, logw, k, v, a, b, state[:1]],
-        "cu_seqlens must be int32 or int64 .* with B = 1": [r, logw, k, v, a, b, None, torch.tensor([0, 3])],
+        "backend 'cuda_seq': head size 32, not 64": [x[..., :32] for x in (r, logw, k, v, a, b)],
+        r"k is torch.float32 \(2, 2, 2, 64\) on .*, expected .* \(2, 3, 2, 64\)": [r, logw, k[:, 1:], v, a, b],
+        "torch.float64, not torch.float32 or torch.bfloat16": [r, logw, k, v.double(), a, b],
+        r"state is \(1, 2, 64, 64\) on .*expected .* \(2, 2, 64, 64\)": [r, logw, k, v, a, b, state[:1]],
     }.items():
         with pytest.raises(ValueError, match=message):
             call(*args)
-    with pytest.raises(ValueError, match="u must be"):
-        cuda_seq.wkv6(r, logw, k, v, state)
+    with pytest.raises(ValueError, match="cu_seqlens wants B = 1"):
+        call(r, logw, k, v, a, b, cu_seqlens=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="u is .*expected floats"):
+        OPS["wkv6"](r, logw, k, v, state)
+    half = state.bfloat16()  # a state is used in fp32 whatever it comes in
+    assert all(torch.equal(x, y) for x, y in zip(call(r, logw, k, v, a, b, half), call(r, logw, k, v, a, b, half.float())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,34 +263,63 @@ def test_on_a_machine_without_cuda():
     asks = torch.compile(lambda x: x + 1 if cuda_seq.unavailable() else x, fullgraph=True, backend="eager")
     assert asks(torch.zeros(1)) == 1  # a constant to torch.compile, not a build to trace
     inputs, *_ = make("wkv7", 1)
-    with pytest.raises(ValueError, match="r is on cpu; this backend needs a cuda tensor"):
-        cuda_seq.wkv7(*inputs)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        OPS["wkv7"](*inputs)
+    assert wkv_cuda._unsupported(cuda_seq, inputs) == "r is on cpu, not cuda"
 
 
-def test_what_is_missing(monkeypatch, tmp_path):
-    """Each line in turn, on a machine that is made to look as if it had a GPU and a broken toolkit."""
+@pytest.fixture
+def looks_like_a_gpu(monkeypatch, tmp_path):
+    """A machine that is made to look as if it had a GPU, and an empty toolkit in tmp_path -> (build, nvcc's path)"""
     from torch.utils import cpp_extension
-    build = cuda_seq._build.__wrapped__  # without its cache
     for target, name, value in [(torch.cuda, "is_available", lambda: True), (torch.version, "cuda", "13.0"),
-                                (cpp_extension, "CUDA_HOME", None),
-                                (cpp_extension, "is_ninja_available", lambda: False)]:
+                                (torch.cuda, "device_count", lambda: 1), (torch.cuda, "get_device_capability", lambda i=0: (9, 0)),
+                                (cpp_extension, "CUDA_HOME", str(tmp_path))]:
         monkeypatch.setattr(target, name, value)
-    for name, value in [("TORCH_EXTENSIONS_DIR", str(tmp_path)), ("TORCH_CUDA_ARCH_LIST", "9.0"),
-                        ("CXX", "no-such-c++")]:
-        monkeypatch.setenv(name, value)
-    assert "no nvcc" in build()[1]
-    nvcc = tmp_path / "bin/nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho 'wkv6.cu(7): error: nothing compiles today'; exit 1\n")
-    nvcc.chmod(0o755)
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
-    assert "no ninja" in build()[1]
-    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
-    assert "no C++ compiler: no-such-c++" in build()[1]
-    monkeypatch.delenv("CXX")
-    if shutil.which("ninja") and shutil.which("c++"):
-        assert build() == (None, "wkv6.cu(7): error: nothing compiles today")
-    (folder,) = tmp_path.glob("gosling_wkv_*")
-    (folder / "lock").touch()
-    os.utime(folder / "lock", (time.time() - 3600,) * 2)
-    assert re.search(f"lock {folder}/lock is 60 minutes old", build()[1])
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+    (tmp_path / "bin").mkdir()
+    return cuda_seq.library.__wrapped__, tmp_path / "bin/nvcc"  # without its cache
+
+
+def write_nvcc(path, script):
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_what_is_missing(looks_like_a_gpu):
+    build, nvcc = looks_like_a_gpu
+    assert "no nvcc: install the CUDA toolkit" in build()[1]
+    write_nvcc(nvcc, "echo nothing\necho 'wkv6.cu(7): error: nothing compiles today' >&2\necho the end >&2; exit 1")
+    assert build() == (None, "wkv6.cu(7): error: nothing compiles today")
+    (lock,) = nvcc.parent.parent.glob("built/*")  # a lock that a killed build leaves behind stops nobody
+    assert lock.suffix == ".lock" and build() == (None, "wkv6.cu(7): error: nothing compiles today")
+
+
+def test_what_is_built_is_kept(looks_like_a_gpu, library_on_cpu, capfd):
+    """nvcc's place taken by a script that copies a library. Half a library is built anew, another compiler's is another."""
+    build, nvcc = looks_like_a_gpu
+    write_nvcc(nvcc, "exit 1")
+    assert build() == (None, f"{nvcc} failed")
+    (lock,) = nvcc.parent.parent.glob("built/*")
+    lock.with_suffix(".so").write_bytes(b"\x7fELF")  # cut short
+    write_nvcc(nvcc, f'for out; do true; done; test "$out" = --version || cp {library_on_cpu._name} $out')
+    capfd.readouterr()
+    found, missing = build()
+    assert missing is None and found.wkv_probe() == 0 and "compiling the recurrence, once" in capfd.readouterr().err
+    write_nvcc(nvcc, "exit 1")
+    assert build()[1] is None and capfd.readouterr().err == ""
+    write_nvcc(nvcc, 'echo release 14; test "$1" = --version')
+    assert build()[1] == "%s failed" % nvcc and len(list(lock.parent.glob("*.lock"))) == 2
+
+
+@needs_nvcc
+def test_nvcc_builds_a_library_that_loads(tmp_path):
+    """With the real compiler's own command; its probe says that there is no card, where there is none."""
+    home = Path(os.path.realpath(shutil.which("nvcc"))).parent.parent
+    home = home if (home / "include").exists() else Path("/usr/local/cuda")
+    if not (home / "bin/nvcc").exists():
+        pytest.skip("nvcc is not in a toolkit's folder")
+    command = [str(home / "bin/nvcc"), *cuda_seq.FLAGS, "-gencode=arch=compute_75,code=sm_75"]
+    found, missing = native.load(tmp_path / "x.so", command, cuda_seq.SOURCES[:2] + cuda_seq.SOURCES[4:])
+    assert missing is None and (found.wkv_probe() == 0) == torch.cuda.is_available()
+    assert all(hasattr(found, f"wkv{v}_{d}") for v in (6, 7) for d in ("forward", "backward"))

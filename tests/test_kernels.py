@@ -3,6 +3,7 @@
 Without a GPU the kernels' own source runs on the CPU (cuda_on_cpu.h): the same indexing, fragments and rounding to fp16.
 Where there is a GPU every comparison runs there as well.
 """
+import functools
 import random
 import re
 import shutil
@@ -20,7 +21,7 @@ from wkv_cuda import cuda, cuda_seq
 N = 64
 NAMES = {6: ["y", "state", "dr", "dlogw", "dk", "dv", "du", "dstate"],
          7: ["y", "state", "dr", "dlogw", "dk", "dv", "da", "db", "dstate"]}
-OPS = {6: cuda.wkv6, 7: cuda.wkv7}
+OPS = {6: functools.partial(wkv_cuda.wkv6, backend="cuda"), 7: functools.partial(wkv_cuda.wkv7, backend="cuda")}
 KINDS = ["plain", "repeated", "fastest", "slowest"]
 both = pytest.mark.parametrize("version", [6, 7])
 
@@ -177,8 +178,8 @@ def test_documents_equal_each_alone(version, device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_spans(version, kind, device, monkeypatch):
     """Where sequences and heads are few: sequences cut into spans that run at once."""
-    assert cuda_seq._span(1, 32, 65536) == 8192 and cuda_seq._span(8, 12, 32768) == 0
-    monkeypatch.setattr(cuda_seq, "_span", lambda *sizes: 32)
+    assert cuda.span(1, 32, 65536) == 8192 and cuda.span(8, 12, 32768) == 0
+    monkeypatch.setattr(cuda, "span", lambda *sizes: 32)
     check(version, make(version, 100, kind, B=2, H=1), kind, device)
     borders = [0, 5, 5, 69, 133, 140]
     check(version, make(version, 140, kind, H=1, sequences=5), kind, device, cu_seqlens=torch.tensor(borders))
@@ -213,7 +214,7 @@ def test_what_is_not_a_number_stays_so(version, device):
 def test_long(version):
     inputs, dy, dstate = make(version, 8192, B=2, H=4)
     got, again = (run(version, inputs, dy, dstate, "cuda") for _ in range(2))
-    want = run(version, inputs, dy, dstate, "cuda", fn=cuda_seq.wkv7 if version == 7 else cuda_seq.wkv6)
+    want = run(version, inputs, dy, dstate, "cuda", fn=functools.partial(wkv_cuda.wkv7 if version == 7 else wkv_cuda.wkv6, backend="cuda_seq"))
     for name, x in got.items():
         assert torch.equal(x, again[name]) and error(x, want[name].double()) < 3e-3, name
 
@@ -261,8 +262,9 @@ def test_what_is_saved(version):
 
 def test_a_card_that_computes_wrong_is_not_used(emulated, monkeypatch):
     assert cuda.trial.__wrapped__("cpu") is None
-    right = cuda.wkv6
-    monkeypatch.setattr(cuda, "wkv6", lambda r, logw, k, v, u, state, cu_seqlens: right(r, logw, v, k, u, state))
+    right = cuda.wkv
+    monkeypatch.setattr(cuda, "wkv", lambda version, x, state, cu_seqlens: right(
+        version, [x[0], x[1], x[3], x[2], *x[4:]] if version == 6 else x, state, cu_seqlens))
     assert "wkv6 is off by" in cuda.trial.__wrapped__("cpu")
 
 
@@ -270,17 +272,16 @@ def test_wrong_arguments(emulated):
     inputs, *_ = make(7, 3)
     r, logw, k, v, a, b, state = inputs
     for message, args in {
-        r"r must be \[B, T, H, 64\], got \[1, 3, 2, 32\]": [x[..., :32] for x in inputs[:-1]],
-        "k must be torch.bfloat16 .*, got torch.float32": [r, logw, k.float(), v, a, b],
-        "state must be torch.float32 .*got torch.bfloat16": [r, logw, k, v, a, b, state.bfloat16()],
+        "backend 'cuda': head size 32, not 64": [x[..., :32] for x in inputs[:-1]],
+        "torch.float32, not torch.bfloat16": [r, logw, k.float(), v, a, b],
+        r"state is \(1, 1, 64, 64\)": [r, logw, k, v, a, b, state[:, :1]],
     }.items():
         with pytest.raises(ValueError, match=message):
-            cuda.wkv7(*args)
-    with pytest.raises(ValueError, match="u must be"):
-        cuda.wkv6(r, logw, k, v, state)
-    assert cuda.unsupported(inputs[:-1]) is None
-    assert cuda.unsupported([x.float() for x in inputs[:-1]]) == "torch.float32, not torch.bfloat16"
-    assert cuda.unsupported([x[..., :32] for x in inputs[:-1]]) == "head size 32, not 64"
+            OPS[7](*args)
+    with pytest.raises(ValueError, match="u is .*expected floats"):
+        OPS[6](r, logw, k, v, state)
+    half = state.bfloat16()  # a state is used in fp32 whatever it comes in
+    assert all(torch.equal(x, y) for x, y in zip(OPS[7](*inputs[:-1], half), OPS[7](*inputs[:-1], half.float())))
 
 
 def test_what_takes_over(monkeypatch):

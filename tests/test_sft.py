@@ -194,10 +194,10 @@ def test_extra_parameters_train_are_saved_and_have_a_reference(tmp_path):
     with model.reference():
         assert torch.equal(model(idx)[0], base)
     assert torch.equal(model(idx)[0], tuned) and not torch.equal(tuned, base)
-    model.save_adapter(tmp_path / "a.safetensors")
+    path = model.save_tuned(tmp_path, "a")
     other = random_model("x070")
     other.set_tune("lora", r=2, targets=("ffn",), extra=("ln", "x_k"))
-    other.load_tuned(tmp_path / "a.safetensors")
+    other.load_tuned(path)
     assert torch.equal(other(idx)[0], tuned)
 
 
@@ -206,11 +206,11 @@ def test_lora_errors(tmp_path):
         random_model("x070").set_tune("lora", targets=("atn",))
     model = random_model("x070")
     model.set_tune("lora", r=4)
-    model.save_adapter(tmp_path / "a.safetensors")
+    path = model.save_tuned(tmp_path, "a")
     other = random_model("x070", n_embd=192)
     other.set_tune("lora", r=4)
     with pytest.raises(UserError, match=r"a.safetensors is of another base.*\[4, 128\].*\[4, 192\]"):
-        other.load_tuned(tmp_path / "a.safetensors")
+        other.load_tuned(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -233,9 +233,9 @@ def test_training_builds_and_sampling_does_not(nothing_built, monkeypatch, capfd
     code = "import wkv_cuda; assert not wkv_cuda.cpu.unavailable(build=True)"  # two first runs at the same time
     runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for out in (run.communicate()[1] for run in runs):
-        assert out == "" or out.startswith("built the recurrence") and out.count("\n") == 1, out
-    (path,) = nothing_built.iterdir()
-    monkeypatch.setattr(cpu.subprocess, "run", None)  # what is there is taken, by sampling too
+        assert out == "" or out.startswith("compiling the recurrence") and out.count("\n") == 1, out
+    (path,) = nothing_built.glob("*.so")
+    monkeypatch.setattr(wkv_cuda.native.subprocess, "run", None)  # what is there is taken, by sampling too
     assert wkv_cuda._fastest(frozen, frozen[0]) == wkv_cuda._fastest(xs, frozen[0]) == "cpu"
     assert wkv_cuda._fastest([x[:, :1] for x in frozen], frozen[0]) == "naive"
     with pytest.raises(ValueError, match="float64"):
@@ -255,10 +255,12 @@ def test_without_a_compiler(nothing_built, monkeypatch, capfd, cxx, line):
         got = wkv7(*xs)[0]
     assert torch.equal(got, wkv7(*xs, backend="chunked")[0])
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and line in err and "slower PyTorch form" in err, err
+    *first, last = err.splitlines()  # tried once, and only where there is something to try
+    assert len(first) == (cxx == "false") and all(x.startswith("compiling") for x in first), err
+    assert line in last and "slower PyTorch form" in last, err
     with pytest.raises(RuntimeError, match="backend 'cpu': .*" + cxx.replace("+", r"\+")):
         wkv7(*xs, backend="cpu")
-    assert not list(nothing_built.iterdir())
+    assert all(path.suffix == ".lock" for path in nothing_built.iterdir())
 
 
 @pytest.mark.parametrize("logw", [-5.0, -30.0, -300.0])
@@ -341,7 +343,7 @@ def test_errors_name_the_shape():
         wkv7(*xs, cu_seqlens=[0, 8])
     with pytest.raises(ValueError, match="like r"):
         wkv7(*xs[:5], xs[5][:, 1:])
-    with pytest.raises(ValueError, match=r"expected \[H, N\]"):
+    with pytest.raises(ValueError, match=r"expected floats \[H, N\]"):
         wkv6(*inputs(6, 1, 4, 2)[:4], torch.zeros(3, 64))
     if wkv_cuda.cuda_seq.unavailable():
         with pytest.raises(RuntimeError, match="cuda_seq"):

@@ -16,7 +16,8 @@ import torch
 
 from . import chunked, cpu, cuda, cuda_seq
 
-BACKENDS = ("naive", "chunked", "cpu", "cuda_seq", "cuda")
+FORMS = {"chunked": chunked, "cpu": cpu, "cuda_seq": cuda_seq, "cuda": cuda}
+BACKENDS = ("naive", *FORMS)
 
 
 def wkv7(r, logw, k, v, a, b, state=None, *, cu_seqlens=None, backend=None):
@@ -26,8 +27,7 @@ def wkv7(r, logw, k, v, a, b, state=None, *, cu_seqlens=None, backend=None):
     gradients, also to the initial state. `backend`: one of BACKENDS, or None for the fastest that fits.
     ValueError on shapes that do not fit together.
     """
-    state = _check(dict(r=r, logw=logw, k=k, v=v, a=a, b=b), state, cu_seqlens)
-    return _run(7, backend, (r, logw, k, v, a, b), state, cu_seqlens)
+    return _run(7, backend, dict(r=r, logw=logw, k=k, v=v, a=a, b=b), state, cu_seqlens)
 
 
 def wkv6(r, logw, k, v, u, state=None, *, cu_seqlens=None, backend=None):
@@ -35,25 +35,23 @@ def wkv6(r, logw, k, v, u, state=None, *, cu_seqlens=None, backend=None):
 
     u [H, N]; the rest as in wkv7. The decay has no lower bound.
     """
-    state = _check(dict(r=r, logw=logw, k=k, v=v), state, cu_seqlens)
-    if u.shape != r.shape[2:] or u.device != r.device:
-        raise ValueError(f"u is {tuple(u.shape)} on {u.device}, expected [H, N] = {tuple(r.shape[2:])} on {r.device}")
-    return _run(6, backend, (r, logw, k, v, u), state, cu_seqlens)
+    return _run(6, backend, dict(r=r, logw=logw, k=k, v=v, u=u), state, cu_seqlens)
 
 
-def _check(vectors, state, cu_seqlens):
+def _check(inputs, state, cu_seqlens):
     """Shapes and devices; -> the state, zeros where None was given, in float32 or float64 inputs' own."""
-    r = vectors["r"]
+    r = inputs["r"]
     if r.dim() != 4 or not r.is_floating_point():
         raise ValueError(f"r is {r.dtype} {tuple(r.shape)}, expected floats [B, T, H, N]")
     B, T, H, N = r.shape
-    for name, x in vectors.items():
-        if x.shape != r.shape or x.device != r.device or not x.is_floating_point():
-            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected floats [B, T, H, N] = "
-                             f"{tuple(r.shape)} on {r.device} like r")
+    for name, x in inputs.items():
+        shape, axes = ((H, N), "[H, N]") if name == "u" else (r.shape, "[B, T, H, N]")
+        if x.shape != shape or x.device != r.device or not x.is_floating_point():
+            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected floats {axes} = {tuple(shape)} "
+                             f"on {r.device} like r")
     if cu_seqlens is not None:
         borders = torch.as_tensor(cu_seqlens).flatten().tolist()
-        if B != 1 or len(borders) < 2 or borders[0] != 0 or borders[-1] != T or any(i > j for i, j in zip(borders, borders[1:])):
+        if B != 1 or len(borders) < 2 or borders[0] != 0 or borders[-1] != T or borders != sorted(borders):
             raise ValueError(f"cu_seqlens wants B = 1 and borders rising from 0 to T = {T}; got B = {B}, {borders[:8]}…")
         B = len(borders) - 1
     dtype = torch.promote_types(r.dtype, torch.float32)
@@ -65,33 +63,47 @@ def _check(vectors, state, cu_seqlens):
     return state.to(dtype)
 
 
-def _run(version, backend, inputs, state, cu_seqlens):
-    if backend is None:
-        backend = _fastest(inputs, state)
+def _run(version, backend, named, state, cu_seqlens):
+    state, inputs = _check(named, state, cu_seqlens), tuple(named.values())
+    backend = backend or _fastest(inputs, state)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "naive":
         return naive(version, inputs, state, cu_seqlens)
-    module = dict(chunked=chunked, cpu=cpu, cuda_seq=cuda_seq, cuda=cuda)[backend]
-    if module is not chunked and (missing := module.unavailable()):
+    form = FORMS[backend]
+    if form is not chunked and (missing := form.unavailable()):
         raise RuntimeError(f"backend {backend!r}: {missing}")
-    return (module.wkv7 if version == 7 else module.wkv6)(*inputs, state, cu_seqlens)
+    if form is not chunked and (wrong := _unsupported(form, inputs)):
+        raise ValueError(f"backend {backend!r}: {wrong}")
+    return form.wkv(version, inputs, state, cu_seqlens)
+
+
+def _unsupported(form, inputs):
+    """None, or what these inputs, r logw k v and the rest, have that a compiled form does not take."""
+    device, N = inputs[0].device, inputs[0].shape[-1]
+    if device.type != form.DEVICE:
+        return f"r is on {device}, not {form.DEVICE}"
+    if N not in form.HEAD_SIZES:
+        return f"head size {N}, not {' or '.join(map(str, form.HEAD_SIZES))}"
+    for i, x in enumerate(inputs):
+        if i != 1 and x.dim() == 4 and x.dtype not in form.DTYPES:  # logw and u are used in float32 whatever they are
+            return f"{x.dtype}, not {' or '.join(map(str, form.DTYPES))}"
 
 
 def _fastest(inputs, state):
     """The backend for None. On a CPU only a call that needs a gradient builds; others take what is there."""
     r = inputs[0]
     if r.is_cuda and r.dtype != torch.float64:
-        sequential = r.shape[-1] == 64 and not cuda_seq.unavailable()
+        sequential = not (_unsupported(cuda_seq, inputs) or cuda_seq.unavailable())
         if sequential and r.shape[1] == 1:
             return "cuda_seq"  # one token: nothing to gain
-        if not (missing := cuda.unsupported(inputs) or cuda.unavailable()):
+        if not (missing := _unsupported(cuda, inputs) or cuda.unavailable()):
             return "cuda"
         other = "sequential kernel" if sequential else "PyTorch form"
         warnings.warn(f"no WKV kernel on tensor cores ({missing}); the slower {other} takes over")  # shown once
         if sequential:
             return "cuda_seq"
-    if r.device.type == "cpu" and r.shape[-1] in cpu.HEAD_SIZES and all(x.dtype in cpu.DTYPES for x in inputs):
+    if not _unsupported(cpu, inputs):
         train = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
         if (train or r.shape[1] > 1) and not cpu.unavailable(build=train):
             return "cpu"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 MAX_EXPONENT = 40.0  # of WKV-7's factors inside a chunk: the product of two, exp(80), still is a float32
-SEGMENT = {"cpu": 48, "other": 4096}  # chunk-heads worked on at a time
+SEGMENT = {"cpu": 48}  # chunk-heads worked on at a time, elsewhere 4096
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -21,16 +21,13 @@ class Chunks:
     """Where the tokens of B rows, or of the D documents of one packed row, lie in chunks.
 
     alive[i]: how many sequences have an i-th chunk. order: sequence of each slot, longest first.
-    index [n_chunks, L]: token of each place, T for padding (packed rows only; whole rows are a view).
+    index [n_chunks * L]: token of each place, of all laid end to end, B T for padding. back [B T]: place of each token.
     """
 
-    def __init__(self, B, T, cu_seqlens, L, device):
-        self.B, self.T, self.L, self.device, self.packed = B, T, L, device, cu_seqlens is not None
-        if not self.packed:
-            n = -(-T // L)
-            self.alive, self.order = [B] * n, None
-            return
-        starts = torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
+    def __init__(self, shape, cu_seqlens, L, device):
+        self.shape, self.L, self.device, n_tokens = shape, L, device, shape[0] * shape[1]
+        self.whole = cu_seqlens is None  # rows of one length: their chunks are a view, and no gather
+        starts = torch.arange(shape[0] + 1) * shape[1] if self.whole else torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
         lengths = starts.diff()
         order = torch.argsort(lengths, descending=True, stable=True)
         n = -(-lengths[order] // L)
@@ -38,39 +35,32 @@ class Chunks:
         first = torch.cat([starts[order[:m]] + i * L for i, m in enumerate(self.alive)] or [starts[:0]])
         end = torch.cat([starts[1:][order[:m]] for m in self.alive] or [starts[:0]])
         index = first[:, None] + torch.arange(L)
-        index = index.masked_fill(index >= end[:, None], T)
-        back = torch.empty(T + 1, dtype=torch.int64)
+        index = index.masked_fill(index >= end[:, None], n_tokens)
+        back = torch.empty(n_tokens + 1, dtype=torch.int64)
         back[index.flatten()] = torch.arange(index.numel())
-        self.order, self.index, self.back = order.to(device), index.flatten().to(device), back[:T].to(device)
+        self.order, self.index, self.back = (x.to(device) for x in (order, index.flatten(), back[:-1]))
 
     def split(self, x):
         """[B, T, H, N] -> [Q, L, N]"""
         B, T, H, N = x.shape
-        if self.packed:
-            x = torch.cat([x[0], x.new_zeros(1, H, N)])[self.index].view(-1, self.L, H, N).transpose(1, 2)
-        else:
+        if self.whole:
             x = F.pad(x, (0, 0, 0, 0, 0, -T % self.L)).view(B, -1, self.L, H, N).permute(1, 0, 3, 2, 4)
+        else:
+            x = torch.cat([x[0], x.new_zeros(1, H, N)])[self.index].view(-1, self.L, H, N).transpose(1, 2)
         return x.reshape(-1, self.L, N).contiguous()
 
-    def join(self, x, H):
+    def join(self, x):
         """[Q, L, N] -> [B, T, H, N]"""
-        N = x.shape[-1]
-        if self.packed:
-            return x.view(-1, H, self.L, N).transpose(1, 2).reshape(-1, H, N)[self.back][None]
-        x = x.view(-1, self.B, H, self.L, N).permute(1, 0, 3, 2, 4)
-        return x.reshape(self.B, -1, H, N)[:, :self.T]
-
-    def sort(self, state):
-        return state if self.order is None else state[self.order]
-
-    def unsort(self, state):
-        return state if self.order is None else torch.empty_like(state).index_copy(0, self.order, state)
+        B, T, H, N = self.shape
+        if self.whole:
+            return x.view(-1, B, H, self.L, N).permute(1, 0, 3, 2, 4).reshape(B, -1, H, N)[:, :T]
+        return x.view(-1, H, self.L, N).transpose(1, 2).reshape(-1, H, N)[self.back][None]
 
     def segments(self, H):
         """Consecutive chunk steps, [[(first chunk-head, end), …], …], enough of them for a good matrix product and few
         enough that a segment's temporaries stay in the cache (measured: twice as fast as all chunks at once)."""
         ends = torch.tensor([0] + self.alive).cumsum(0) * H
-        segments, enough = [[]], SEGMENT[self.device.type] if self.device.type in SEGMENT else SEGMENT["other"]
+        segments, enough = [[]], SEGMENT.get(self.device.type, 4096)
         for step in zip(ends[:-1].tolist(), ends[1:].tolist()):
             if segments[-1] and step[1] - segments[-1][0][0] > enough:
                 segments.append([])
@@ -193,21 +183,6 @@ class Chunked7(torch.autograd.Function):
         return dr, dlogw, dk, dv, da, db, dS.view_as(dstate), None
 
 
-def wkv7(r, logw, k, v, a, b, state, cu_seqlens, L=32):
-    """The arguments of wkv_cuda.wkv7, state given; -> (y in r's dtype, state)."""
-    B, T, H, N = r.shape
-    dtype = torch.promote_types(r.dtype, torch.float32)
-    logw = logw.to(dtype).clamp(min=-MAX_EXPONENT)
-    # centred factors reach exp(L/2 * fastest decay); RWKV-7's own bound, 0.6065, allows chunks of 128
-    fastest = -logw.detach().amin().item() if T else 0.0
-    while L > 1 and (fastest * L / 2 > MAX_EXPONENT or L // 2 >= T):
-        L //= 2
-    chunks = Chunks(B, T, cu_seqlens, L, r.device)
-    split = [chunks.split(x.to(dtype)) for x in (r, logw, k, v, a, b)]
-    y, S = Chunked7.apply(*split, chunks.sort(state.to(dtype)), chunks.segments(H))
-    return chunks.join(y, H).to(r.dtype), chunks.unsort(S).to(state.dtype)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # WKV-6: no inverse, but a decay without a lower bound, so no single reference point keeps the factors in range
 
@@ -295,14 +270,23 @@ class Chunked6(torch.autograd.Function):
         return dr, dlogw, dk, dv, du, dS.view_as(dstate), None
 
 
-def wkv6(r, logw, k, v, u, state, cu_seqlens, L=32):
-    """The arguments of wkv_cuda.wkv6, state given; -> (y in r's dtype, state)."""
-    B, T, H, N = r.shape
-    dtype = torch.promote_types(r.dtype, torch.float32)
-    while L > 1 and L // 2 >= T:
+# ---------------------------------------------------------------------------------------------------------------------
+
+def wkv(version, inputs, state, cu_seqlens, L=32):
+    """Inputs as wkv_cuda.wkv7's or wkv6's, state given; -> (y in r's dtype, state)."""
+    shape, dtype = inputs[0].shape, torch.promote_types(inputs[0].dtype, torch.float32)
+    r, logw, k, v, *rest = [x.to(dtype) for x in inputs]
+    fastest = 0.0
+    if version == 7:
+        logw = logw.clamp(min=-MAX_EXPONENT)
+        # centred factors reach exp(L/2 * fastest decay); RWKV-7's own bound, 0.6065, allows chunks of 128
+        fastest = -logw.detach().amin().item() if logw.numel() else 0.0
+    while L > 1 and (fastest * L / 2 > MAX_EXPONENT or L // 2 >= shape[1]):
         L //= 2
-    chunks = Chunks(B, T, cu_seqlens, L, r.device)
-    split = [chunks.split(x.to(dtype)) for x in (r, logw, k, v)]
-    u = u.to(dtype).repeat(len(split[0]) // H, 1)[:, None]
-    y, S = Chunked6.apply(*split, u, chunks.sort(state.to(dtype)), chunks.segments(H))
-    return chunks.join(y, H).to(r.dtype), chunks.unsort(S).to(state.dtype)
+    chunks = Chunks(shape, cu_seqlens, L, r.device)
+    split = [chunks.split(x) for x in (r, logw, k, v, *rest) if x.dim() == 4]
+    if version == 6:
+        split.append(rest[0].repeat(len(split[0]) // shape[2], 1)[:, None])
+    form = Chunked7 if version == 7 else Chunked6
+    y, S = form.apply(*split, state[chunks.order].to(dtype), chunks.segments(shape[2]))
+    return chunks.join(y).to(inputs[0].dtype), torch.empty_like(S).index_copy(0, chunks.order, S).to(state.dtype)

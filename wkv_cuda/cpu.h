@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <thread>
+#include <vector>
 
 #if defined(__AVX512F__)
 constexpr int W = 16;    // floats in a vector register
@@ -27,4 +29,18 @@ static inline float exp_(float x) {  // for x <= 0: 2^n e^f, |f| <= ln 2 / 2; 2^
     float p = 1.f / 720 + f * (1.f / 5040);
     p = 1.f / 120 + f * p, p = 1.f / 24 + f * p, p = 1.f / 6 + f * p, p = 0.5f + f * p, p = 1 + f * p, p = 1 + f * p;
     return p * as_float((uint32_t)(half + 127) << 23) * as_float((uint32_t)(n - half + 127) << 23);
+}
+
+// work(0) .. work(threads - 1), in no order. By OpenMP where there is one: PyTorch's own threads, which wait spinning after
+// its operations, and would keep others from their cores.
+template <class F> static void on_threads(int threads, F work) {
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int i = 0; i < threads; i++) work(i);
+#else
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; i++) others.emplace_back(work, i);
+    work(0);
+    for (auto& thread : others) thread.join();
+#endif
 }

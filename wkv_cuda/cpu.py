@@ -1,51 +1,34 @@
-"""C++ for the CPU. wkv_cpu.cpp: the recurrence token by token, as PyTorch ops with gradients, gosling::wkv6_cpu and
-wkv7_cpu. step_cpu.cpp: one token through a whole network, for generation. train_cpu.cpp: the end of the loss, and
-token mixing.
+"""C++ for the CPU. wkv_cpu.cpp: the recurrence token by token. step_cpu.cpp: one token through a whole network, for
+generation. train_cpu.cpp: the end of the loss, and token mixing.
 
-Compiled once, in a few seconds, by the first call that needs a gradient; never at import, and sampling does not wait
-for it. What is built is kept under a name that holds a hash of the source, flags, compiler and processor.
-State and arithmetic are fp32. The number of threads (torch.set_num_threads) changes no bit of a result.
+Compiled in a few seconds by the first call that needs a gradient; sampling does not wait for it. Head sizes 16, 32, … 128,
+fp32 and bf16. State and arithmetic are fp32. The number of threads (torch.set_num_threads) changes no bit of a result.
 """
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shutil
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import torch
 
-from .cuda_seq import _flatten, _register, _wants_grad
+from . import native
 
-HEAD_SIZES, DTYPES = tuple(range(16, 129, 16)), (torch.float32, torch.bfloat16)
+DEVICE, HEAD_SIZES, DTYPES = "cpu", tuple(range(16, 129, 16)), (torch.float32, torch.bfloat16)
 SOURCES = [Path(__file__).parent / name for name in ("wkv_cpu.cpp", "step_cpu.cpp", "train_cpu.cpp", "cpu.h")]
 # contraction to fused multiply-adds is the only licence with the arithmetic; nothing here is reordered
 FLAGS = ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native", "-O3", "-std=c++17",
-         "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread"]
+         "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread",
+         *["-fopenmp"] * (sys.platform == "linux")]  # PyTorch's wheels bring their libgomp
 
 
-def wkv7(r, logw, k, v, a, b, state=None, cu_seqlens=None):
-    """As cuda_seq.wkv7, for CPU tensors in fp32 or bf16 and head sizes 16, 32, … 128."""
-    vectors = dict(r=r, logw=logw, k=k, v=v, a=a, b=b)
-    inputs, state, cu = _flatten("wkv7", vectors, state, cu_seqlens, "cpu", HEAD_SIZES, DTYPES)
-    y, state, *_ = _wkv7(*inputs, state, cu, _wants_grad(*inputs, state))
-    return y.view(r.shape).to(r.dtype), state
+def wkv(version, inputs, state, cu_seqlens):
+    return native.run(_ops[version], inputs, state, cu_seqlens)
 
 
-def wkv6(r, logw, k, v, u, state=None, cu_seqlens=None):
-    """As cuda_seq.wkv6, for CPU tensors in fp32 or bf16 and head sizes 16, 32, … 128."""
-    inputs, state, cu = _flatten("wkv6", dict(r=r, logw=logw, k=k, v=v), state, cu_seqlens, "cpu", HEAD_SIZES, DTYPES)
-    inputs.append(u.float())
-    y, state, *_ = _wkv6(*inputs, state, cu, _wants_grad(*inputs, state))
-    return y.view(r.shape).to(r.dtype), state
-
-
-def _launch(function, *args):
+def launch(function, *args):
     """Call wkv_cpu: the tensors as pointers; sizes, threads and N as ints."""
     library, missing = _load(build=True)
     if missing:
@@ -113,8 +96,7 @@ def score_rows(z, targets, temperature, scores=None, grads=None, l2wrap=0.0):
     return out
 
 
-_wkv7 = _register("wkv7_cpu", _launch, "r", "logw", "k", "v", "a", "b", "state")
-_wkv6 = _register("wkv6_cpu", _launch, "r", "logw", "k", "v", "u", "state")
+_ops = {version: native.register(f"wkv{version}_cpu", version, launch) for version in (6, 7)}
 
 
 @torch.compiler.assume_constant_result
@@ -125,56 +107,26 @@ def unavailable(build=True):
 
 @functools.cache
 def _place():
-    """Where the library is or will be, and the compiler as a list; (None, what is missing) without a compiler."""
+    """Where the library is or will be, and the command that builds it; (None, what is missing) without a compiler."""
     cxx = (os.environ.get("CXX") or "c++").split()
     if shutil.which(cxx[0]) is None:
         return None, f"no C++ compiler: {cxx[0]} is not on PATH (apt install g++, xcode-select --install, or set CXX)"
+    command = [*cxx, *FLAGS]
     # the compiler's own macros tell its version and every instruction set of this processor
-    macros = subprocess.run([*cxx, FLAGS[0], "-dM", "-E", "-x", "c++", os.devnull], capture_output=True).stdout
-    key = hashlib.sha256(b"\0".join([*[path.read_bytes() for path in SOURCES], macros, *map(str.encode, cxx + FLAGS)])).hexdigest()[:12]
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "gosling").expanduser()
-    return Path(folder, f"gosling_wkv_cpu_{key}.so"), cxx
+    return native.place("cpu", command, SOURCES, [*cxx, FLAGS[0], "-dM", "-E", "-x", "c++", os.devnull]), command
 
 
 _answer = []  # of _load, once it is final
 
 
 def _load(build):
-    """(the library, None) or (None, what is missing). Processes may build at once: each moves a whole file in place."""
+    """(the library, None) or (None, what is missing)."""
     if _answer:
         return _answer[0]
-    say = lambda line: os.environ.get("LOCAL_RANK", "0") == "0" and print(line, file=sys.stderr)
-    library = missing = start = None
-    try:
-        path, cxx = _place()
-        if path is None:
-            missing = cxx
-        elif not path.exists() and not build:
-            missing = "not built yet: the first call that needs a gradient builds it"
-        elif not path.exists():
-            start = time.time()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                command = [*cxx, *FLAGS, *map(str, SOURCES[:3]), "-o", f"{folder}/new.so"]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode == 0:
-                    os.replace(f"{folder}/new.so", path)
-                    say(f"built the recurrence for the CPU in {time.time() - start:.1f} s; it is kept as {path}")
-                else:
-                    lines = done.stderr.strip().splitlines() or [f"{cxx[0]} failed"]
-                    missing = next((line for line in lines if "error" in line), lines[-1])[:300]
-        try:
-            library = None if missing else ctypes.CDLL(str(path))
-        except OSError:  # not a library: a disk that was full, a copy cut short
-            if start or not build:
-                raise
-            path.unlink()
-            return _load(build)
-    except OSError as error:
-        missing = str(error)
+    path, command = _place()
+    library, missing = native.load(path, command, SOURCES, build) if path else (None, command)
     if build or library:
         _answer.append((library, missing))
         if missing:
-            say(f"the C++ recurrence for the CPU cannot be built, training uses the slower PyTorch form: {missing}")
+            native.say(f"the C++ recurrence for the CPU cannot be built, training uses the slower PyTorch form: {missing}")
     return library, missing

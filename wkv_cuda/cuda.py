@@ -1,4 +1,4 @@
-"""The recurrence on tensor cores, 16 tokens at a time: wkv6_chunk.cu and wkv7_chunk.cu as PyTorch ops with gradients.
+"""The recurrence on tensor cores, 16 tokens at a time: wkv6_chunk.cu and wkv7_chunk.cu.
 
 bf16 in and out, head size 64, compute capability 8.0 and newer. Products are of fp16 numbers, scaled by powers of two and
 summed in fp32; the carried state is fp32. For the backward pass one fp16 state per 32 tokens is kept. No atomics, so the
@@ -9,23 +9,15 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from . import chunked, cuda_seq
-from .cuda_seq import _flatten, _launch, _register, _wants_grad
+from . import chunked, cuda_seq, native
+
+DEVICE, HEAD_SIZES, DTYPES = "cuda", (64,), (torch.bfloat16,)
+SAVED_STATE = 64 * 64 + 8  # halves: STATE in chunk.cuh
 
 
-def wkv7(r, logw, k, v, a, b, state=None, cu_seqlens=None):
-    """As cuda_seq.wkv7, r k v a b in bf16, logw in fp32 or bf16. A log w below -14 counts as -14, a factor of 1e-6."""
-    inputs, state, cu = _flatten("wkv7", dict(r=r, logw=logw, k=k, v=v, a=a, b=b), state, cu_seqlens, chunked=True)
-    y, state, *_ = _wkv7(*inputs, state, cu, _wants_grad(*inputs, state))
-    return y.view(r.shape), state
-
-
-def wkv6(r, logw, k, v, u, state=None, cu_seqlens=None):
-    """As cuda_seq.wkv6, r k v in bf16, logw in fp32 or bf16, of any size."""
-    inputs, state, cu = _flatten("wkv6", dict(r=r, logw=logw, k=k, v=v), state, cu_seqlens, chunked=True)
-    inputs.append(cuda_seq._check_u(u, r))
-    y, state, *_ = _wkv6(*inputs, state, cu, _wants_grad(*inputs, state))
-    return y.view(r.shape), state
+def wkv(version, inputs, state, cu_seqlens):
+    """log w in fp32 or bf16; WKV-7 counts one below -14 as -14, a factor of 1e-6."""
+    return native.run(_ops[version], inputs, state, cu_seqlens, logw_dtypes=(torch.float32, torch.bfloat16))
 
 
 @torch.compiler.assume_constant_result
@@ -47,13 +39,11 @@ def trial(device):
     kappa, logw, state = F.normalize(x, dim=-1), -0.6 * z.sigmoid(), torch.randn(1, 1, 64, 64, generator=g)
     for version, rest in ((7, (-kappa, kappa * x.sigmoid())), (6, (x[0, 0],))):
         results = []
-        for form in (wkv7 if version == 7 else wkv6, chunked.wkv7 if version == 7 else chunked.wkv6):
+        for form, dtype in ((wkv, torch.bfloat16), (chunked.wkv, torch.float32)):
             with torch.enable_grad():
-                inputs = [t.to(device, torch.bfloat16, copy=True).requires_grad_() for t in (r, logw, k, v, *rest)]
-                inputs += [state.to(device, copy=True).requires_grad_()]
-                if form.__module__ == chunked.__name__:
-                    inputs = [t.detach().float().requires_grad_() for t in inputs]
-                y, last = form(*inputs, cu_seqlens=None)
+                inputs = [t.to(device, torch.bfloat16).to(dtype) for t in (r, logw, k, v, *rest)]
+                inputs = [t.detach().clone().requires_grad_() for t in (*inputs, state.to(device))]
+                y, last = form(version, inputs[:-1], inputs[-1], None)
                 grads = torch.autograd.grad(y.float().square().sum() + last.square().sum(), inputs)
             results.append([t.detach().float() for t in (y, last, *grads)])
         worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*results))
@@ -61,14 +51,25 @@ def trial(device):
             return f"wkv{version} is off by {worst:.1e} on this card; please report it, with its name and driver"
 
 
-def unsupported(inputs):
-    """None, or what these inputs have that the kernels do not take: r, logw, k, v, then a b or u."""
-    vectors = [x for x in (inputs[0], *inputs[2:]) if x.dim() == 4]
-    if inputs[0].shape[-1] != 64:
-        return f"head size {inputs[0].shape[-1]}, not 64"
-    if other := [x.dtype for x in vectors if x.dtype != torch.bfloat16]:
-        return f"{other[0]}, not torch.bfloat16"
+def span(S, H, total):
+    """Tokens of a span where S sequences of H heads leave most of a card idle (chunk.cuh), else 0. For 2 blocks on each of
+    132 processors, but not from the card at hand: the same inputs give the same bits everywhere."""
+    spans = 264 // max(S * H, 1)
+    return max(total // (S * spans) // native.CHUNK * native.CHUNK, 512) if spans >= 4 and total >= 1024 * S else 0
 
 
-_wkv7 = _register("wkv7_chunk", _launch, "r", "logw", "k", "v", "a", "b", "state", chunked=True)
-_wkv6 = _register("wkv6_chunk", _launch, "r", "logw", "k", "v", "u", "state", chunked=True)
+def keep(r, state, save):
+    """The state at every chunk's start in fp16, and what passes from span to span."""
+    (S, H, N, _), total = state.shape, len(r)
+    slots, tokens = total // native.CHUNK + S if save else 0, span(S, H, total)
+    return (r.new_empty(slots, H, SAVED_STATE, dtype=torch.float16),
+            state.new_empty(total // tokens + S if tokens else 0, H, 2, N, N))
+
+
+def launch(function, *args):
+    *tensors, S, H, total, _ = args
+    cuda_seq.launch(function, *tensors, S, H, total, native.DTYPES[tensors[1].dtype], span(S, H, total))
+
+
+_ops = {version: native.register(f"wkv{version}_chunk", version, launch, keep, scratch=lambda state, kept: [
+    kept[1].new_empty(len(kept[1]), *state.shape[1:])]) for version in (6, 7)}

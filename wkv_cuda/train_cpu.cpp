@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <thread>
 #include <vector>
 
 #include "cpu.h"
@@ -16,13 +15,6 @@ static float largest(const float* z, int V) {
         for (int q = 0; q < 16; q++) part[q] = z[i + q] > part[q] ? z[i + q] : part[q];
     for (; i < V; i++) top = std::max(top, z[i]);
     return std::max(top, *std::max_element(part, part + 16));
-}
-
-template <class F> static void on_threads(int threads, F work) {
-    std::vector<std::thread> others;
-    for (int i = 1; i < threads; i++) others.emplace_back(work, i);
-    work(0);
-    for (auto& thread : others) thread.join();
 }
 
 // Log-probability, entropy and hit of each target from rows of logits [rows, V], and the gradient in place of the logits.

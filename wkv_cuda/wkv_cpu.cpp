@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -311,7 +310,7 @@ extern "C" int wkv_cpu(int version, int back, void** pointers, const int* sizes)
     const Call p(version == 7, back, pointers, sizes);
     if (p.cu[0] != 0 || p.cu[p.S] != p.total || !std::is_sorted(p.cu, p.cu + p.S + 1)) return 1;
     std::atomic<int> next{0};
-    auto work = [&] {
+    on_threads(std::min(p.threads, p.S * p.H), [&](int) {
         Scratch x(p.N, p.H);
         const bool half = p.half;
         x.in = {{p.r, x.r, half}, {p.logw, x.w, false}, {p.k, x.k, half}, {p.v, x.v, half}};
@@ -329,10 +328,6 @@ extern "C" int wkv_cpu(int version, int back, void** pointers, const int* sizes)
             if (p.N % (2 * W) == 0) back ? backward<2>(p, s, h, x) : forward<2>(p, s, h, x);
             else back ? backward<1>(p, s, h, x) : forward<1>(p, s, h, x);
         }
-    };
-    std::vector<std::thread> others;
-    for (int i = 1; i < std::min(p.threads, p.S * p.H); i++) others.emplace_back(work);
-    work();
-    for (auto& thread : others) thread.join();
+    });
     return 0;
 }

@@ -1,0 +1,48 @@
+"""--log=…: what wandb, tensorboard and swanlab then hold is what metrics.jsonl holds. Each runs where its package is."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+RUN = """
+import sys
+from common import Metrics, Run
+import torch, types
+cfg = types.SimpleNamespace(out_dir=sys.argv[1], log=sys.argv[2])
+import common
+common.config_dict = lambda cfg: vars(cfg)
+metrics = Metrics(cfg, Run(0, 1, torch.device("cpu"), torch.float32, False))
+for step in range(1, 4):
+    metrics.log(step, loss=1 / step, lr=0.5)
+"""
+
+
+def run(folder, log, **env):
+    pytest.importorskip(log)
+    done = subprocess.run([sys.executable, "-c", RUN, folder / "run", log], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **env}, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").open()]
+
+
+def test_tensorboard(tmp_path):
+    rows = run(tmp_path, "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in rows]
+
+
+def test_wandb_offline(tmp_path):
+    rows = run(tmp_path, "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    file, = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    kept = file.read_bytes()  # records of protobuf, uncompressed, values as JSON text
+    assert all(str(row["loss"]).encode() in kept for row in rows) and kept.count(b"loss") >= 3
+
+
+def test_swanlab_on_disk(tmp_path):
+    rows = run(tmp_path, "swanlab", SWANLAB_MODE="offline", SWANLAB_LOG_DIR=str(tmp_path / "swan"))
+    assert len(rows) == 3 and any((tmp_path / "swan").rglob("*"))

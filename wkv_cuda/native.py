@@ -1,0 +1,145 @@
+"""What the compiled forms share: a library that is built once, and PyTorch ops with gradients around its functions.
+
+The sources are plain C++ or CUDA, called through ctypes: no PyTorch header is involved. Nothing is built at import. The
+ops gosling::<name> and gosling::<name>_backward work under torch.compile, DDP and checkpointing.
+"""
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+CHUNK = 32  # tokens between two saved states, as in wkv.cuh and wkv_cpu.cpp
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def say(line):
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+def place(name, command, sources, about):
+    """Where the library is or will be. Its name holds a hash of the sources, the command and what the command `about` tells
+    of the compiler and the machine: an old build is never taken for a new one."""
+    told = subprocess.run(about, capture_output=True).stdout
+    content = b"\0".join([*[path.read_bytes() for path in sources], told, *map(str.encode, command)])
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "gosling").expanduser()
+    return Path(folder, f"gosling_{name}_{hashlib.sha256(content).hexdigest()[:12]}.so")
+
+
+def load(path, command, sources, build=True):
+    """(the library at `path`, None), built first by `command` if it is not there; or (None, what is missing in a line).
+
+    Of many processes one builds. The others wait at a lock, which the system takes back however its holder ends; where the
+    file system has none, each builds, and moves a whole file in place."""
+    def there():
+        with contextlib.suppress(OSError):  # no file, or not a library: a disk that was full, a copy cut short
+            return ctypes.CDLL(str(path))
+    if library := there():
+        return library, None
+    if not build:
+        return None, "not built yet: the first call that needs a gradient builds it"
+    new = f"{path}.{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if library := there():
+                return library, None
+            say("compiling the recurrence, once")
+            start = time.time()
+            files = [str(source) for source in sources if source.suffix in (".cpp", ".cu")]
+            done = subprocess.run([*command, *files, "-o", new], capture_output=True, text=True)
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or [f"{command[0]} failed"]
+                return None, next((line for line in lines if "error" in line), lines[-1])[:300]
+            os.replace(new, path)
+            say(f"compiled in {time.time() - start:.0f} s; kept as {path}")
+            return ctypes.CDLL(str(path)), None
+    except OSError as error:
+        return None, str(error)
+    finally:
+        Path(new).unlink(missing_ok=True)
+
+
+def run(op, inputs, state, cu_seqlens, logw_dtypes=(torch.float32,)):
+    """wkv_cuda's inputs through an op, which wants tokens flat: vectors [B * T, H, N] in one dtype, logw and u in fp32,
+    cu_seqlens int32 on the device. -> y in r's shape and dtype, state"""
+    r, cu = inputs[0], cu_seqlens
+    vectors = [x for i, x in enumerate(inputs) if i != 1 and x.dim() == 4]
+    one = r.dtype if all(x.dtype == r.dtype for x in vectors) else torch.float32  # under autocast they meet in fp32
+    flat = [x.float() if x.dim() == 2 else x.to(one).flatten(0, 1) for x in inputs]
+    flat[1] = (inputs[1] if inputs[1].dtype in logw_dtypes else inputs[1].float()).flatten(0, 1)
+    cu = torch.arange(len(r) + 1) * r.shape[1] if cu is None else torch.as_tensor(cu).flatten()
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
+    y, state, *_ = op(*flat, state, cu.to(r.device, torch.int32), save)
+    return y.view(r.shape).to(r.dtype), state
+
+
+def keep_states(r, state, save):
+    """What the sequential forms keep: sa [total, H, N] and the state at every chunk's end [total // CHUNK + S, H, N, N]."""
+    total, slots = (len(r), len(r) // CHUNK + len(state)) if save else (0, 0)
+    return state.new_empty(total, *r.shape[1:]), state.new_empty(slots, *state.shape[1:])
+
+
+def empty_like(tensors):
+    return [x.new_empty(x.shape) for x in tensors]  # contiguous, whatever the strides of `tensors`
+
+
+def register(name, version, launch, keep=keep_states, scratch=lambda state, kept: []):
+    """Make gosling::<name> and gosling::<name>_backward -> the first.
+
+    Tokens are flat here: vectors [total, H, N], cu [S + 1], the borders of S sequences, state [S, H, N, N].
+    launch(function, *tensors, S, H, total, dtype of r as in DTYPES): run a function of the library.
+    keep(r, state, save): empty tensors for what the forward also returns, for the backward; of one, WKV-6 has no sa.
+    scratch(state, kept): memory for the backward."""
+    names = ("r", "logw", "k", "v", *(("a", "b") if version == 7 else "u"), "state")
+    n, n_kept = len(names), 1 if version == 6 and keep is keep_states else 2
+    tensors = ", ".join(f"Tensor {x}" for x in names) + ", Tensor cu"
+    outputs = lambda count: "(" + ", ".join(["Tensor"] * count) + ")"
+    sizes = lambda r, state: (len(state), *r.shape[1::-1], DTYPES[r.dtype])
+
+    def forward_outputs(*args):
+        r, state, save = args[0], args[n - 1], args[-1]
+        return *empty_like((r, state)), *keep(r, state, save)[-n_kept:]
+
+    def forward(*args):
+        out = forward_outputs(*args)  # without save the kept ones are empty, and null to the kernel
+        launch(f"{name}_forward", *args[:-1], *out, *sizes(args[0], args[n - 1]))
+        return out
+
+    def backward(*args):  # the inputs, cu, kept, dy, dstate
+        state, kept, grads = args[n - 1], args[n + 1:-2], empty_like(args[:n])
+        if version == 6:  # du: a part per chunk, span or sequence, summed here in a fixed order
+            grads[4] = state.new_zeros(len(kept[-1]) or len(state), *state.shape[1:3])
+        launch(f"{name}_backward", *args, *grads, *scratch(state, kept), *sizes(args[0], state))
+        if version == 6:
+            grads[4] = grads[4].sum(0)
+        return tuple(grads)
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:-1], *output[2:])
+        ctx.set_materialize_grads(False)  # no zeros for what was saved, nor for a state that nobody used
+
+    def autograd(ctx, dy, dstate, *_):
+        saved = ctx.saved_tensors  # read once: under checkpointing this is what recomputes
+        grads = backward_op(*saved, torch.zeros_like(saved[0]) if dy is None else dy, dstate)
+        return *grads, None, None  # none for cu and save
+
+    custom_op = functools.partial(torch.library.custom_op, mutates_args=())
+    op = custom_op(f"gosling::{name}", forward, schema=f"({tensors}, bool save) -> {outputs(2 + n_kept)}")
+    op.register_fake(forward_outputs)
+    op.register_autograd(autograd, setup_context=setup_context)
+    kept = "".join(f", Tensor kept{i}" for i in range(n_kept))
+    backward_op = custom_op(f"gosling::{name}_backward", backward,
+                            schema=f"({tensors}{kept}, Tensor dy, Tensor? dstate) -> {outputs(n)}")
+    backward_op.register_fake(lambda *args: tuple(empty_like(args[:n])))
+    return op
