@@ -1,4 +1,4 @@
-"""Run plumbing shared by every script: config reading, processes and devices, schedule, atomic files, metrics.
+"""Run plumbing shared by every script: config, processes and devices, schedule, atomic files, a run's folder, metrics.
 
 Functions, and one class that writes metrics: nothing here knows the network or a method, no training loop hides here.
 """
@@ -17,8 +17,10 @@ import sys
 import time
 import types
 import typing
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Callable, Literal
 
 import numpy as np
 import torch
@@ -31,6 +33,57 @@ class UserError(Exception):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # config: defaults < files, left to right < flags
+
+@dataclass
+class RunConfig:
+    """The fields of every training script. Each says there what its own defaults are, and what a batch counts."""
+    # data and model
+    data: str = ""                   # training data
+    val_data: str = ""               # the same for validation; empty = none
+    tokenizer: str = ""              # name or file; empty = what the model's folder says, or World if it has 65536 ids
+    init_from: str = ""              # weights to start from (.pth, .safetensors)
+    # run
+    out_dir: str = "out/run"         # folder for weights or adapters, last.pt, config.json, metrics
+    resume: bool = False             # go on from out_dir/last.pt
+    seed: int = 42                   # of the data order, and of weights or an adapter that are fresh
+    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto = bfloat16 on CUDA, else float32
+    # batch
+    micro_bsz: int = 8               # samples per process and backward pass: lower it when memory runs out
+    global_bsz: int = 32             # samples per optimiser step, over all processes; accumulation follows from it
+    ctx_len: int = 4096              # longest sample in tokens
+    # optimiser
+    lr: float = 1e-5                 # peak learning rate
+    lr_final: float = 1e-6           # learning rate at the end of the cosine
+    warmup_steps: int = 10           # steps from 0.01 lr to lr
+    max_steps: int | None = None     # optimiser steps of the whole run; or give epochs
+    epochs: float | None = None      # passes over the data; one if neither is given
+    weight_decay: float = 0.0        # on the large matrices alone
+    beta1: float = 0.9               # AdamW
+    beta2: float = 0.99              # AdamW
+    adam_eps: float = 1e-18          # AdamW; upstream's value
+    grad_clip: float = 1.0           # largest gradient norm; 0 = no clipping
+    grad_cp: bool = False            # gradient checkpointing: less memory, about a third more time
+    # evaluation, saving, logging
+    eval_every: int = 100            # steps between validations; 0 = at the end only
+    save_every: int = 500            # steps between checkpoints; 0 = at the end only
+    log_every: int = 10              # steps between progress lines
+    keep_last: int = 2               # rwkv-<step>.pth, lora-<step>.safetensors or state-<step>.pth to keep; 0 = all
+    log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl and metrics.png
+
+
+@dataclass
+class TuneConfig(RunConfig):
+    """Besides, where `tune` has a choice."""
+    lora_r: int = 32                 # LoRA rank
+    lora_alpha: float = 64.0         # LoRA scale: alpha / r
+    lora_dropout: float = 0.0        # LoRA dropout
+    lora_rslora: bool = False        # scale alpha / sqrt(r)
+    lora_targets: tuple[str, ...] = ()  # matrices: key, att.key, ffn, head …; none = all of att and ffn
+    lora_extra: tuple[str, ...] = ()  # further parameters to train, by parts of their names: ln, x_ …
+    adapter: str = ""                # saved adapter or state to go on from
+    eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}; a function in the config file
+
 
 def load_config(cls, argv=None):
     """Read `[file.py ...] [--key=value ...]` into the dataclass `cls`.
@@ -45,10 +98,10 @@ def load_config(cls, argv=None):
     values = {}
     for path in argv[:n_files]:
         values.update(read_config_file(path, cls))
-    cfg = read_flags(cls, argv[n_files:], default=cls(**values))
-    changed = [f.name for f in dataclasses.fields(cls) if getattr(cfg, f.name) != getattr(cls(), f.name)]
-    flags = [k for k in changed if k not in values or getattr(cfg, k) != values[k]]
-    print0("config: " + ", ".join([*argv[:n_files], *(f"{k}={_show(getattr(cfg, k))}" for k in flags)] or ["defaults"]))
+    given = cls(**values)
+    cfg = read_flags(cls, argv[n_files:], default=given)
+    flags = [f"{k}={_show(v)}" for k, v in vars(cfg).items() if v != getattr(given, k)]
+    print0("config: " + ", ".join([*argv[:n_files], *flags] or ["defaults"]))
     return cfg
 
 
@@ -121,42 +174,61 @@ def _one_line_errors(kind, error, traceback):
 # ---------------------------------------------------------------------------------------------------------------------
 # processes, devices
 
-@dataclasses.dataclass
+@dataclass
 class Run:
-    """Where this process runs. `owns_group`: this run made the process group and takes it down at its end."""
+    """Where this process runs."""
     rank: int
     world: int
     device: torch.device
     dtype: torch.dtype
-    owns_group: bool
 
     @property
     def main(self):
         return self.rank == 0
 
 
+def launch(main):
+    """Decorator: a script's `def main(cfg, run)` becomes `main(cfg)`, with device, dtype, seed and process group from `cfg`
+    and torchrun. A live process group is reused and left alone; one made here is taken down at the end."""
+    @functools.wraps(main)
+    def launched(cfg):
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device, dtype = pick_device(cfg)
+        owns_group = world > 1 and not dist.is_initialized()
+        if owns_group:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=24))  # a reward may take long; torchrun sees a process that dies
+        torch.manual_seed(cfg.seed)
+        if device.type == "cpu":
+            keep_memory()
+            if dtype == torch.bfloat16 and rank == 0:
+                print0(f"products in bfloat16: {bfloat16_speed():.1f} x the speed of float32 on this CPU")
+        print0(f"device: {device} x {world}, {str(dtype)[6:]}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+               + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""))
+        try:
+            return main(cfg, Run(rank, world, device, dtype))
+        finally:
+            if owns_group:
+                dist.destroy_process_group()
+    return launched
+
+
 def pick_device(cfg):
     """cfg.device and cfg.dtype, either of them "auto" -> (torch.device, torch.dtype); an error if it is not there."""
-    name, gpus = cfg.device, torch.cuda.is_available()
-    if name == "auto":
-        name = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     try:
-        device = torch.device(name)
+        device = torch.device(next(name for name in there if there[name]) if cfg.device == "auto" else cfg.device)
     except RuntimeError:
         raise UserError(f"device={cfg.device} is not a device; use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda" and not gpus:
-        raise UserError(f"device={cfg.device}: PyTorch {torch.__version__} sees no CUDA device here; use --device=cpu, "
-                        "or install a driver and a CUDA build of PyTorch")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps: there is none here; use --device=cpu")
+    if not there.get(device.type, True):
+        raise UserError(f"device={cfg.device}: PyTorch {torch.__version__} sees no {device.type.upper()} device here; use "
+                        "--device=cpu, or install a driver and a build of PyTorch for it")
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    dtype = cfg.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return device, getattr(torch, dtype)
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
 
 
 @functools.cache
@@ -177,25 +249,6 @@ def fast_dtype():
     return "bfloat16" if not torch.cuda.is_available() and bfloat16_speed() > 1.2 else "auto"
 
 
-def start(cfg):
-    """Process group (reused when one is live), device, dtype and seed from `cfg`; -> Run. End with `finish(run)`."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, dtype = pick_device(cfg)
-    owns_group = world > 1 and not dist.is_initialized()
-    if owns_group:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=24))  # a reward may take long; torchrun sees a process that dies
-    torch.manual_seed(cfg.seed)
-    if device.type == "cpu":
-        keep_memory()
-        if dtype == torch.bfloat16 and rank == 0:
-            print(f"products in bfloat16: {bfloat16_speed():.1f} x the speed of float32 on this CPU", flush=True)
-    if rank == 0:
-        print(f"device: {device} x {world}, {str(dtype)[6:]}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
-              + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""), flush=True)
-    return Run(rank, world, device, dtype, owns_group)
-
-
 def keep_memory():
     """Let glibc keep what tensors free for the next ones. It gives large blocks back to the system at once, and taking them
     again, page by page, is up to a third of a small model's step."""
@@ -203,11 +256,6 @@ def keep_memory():
         libc = ctypes.CDLL(None)
         for option, size in ((-3, 2 ** 25), (-1, 2 ** 30)):  # M_MMAP_THRESHOLD at its largest, M_TRIM_THRESHOLD
             libc.mallopt(option, size)
-
-
-def finish(run):
-    if run.owns_group and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def cpu_name():
@@ -236,11 +284,6 @@ def all_reduce(x):
 def all_sum(*values):
     """Sum python numbers or scalar tensors over all processes; -> list of float, in float64."""
     return all_reduce(torch.stack([torch.as_tensor(v).detach().cpu().double() for v in values])).tolist()
-
-
-def all_max(x):
-    """The largest of a number over all processes."""
-    return max(gather([float(x)]))
 
 
 def gather(items):
@@ -295,6 +338,16 @@ def shuffled(samples, n, seed):
     return [int(_permutation(n, seed, s // n)[s % n]) for s in samples]
 
 
+def samples_of(step, n, cfg, run):
+    """Numbers, of n, of this process's samples in an optimiser step."""
+    return shuffled(range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world], n, cfg.seed)
+
+
+def chunks(items, n):
+    """items, n at a time"""
+    return [items[i:i + n] for i in range(0, len(items), n)]
+
+
 def plan_steps(cfg, run, n_items):
     """-> (optimiser steps of the whole run, backward passes of one step). One of max_steps and epochs; the accumulation
     follows from the global batch, so that the same config gives the same run on any number of processes."""
@@ -328,9 +381,12 @@ def make_optimizer(model, cfg, run):
     return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=run.device.type in ("cpu", "cuda"))
 
 
-def set_lr(opt, lr):
+def set_lr(opt, cfg, step, max_steps):
+    """Each group's share of lr_at. -> lr"""
+    lr = lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
     for group in opt.param_groups:
         group["lr"] = lr * group["lr_scale"]
+    return lr
 
 
 def wrap(model, run):
@@ -376,15 +432,13 @@ def atomic_write(path):
         os.replace(tmp, path)
         if hasattr(os, "O_DIRECTORY"):  # the rename itself; Windows cannot open a folder
             folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as e:
         # torch.save reports a failed write as a RuntimeError of its zip writer
         if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e) and "unexpected pos" not in str(e):
             raise
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else "the write failed: is the disk full?"
+        reason = getattr(e, "strerror", None) or "the write failed: is the disk full?"
         raise UserError(f"cannot write {path}: {reason}; what was there before is untouched. "
                         "Free some space or choose another folder, then run again") from e
     finally:
@@ -409,20 +463,81 @@ def load_torch(path, device="cpu"):
                         "truncated, or not a checkpoint") from e
 
 
-def prune(folder, pattern, keep):
-    """Delete all but the `keep` newest files `pattern` ('rwkv-*.pth', numbered by step); keep = 0 keeps all."""
-    numbered = [p for p in Path(folder).glob(pattern) if p.stem.rsplit("-", 1)[-1].isdigit()]
-    numbered.sort(key=lambda p: int(p.stem.rsplit("-", 1)[-1]))
-    for path in numbered[:-keep] if keep else []:
-        path.unlink()
-        path.with_suffix(".json").unlink(missing_ok=True)  # of a state
+@contextlib.contextmanager
+def figure(path):
+    """`with figure(path) as ax:` a PNG of one pair of axes, drawn without a screen."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4))
+    yield ax
+    with atomic_write(path) as tmp:
+        fig.savefig(tmp, format="png", dpi=120, bbox_inches="tight")
+    plt.close(fig)
 
 
-def open_out_dir(cfg, run, **resolved):
-    """Make out_dir and write config.json: every field of cfg, what was worked out from them, and the versions.
+# ---------------------------------------------------------------------------------------------------------------------
+# a run's folder: opened new or gone on from, saved to, closed
 
-    A folder that holds another run is refused unless resume is set, so that nothing is lost by a forgotten flag.
+def open_run(cfg, run, model, opt, max_steps, *, data_order, kept, tokenizer, plot, about=None, write=None):
+    """A new run in out_dir, or with --resume on from its last.pt.
+
+    data_order: besides seed and global_bsz, what the order of the data follows from; it must be the same on resume. kept:
+    what the method wants back then, {name: value in a new run}. tokenizer() writes the tokenizer and says what config.json
+    should. plot: the series of metrics.png. about: what an adapter's file says of itself. write: in place of the one below.
+    -> ({name: trained parameter}, kept, metrics, write(name): what trains, save(step, name=None): that if it has a name,
+    last.pt and the plot)
     """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    arch = dataclasses.asdict(model.config)
+    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, global_bsz=cfg.global_bsz, **data_order))
+    last = resume(cfg, trained, opt, same)
+    kept = {name: last.get(name, value) for name, value in kept.items()}
+    open_out_dir(cfg, run, arch=arch, tokenizer=tokenizer, max_steps=max_steps)
+    metrics = Metrics(cfg, run, from_step=last.get("step", 0))
+
+    def write_tuned(name):
+        if run.main:
+            prune(model.save_tuned(cfg.out_dir, name, run.dtype, **(about or {})), cfg.keep_last)
+    write = write or write_tuned
+
+    def save(step, name=None):
+        if name:
+            write(name)
+        if run.main:
+            save_torch(dict(step=step, model={n: p.detach() for n, p in trained.items()}, optimizer=opt.state_dict(),
+                            rng=torch.get_rng_state(), **same, **kept), Path(cfg.out_dir) / "last.pt")
+        metrics.plot(*plot)
+    return trained, kept, metrics, write, save
+
+
+@torch.no_grad()
+def resume(cfg, trained, opt, same):
+    """With cfg.resume: parameters, optimiser and random numbers as last.pt has them. -> all of it; {} in a new run. same:
+    {what: dict}; the first difference between then and now is an error."""
+    path = Path(cfg.out_dir) / "last.pt"
+    if not cfg.resume:
+        return {}
+    if not path.exists():
+        raise UserError(f"{path} does not exist, so there is nothing to resume; check --out_dir, or start without --resume")
+    last = load_torch(path)
+    then, now = ({n: list(p.shape) for n, p in ps.items()} for ps in (last["model"], trained))
+    for what, then, now in (*((k, last[k], same[k]) for k in same), ("set of trained parameters", then, now)):
+        for key in sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k)):
+            raise UserError(f"{path} has another {what.replace('_', ' ')}: {key} was {then.get(key)}, is {now.get(key)}; "
+                            "resume with the data and settings it was made with, or start a new run with --init_from in another "
+                            "--out_dir")
+    for name, p in trained.items():
+        p.copy_(last["model"][name])
+    opt.load_state_dict(last["optimizer"])
+    torch.set_rng_state(last["rng"])
+    print0(f"resumed {path} at step {last['step']}")
+    return last
+
+
+def open_out_dir(cfg, run, *, tokenizer, **resolved):
+    """Make out_dir and write config.json: every field of cfg, what was worked out from them, and the versions. A folder that
+    holds another run is refused unless resume is set, so that nothing is lost by a forgotten flag."""
     out = Path(cfg.out_dir)
     if run.main:
         if (out / "last.pt").exists() and not cfg.resume:
@@ -433,12 +548,16 @@ def open_out_dir(cfg, run, **resolved):
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"out_dir={out} cannot be made ({e.strerror}); choose another") from e
-        resolved = {key: value() if callable(value) else value for key, value in resolved.items()}
         with atomic_write(out / "config.json") as tmp:
-            tmp.write_text(json.dumps({**config_dict(cfg), **resolved, "processes": run.world, "torch": torch.__version__,
-                                       "compute_dtype": str(run.dtype)}, indent=1) + "\n")
-    if run.world > 1:
-        dist.barrier()
+            tmp.write_text(json.dumps({**config_dict(cfg), **resolved, "tokenizer": tokenizer(), "processes": run.world,
+                                       "torch": torch.__version__, "compute_dtype": str(run.dtype)}, indent=1) + "\n")
+    gather([])  # all wait for it
+
+
+def config_dict(cfg):
+    """cfg as primitives; a function is shown by its name."""
+    plain = (int, float, str, bool, type(None))
+    return {f.name: v if isinstance(v := getattr(cfg, f.name), plain) else _show(v) for f in dataclasses.fields(cfg)}
 
 
 def origin(cfg, model, tokenizer, folder=None, fingerprint=None):
@@ -451,50 +570,32 @@ def origin(cfg, model, tokenizer, folder=None, fingerprint=None):
     return dict(model=os.path.relpath(cfg.init_from, folder), fingerprint=fingerprint or model.fingerprint(), tokenizer=name)
 
 
-def config_dict(cfg):
-    """cfg as primitives; a function is shown by its name."""
-    plain = (int, float, str, bool, type(None))
-    return {f.name: v if isinstance(v := getattr(cfg, f.name), plain) else _show(v) for f in dataclasses.fields(cfg)}
+def prune(path, keep):
+    """Of the files numbered by step that `path` is one of ('rwkv-100.pth'), delete all but the `keep` newest; 0 keeps all."""
+    kind, end = Path(path).stem.split("-")[0], Path(path).suffix
+    numbered = [(int(n), p) for p in Path(path).parent.glob(f"{kind}-*{end}") if (n := p.stem.split("-")[1]).isdigit()]
+    for _, old in sorted(numbered)[:-keep] if keep else ():
+        old.unlink()
+        old.with_suffix(".json").unlink(missing_ok=True)  # of a state
 
 
-def check_same(what, saved, now, path):
-    """Error that names the first difference between a checkpoint's dict and this run's."""
-    for key in sorted(saved.keys() | now.keys()):
-        if saved.get(key) != now.get(key):
-            raise UserError(f"{path} has another {what}: {key} was {saved.get(key)}, is {now.get(key)}; resume with the data "
-                            "and settings it was made with, or start a new run with --init_from in another --out_dir")
+def end_step(cfg, save, done, max_steps, stop):
+    """The end of each step: the weights if it is the last, or save_every says so; after a signal last.pt, how to go on, and
+    the status that shells expect."""
+    name = "final" if done == max_steps else str(done) if cfg.save_every and done % cfg.save_every == 0 else None
+    if name or stop:
+        save(done, name)
+    if stop and done < max_steps:
+        print0(f"saved {Path(cfg.out_dir) / 'last.pt'} at step {done}/{max_steps}; go on with the same command and --resume")
+        sys.exit(130)
 
 
-def save_last(cfg, step, trained, opt, same, **more):
-    """out_dir/last.pt, everything that --resume needs. trained {name: parameter}; same {what: dict}: compared then."""
-    save_torch(dict(step=step, model={name: p.detach() for name, p in trained.items()}, optimizer=opt.state_dict(),
-                    rng=torch.get_rng_state(), **same, **more), Path(cfg.out_dir) / "last.pt")
-
-
-@torch.no_grad()
-def resume(cfg, trained, opt, same):
-    """With cfg.resume: parameters, optimiser and random numbers as save_last left them. -> what it kept; {} in a new run."""
-    path = Path(cfg.out_dir) / "last.pt"
-    if not cfg.resume:
-        return {}
-    if not path.exists():
-        raise UserError(f"{path} does not exist, so there is nothing to resume; check --out_dir, or start without --resume")
-    last = load_torch(path)
-    for what, now in same.items():
-        check_same(what.replace("_", " "), last[what], now, path)
-    check_same("set of trained parameters", *({n: list(p.shape) for n, p in ps.items()} for ps in (last["model"], trained)), path)
-    for name, p in trained.items():
-        p.copy_(last["model"][name])
-    opt.load_state_dict(last["optimizer"])
-    torch.set_rng_state(last["rng"])
-    print0(f"resumed {path} at step {last['step']}")
-    return last
-
-
-def stopped(cfg, done, max_steps):
-    """After a signal: say how to go on, and leave with the status that shells expect."""
-    print0(f"saved {Path(cfg.out_dir) / 'last.pt'} at step {done}/{max_steps}; go on with the same command and --resume")
-    sys.exit(130)
+def end_run(cfg, metrics, max_steps, *files):
+    """The closing line; files: what to look at besides metrics.png."""
+    out = Path(cfg.out_dir)
+    if metrics.from_step >= max_steps:
+        return print0(f"{out} is already at step {metrics.from_step} of {max_steps}; give a larger --max_steps to go on")
+    print0(f"done in {duration(time.time() - metrics.t0)}: {', '.join(f'{out}/{file}' for file in (*files, 'metrics.png'))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -507,17 +608,14 @@ class Metrics:
     """
 
     def __init__(self, cfg, run, from_step=0):
-        self.path, self.backend, self.rows, self.t0 = Path(cfg.out_dir) / "metrics.jsonl", None, [], time.time()
-        self.from_step, self.tokens = from_step, 0
-        self.active = run.main
+        self.path, self.active, self.from_step, self.t0 = Path(cfg.out_dir) / "metrics.jsonl", run.main, from_step, time.time()
+        self.backend, self.rows, self.tokens = None, [], 0
         if not self.active:
             return
-        if from_step and self.path.exists():
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a kill can tear the last line
-                    row = json.loads(line)
-                    if row["step"] <= from_step:
-                        self.rows.append(row)
+        for line in self.path.read_text().splitlines() if from_step and self.path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # a kill can tear the last line
+                self.rows.append(json.loads(line))
+        self.rows = [row for row in self.rows if row["step"] <= from_step]
         with atomic_write(self.path) as tmp:
             tmp.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         name = Path(cfg.out_dir).name
@@ -549,6 +647,13 @@ class Metrics:
         if self.backend:
             self.backend(values, step=step)
 
+    def begin(self, values):
+        """The numbers from before the first step, {} for none; then the clock starts."""
+        if values:
+            self.log(0, **values)
+            print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self.t0 = time.time()
+
     def progress(self, done, max_steps, *, loss, lr, grad_norm, quiet=(), **values):
         """log, and a line on the screen without what is in `quiet`; tokens/s and the time left from self.tokens, to which
         the loop adds."""
@@ -563,17 +668,11 @@ class Metrics:
         """metrics.png: the named series over steps."""
         if not self.active:
             return
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        fig, ax = plt.subplots(figsize=(7, 4))
-        for name in names:
-            points = [(row["step"], row[name]) for row in self.rows if name in row]
-            if points:
-                ax.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
-        ax.set_xlabel("step")
-        ax.grid(alpha=0.3)
-        ax.legend()
-        with atomic_write(self.path.with_name("metrics.png")) as tmp:
-            fig.savefig(tmp, format="png", dpi=120, bbox_inches="tight")
-        plt.close(fig)
+        with figure(self.path.with_name("metrics.png")) as ax:
+            for name in names:
+                points = [(row["step"], row[name]) for row in self.rows if name in row]
+                if points:
+                    ax.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+            ax.set_xlabel("step")
+            ax.grid(alpha=0.3)
+            ax.legend()

@@ -275,7 +275,7 @@ class Judge:
         got = sample.generate(self.model, rest, n=n, max_new_tokens=cfg.judge_max_tokens, temperature=cfg.judge_temperature,
                               top_p=cfg.top_p, stop=cfg.stop, tokenizer=self.tokenizer, seed=cfg.seed + 1, state=self.state,
                               indices=numbers, progress=False)
-        said = nested([c.text for c in got], n)
+        said = common.chunks([c.text for c in got], n)
         valid = [[s for t in texts if (s := parse_score(t, *cfg.score_range, cfg.score_pattern)) is not None] for texts in said]
         return [{"score": statistics.fmean(v) if v else None, "parsed": len(v) / n, "said": t} for v, t in zip(valid, said)]
 
@@ -401,8 +401,14 @@ def read_prompts(cfg, tokenizer):
     return part(rows, cfg)
 
 
-def nested(values, n):
-    return [values[i:i + n] for i in range(0, len(values), n)]
+def last_words(prompt):
+    """a prompt's text, of messages the last one's"""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def checked(cfg, answers):
+    """labels [P][N] of the config's `check`"""
+    return common.chunks([float(call(cfg.check, c["prompt"], c["text"])) for c in answers], cfg.num_candidates)
 
 
 def candidates(cfg, folder, rows, model, tokenizer, run, stop=None):
@@ -427,8 +433,8 @@ def judgements(cfg, folder, answers, rows, judge, run):
             got = judge(prompts, texts, range(i, j))
         else:
             every = [rows[c["number"]][1] for c in part]
-            columns = {k: [row.get(k) for row in every] for k in dict.fromkeys(k for row in every for k in row) if k != "prompt"}
-            got = [{"score": s, "parsed": int(s is not None)} for s in train_grpo.call_reward(judge, prompts, texts, columns)]
+            scores = train_grpo.call_reward(judge, prompts, texts, train_grpo.columns_of(every))
+            got = [{"score": s, "parsed": int(s is not None)} for s in scores]
         return [{"number": c["number"], "candidate": c["candidate"], **row} for c, row in zip(part, got)]
 
     def stop_if_none(kept):
@@ -445,7 +451,8 @@ def round_(stage, cfg, folder, run):
     (model, tokenizer), spins, n = load(cfg.init_from, cfg, run), stage["kind"] == "spin", cfg.num_candidates
     rows = spin_prompts(cfg, stage["data"], tokenizer) if spins else read_prompts(cfg, tokenizer)
     answers = candidates(cfg, folder, rows, model, tokenizer, run)
-    texts, report = nested([c["text"] for c in answers], n), {"candidate_tokens": statistics.fmean(c["tokens"] for c in answers)}
+    report = {"candidate_tokens": statistics.fmean(c["tokens"] for c in answers)}
+    texts = common.chunks([c["text"] for c in answers], n)
     del model
     if spins:
         pairs = [{**row, "rejected": text} for (_, row), (text,) in zip(rows, texts)
@@ -454,12 +461,12 @@ def round_(stage, cfg, folder, run):
     else:
         by_function = stage["kind"] == "external_reward" and cfg.reward
         scores = judgements(cfg, folder, answers, rows, cfg.reward if by_function else Judge(cfg, run), run)
-        each = nested([s["score"] for s in scores], n)
+        each = common.chunks([s["score"] for s in scores], n)
         pairs, dropped = make_pairs([row for _, row in rows], texts, each, cfg)
         report |= {"score": statistics.fmean(s["score"] for s in scores if s["score"] is not None),
                    "parse_rate": statistics.fmean(s["parsed"] for s in scores)}
         if cfg.check:
-            report |= judge_metrics(each, nested([float(call(cfg.check, c["prompt"], c["text"])) for c in answers], n))
+            report |= judge_metrics(each, checked(cfg, answers))
     print0(f"{folder}: {len(pairs)} pairs of {len(rows)} prompts; dropped: {dict(dropped)}")
     if not pairs:
         raise UserError(f"{folder}: no pairs of {len(rows)} prompts, {dict(dropped)}; its candidates and scores tell why")
@@ -486,8 +493,7 @@ def judge_stage(stage, cfg, folder, run):
     model, tokenizer = load(cfg.init_from, cfg, run)
     rows, n, tune = read_prompts(cfg, tokenizer), cfg.num_candidates, stage.get("tune", "lora")
     answers = candidates(cfg, folder, rows, model, tokenizer, run)
-    labels = nested([float(call(cfg.check, c["prompt"], c["text"])) for c in answers], n)
-    train_on, held = split([row for _, row in rows], nested([c["text"] for c in answers], n), labels)
+    train_on, held = split([row for _, row in rows], common.chunks([c["text"] for c in answers], n), checked(cfg, answers))
     script = train_reward if cfg.judge == "head" else train_state if tune == "state" else train_sft
     eft = make_eft(*train_on, cfg)
     if not eft:
@@ -516,9 +522,8 @@ def measure_judge(cfg, rows, texts, labels, run):
 def new_prompt_stage(stage, cfg, folder, run):
     """new_prompts: the model goes on after 8 prompts drawn from the seeds; one that is too like another is dropped"""
     model, tokenizer = load(cfg.init_from, cfg, run)
-    seeds = [" ".join((p if isinstance(p := row["prompt"], str) else p[-1]["content"]).split())
-             for _, row in train_grpo.read_prompts(stage["seeds"], tokenizer, 10 ** 9)]
-    rows = []
+    rows = train_grpo.read_prompts(stage["seeds"], tokenizer, 10 ** 9)
+    seeds, rows = [" ".join(last_words(row["prompt"]).split()) for _, row in rows], []
     for k in range(cfg.max_prompts or 1000):
         shown = random.Random(f"{cfg.seed} {k}").sample(seeds, min(8, len(seeds)))
         text = "".join(f"Task {i}: {seed}\n" for i, seed in enumerate(shown, 1)) + f"Task {len(shown) + 1}:"
@@ -536,14 +541,9 @@ def new_prompt_stage(stage, cfg, folder, run):
     return {"prompts": str(folder / "prompts.jsonl"), "report": {"pairs": len(made)}}
 
 
-def alike(words, known, limit=0.7):
-    """whether one of `known` has that share of its words in common with these, in the same order: about ROUGE-L"""
-    m = difflib.SequenceMatcher(None, (), words, autojunk=False)
-    for other in known:
-        m.set_seq1(other)
-        if m.real_quick_ratio() > limit and m.quick_ratio() > limit and m.ratio() > limit:  # two quick upper bounds first
-            return True
-    return False
+def alike(words, known):
+    """whether one of `known` has 0.7 of its words in common with these, in the same order: about ROUGE-L"""
+    return bool(difflib.get_close_matches(words, known, 1, 0.7))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -593,15 +593,8 @@ def check_stages(cfg):
     return stages
 
 
-def main(cfg):
-    run = common.start(cfg)
-    try:
-        loop(cfg, run)
-    finally:
-        common.finish(run)
-
-
-def loop(cfg, run):
+@common.launch
+def main(cfg, run):
     stages, out, history = check_stages(cfg), Path(cfg.out_dir), []
     if cfg.fresh:
         clear(out, run)
@@ -648,9 +641,6 @@ def cell(value):
 
 def write_report(out, rows):
     """report.md and report.png, from every stage's done.json and pairs.jsonl"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     lines = ["Evaluation, answer tokens and KL (nats an answer) are of the model that the stage left; score, judge and pairs are "
              "of the answers that it was trained on.", "", f"| stage | {' | '.join(COLUMNS)} |",
              "|---" * (len(COLUMNS) + 1) + "|"]
@@ -661,32 +651,29 @@ def write_report(out, rows):
         lines += ["", f"## {r['stage']}: dropped {r['dropped'] or 'none'}"] if "dropped" in r else []
         path = out / r["stage"] / "pairs.jsonl"
         for row in map(json.loads, path.read_text().splitlines()[:12] if path.exists() else ()):
-            prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-            for name, text in (("prompt", prompt), *((k, row[k]) for k in ("chosen", "rejected"))):
+            for name, text in (("prompt", last_words(row["prompt"])), ("chosen", row["chosen"]), ("rejected", row["rejected"])):
                 score = " " + cell(row[name + "_score"]) if name + "_score" in row else ""
-                text = text.strip()[:1000].replace("\n", "\n    ")
-                lines += [("\n" if name == "prompt" else "") + f"    {name}{score}: {text}"]
+                lines += [*[""] * (name == "prompt"), f"    {name}{score}: " + text.strip()[:1000].replace("\n", "\n    ")]
     with common.atomic_write(out / "report.md") as tmp:
         tmp.write_text("\n".join(lines) + "\n")
-    fig, left = plt.subplots(figsize=(7, 4))
-    right = left.twinx()
-    for ax, key, name in ((left, "score", "score"), (left, "value", "evaluation"), (right, "tokens", "answer tokens")):
-        if points := [(i, r[key]) for i, r in enumerate(rows) if r.get(key) is not None]:
-            ax.plot(*zip(*points), "C1.--" if ax is right else "C0.-" if key == "score" else "C2.-", label=name)
-    left.set(xticks=range(len(rows)), ylabel="score, evaluation")
-    left.set_xticklabels([r["stage"] for r in rows], rotation=15, fontsize=7)
-    right.set_ylabel("tokens")
-    if left.lines or right.lines:
-        fig.legend(fontsize=7)
-    with common.atomic_write(out / "report.png") as tmp:
-        fig.savefig(tmp, format="png", dpi=120)
-    plt.close(fig)
+    with common.figure(out / "report.png") as left:
+        right = left.twinx()
+        for ax, key, name, look in ((left, "score", "score", "C0.-"), (left, "value", "evaluation", "C2.-"),
+                                    (right, "tokens", "answer tokens", "C1.--")):
+            if points := [(i, r[key]) for i, r in enumerate(rows) if r.get(key) is not None]:
+                ax.plot(*zip(*points), look, label=name)
+        left.set(xticks=range(len(rows)), ylabel="score, evaluation")
+        left.set_xticklabels([r["stage"] for r in rows], rotation=15, fontsize=7)
+        right.set_ylabel("tokens")
+        if left.lines or right.lines:
+            left.figure.legend(fontsize=7)
 
 
-def make_eft_command(cfg):
+@common.launch
+def make_eft_command(cfg, run):
     """make-eft: answers with scores, or a `check` -> OUT.jsonl, to train a judge on (train_sft.py; judge=head: train_reward.py),
     and OUT_val.jsonl; with --judge_model how well that judge does there"""
-    run, rows, texts, labels = common.start(cfg), [], [], []
+    rows, texts, labels = [], [], []
     for where, row in prepare.read_jsonl(cfg.samples, '{"prompt", "completions": [...], "scores": [...]}'):
         texts.append([c["text"] if isinstance(c, dict) else c for c in row.get("completions") or ()])
         labels.append(row.get("scores") or [float(call(cfg.check, row["prompt"], text)) for text in texts[-1] if cfg.check])
@@ -699,7 +686,6 @@ def make_eft_command(cfg):
     print0(f"{cfg.out}.jsonl: {len(eft)} rows of {len(train_on[0])} prompts; {cfg.out}_val.jsonl: {len(held[0])} prompts")
     if cfg.judge_model:
         measure_judge(cfg, *held, run)
-    common.finish(run)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,13 @@ watching margins alone: plain DPO lowers both log-probabilities, and a small mod
     python train_dpo.py config/dpo_tiny.py                                   a laptop: exact match 0.75 -> 0.86
     python train_dpo.py config/dpo_1b5.py --tune=lora --lr=2e-5              one GPU
 """
-import dataclasses
 import hashlib
 import math
 import re
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,60 +39,25 @@ from model import fork, forked, forked_backward, load_model, load_to_tune
 
 
 @dataclass
-class Config:
-    # data
+class Config(common.TuneConfig):
     data: str = "data/pairs.jsonl"   # JSONL of prompt, chosen, rejected; prepare.py pairs FILE sums it up
-    val_data: str = ""               # the same for validation; empty = none
-    tokenizer: str = ""              # name or file; empty = what the model's folder says, or World if it has 65536 ids
-    # method
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "simpo"] = "sigmoid"  # formulas above
     beta: float = 0.1                # how strongly the policy is held to the reference; simpo: 2 to 2.5
     label_smoothing: float = 0.0     # share of wrong labels to expect: sigmoid, robust
     gamma: float = 0.5               # simpo: the margin to reach
     nll_coef: float = 0.0            # weight of the chosen answer's NLL; 1 for small models
     reference: str = ""              # empty = the policy as it starts, off = adapter or state off, none, or a model's file
-    # model
-    init_from: str = ""              # weights to start from (.pth, .safetensors)
     tune: Literal["full", "lora", "state"] = "full"  # every weight, an adapter, or the start state
-    lora_r: int = 32                 # LoRA rank
-    lora_alpha: float = 64.0         # LoRA scale: alpha / r
     lora_dropout: float = 0.0        # LoRA dropout; makes policy and reference differ
-    lora_rslora: bool = False        # scale alpha / sqrt(r)
-    lora_targets: tuple[str, ...] = ()  # matrices: key, att.key, ffn, head …; none = all of att and ffn
-    lora_extra: tuple[str, ...] = ()  # further parameters to train, by parts of their names: ln, x_ …
-    adapter: str = ""                # saved adapter or state to go on from
-    # run
     out_dir: str = "out/dpo"         # folder for weights or adapters, last.pt, config.json, metrics
-    resume: bool = False             # go on from out_dir/last.pt
-    seed: int = 42                   # of the data order and of a fresh adapter
-    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto = bfloat16 on CUDA, else float32
-    # batch
     micro_bsz: int = 4               # pairs per process and backward pass: lower it when memory runs out
     global_bsz: int = 32             # pairs per optimiser step, over all processes; accumulation follows from it
     ctx_len: int = 4096              # longest prompt and answer in tokens; longer rows are dropped, and counted
     chunk_len: int = 0               # tokens whose activations are kept at a time, with exact gradient; 0 = whole answers
-    # optimiser
     lr: float = 1e-6                 # peak learning rate; LoRA wants about ten times more
     lr_final: float = 1e-7           # learning rate at the end of the cosine
-    warmup_steps: int = 10           # steps from 0.01 lr to lr
-    max_steps: int | None = None     # optimiser steps of the whole run; or give epochs
-    epochs: float | None = None      # passes over the data; one if neither is given
-    weight_decay: float = 0.0        # on the large matrices alone
-    beta1: float = 0.9               # AdamW
-    beta2: float = 0.99              # AdamW
-    adam_eps: float = 1e-18          # AdamW; upstream's value
-    grad_clip: float = 1.0           # largest gradient norm; 0 = no clipping
-    grad_cp: bool = False            # gradient checkpointing: less memory, about a third more time
-    # evaluation, saving, logging
-    eval_every: int = 100            # steps between validations; 0 = at the end only
-    eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}; a function in the config file
     watch: str = "val_rewards/accuracies"  # the number, of validation or eval_fn, whose highest value names best.*
     patience: int = 0                # stop after so many validations without a higher one, and go back to it; 0 = never
-    save_every: int = 500            # steps between checkpoints; 0 = at the end only
-    log_every: int = 10              # steps between progress lines
-    keep_last: int = 2               # rwkv-<step>.pth, lora-<step>.safetensors or state-<step>.pth to keep; 0 = all
-    log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl and metrics.png
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,13 +115,6 @@ def batch_loss(scores, forks, ref, cfg, n_pairs, n_chosen):
     return losses.sum() / n_pairs + cfg.nll_coef * nll / n_chosen, dict(zip(METRICS, sums))
 
 
-def batches_of(step, n, cfg, run):
-    """The pairs of this process's part of a step, as lists of micro_bsz numbers."""
-    samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
-    mine = common.shuffled(samples, n, cfg.seed)
-    return [mine[i:i + cfg.micro_bsz] for i in range(0, len(mine), cfg.micro_bsz)]
-
-
 @torch.no_grad()
 def reference_logps(model, pairs, batches, cfg, run):
     """[N, 2] float32: each answer's summed log-probability, over all processes. batches: which pairs this process runs
@@ -199,6 +155,16 @@ def cached_reference(name, model, pairs, batches, cfg, run):
     return logps
 
 
+def batches_of(step, pairs, cfg, run):
+    """Numbers of this process's pairs in a step, micro_bsz at a time."""
+    return common.chunks(common.samples_of(step, len(pairs), cfg, run), cfg.micro_bsz)
+
+
+def in_turn(pairs, cfg, run):
+    """Numbers of this process's pairs in file order, micro_bsz at a time."""
+    return common.chunks(list(range(len(pairs)))[run.rank::run.world], cfg.micro_bsz)
+
+
 @torch.no_grad()
 def evaluate(model, pairs, ref, cfg, run):
     """{"val_<metric>": mean over held-out pairs}, over all processes."""
@@ -214,27 +180,14 @@ def evaluate(model, pairs, ref, cfg, run):
     return {"val_loss": loss, **{f"val_{k}": v for k, v in zip(METRICS, values)}}
 
 
-def in_turn(pairs, cfg, run):
-    """This process's pairs in file order, micro_bsz at a time."""
-    mine = list(range(len(pairs)))[run.rank::run.world]
-    return [mine[i:i + cfg.micro_bsz] for i in range(0, len(mine), cfg.micro_bsz)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
-def main(cfg):
-    run = common.start(cfg)
-    try:
-        train(cfg, run)
-    finally:
-        common.finish(run)
-
-
-def train(cfg, run):
+@common.launch
+def main(cfg, run):
     # ---- model and tokenizer
     model = load_to_tune(cfg, run)
     tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model, tokenizer)
+    out, about = Path(cfg.out_dir), common.origin(cfg, model, tokenizer)
     if cfg.loss_type != "simpo" and cfg.reference == "none":
         raise UserError(f"reference=none is for --loss_type=simpo; {cfg.loss_type} needs one")
     if cfg.reference == "off" and cfg.tune == "full":
@@ -257,12 +210,13 @@ def train(cfg, run):
         other = model
         if cfg.reference not in ("", "off"):
             other, _ = load_model(cfg.reference, run.device, run.dtype)
-            if other.config.vocab_size != arch["vocab_size"]:
+            if other.config.vocab_size != model.config.vocab_size:
                 raise UserError(f"reference {cfg.reference} has a vocabulary of {other.config.vocab_size}, {cfg.init_from} one "
-                                f"of {arch['vocab_size']}; a reference reads the same tokens")
+                                f"of {model.config.vocab_size}; a reference reads the same tokens")
         other.eval()
         with other.reference() if cfg.reference == "off" else nullcontext():
-            epoch = [batch for step in range(-(-len(data) // cfg.global_bsz)) for batch in batches_of(step, len(data), cfg, run)]
+            steps = range(math.ceil(len(data) / cfg.global_bsz))
+            epoch = [batch for step in steps for batch in batches_of(step, data, cfg, run)]
             ref = cached_reference(cfg.data, other, data, epoch, cfg, run)
             ref_val = cached_reference(cfg.val_data, other, val, in_turn(val, cfg, run), cfg, run) if val else None
         del other
@@ -273,53 +227,35 @@ def train(cfg, run):
            f"steps of {cfg.global_bsz} pairs = {max_steps * cfg.global_bsz / len(data):.2f} epochs")
 
     # ---- a new run, or on from last.pt
-    out, trained = Path(cfg.out_dir), {name: p for name, p in model.named_parameters() if p.requires_grad}
-    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, ctx_len=cfg.ctx_len, global_bsz=cfg.global_bsz,
-                                                   pairs=len(data)))
-    last = common.resume(cfg, trained, opt, same)
-    step0, best, waited = last.get("step", 0), last.get("best", -math.inf), last.get("waited", 0)
-    common.open_out_dir(cfg, run, arch=arch, tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), max_steps=max_steps)
-    metrics = common.Metrics(cfg, run, from_step=step0)
-
-    def save(step, name=None):
-        if run.main:
-            if name:
-                path = model.save_tuned(out, name, run.dtype, **about)
-                common.prune(out, f"{path.stem.split('-')[0]}-*{path.suffix}", cfg.keep_last)
-            common.save_last(cfg, step, trained, opt, same, best=best, waited=waited)
-        metrics.plot("loss", "val_loss", "rewards/accuracies", "val_rewards/accuracies")
+    trained, kept, metrics, write, save = common.open_run(
+        cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, pairs=len(data)),
+        kept=dict(best=-math.inf, waited=0), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), about=about,
+        plot=("loss", "val_loss", "rewards/accuracies", "val_rewards/accuracies"))
+    impatient = lambda: cfg.patience and kept["waited"] >= cfg.patience  # noqa: E731
+    if impatient():
+        return print0(f"{out} was stopped at step {metrics.from_step}: {kept['waited']} validations without a higher {cfg.watch}")
 
     def validate():
         """{name: number} on held-out data, and the best checkpoint"""
-        nonlocal best, waited
         model.eval()
         values = evaluate(model, val, ref_val, cfg, run) if val else {}
         if cfg.eval_fn is not None:
             values.update(cfg.eval_fn(model, tokenizer))
         if cfg.watch not in values and (cfg.patience or values and cfg.watch != Config.watch):
             raise UserError(f"watch={cfg.watch} is not among what is measured: {', '.join(values) or 'nothing; give --val_data'}")
-        waited += 1
-        if values.get(cfg.watch, -math.inf) > best:
-            best, waited = values[cfg.watch], 0
-            if run.main:
-                model.save_tuned(out, "best", run.dtype, **about)
+        kept["waited"] += 1
+        if values.get(cfg.watch, -math.inf) > kept["best"]:
+            kept.update(best=values[cfg.watch], waited=0)
+            write("best")
         return values
 
-    if cfg.patience and waited >= cfg.patience:
-        return print0(f"{out} was stopped at step {step0}: {waited} validations without a higher {cfg.watch}")
-
     # ---- the loop
-    if step0 == 0 and (values := validate()):
-        metrics.log(0, **values)
-        print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
+    metrics.begin(validate() if metrics.from_step == 0 else {})
     wrapped, no_sync = common.wrap(model, run)
-    metrics.t0, done = time.time(), step0
     with common.catch_signals() as signals:
-        for step in range(step0, max_steps):
-            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            common.set_lr(opt, lr)
-
-            batches = batches_of(step, len(data), cfg, run)
+        for step in range(metrics.from_step, max_steps):
+            lr = common.set_lr(opt, cfg, step, max_steps)
+            batches = batches_of(step, data, cfg, run)
             mine = [data[i] for batch in batches for i in batch]
             # sums over the whole batch's pairs and chosen tokens; x world because DDP averages gradients
             n_chosen, n_tokens = common.all_sum(sum(len(row.answers[0]) for row in mine),
@@ -328,10 +264,11 @@ def train(cfg, run):
             model.train()
             for i, batch in enumerate(batches):
                 forks = fork([(data[j].prompt, data[j].answers) for j in batch], run.device)
-                now, sums = forked_backward(
-                    wrapped, forks, lambda scores: batch_loss(
-                        scores, forks, None if ref is None else ref[batch].T.to(run.device), cfg, cfg.global_bsz / run.world,
-                        n_chosen / run.world), cfg.chunk_len, sync=nullcontext if i == accumulation - 1 else no_sync)
+                loss_of = lambda scores: batch_loss(  # noqa: E731
+                    scores, forks, None if ref is None else ref[batch].T.to(run.device), cfg, cfg.global_bsz / run.world,
+                    n_chosen / run.world)
+                now, sums = forked_backward(wrapped, forks, loss_of, cfg.chunk_len,
+                                            sync=nullcontext if i == accumulation - 1 else no_sync)
                 loss, totals = loss + now / run.world, {k: totals.get(k, 0.0) + v / run.world for k, v in sums.items()}
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
             loss, stop, *values = common.all_sum(loss, len(signals), *totals.values())
@@ -346,21 +283,14 @@ def train(cfg, run):
             if values or done % cfg.log_every == 0 or done in (1, max_steps):
                 metrics.progress(done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, quiet=now.keys() - {
                     "rewards/margins", "rewards/accuracies", "logps/chosen"}, **now, **values)
-            if values and cfg.patience and waited >= cfg.patience:
+            last = done == max_steps or values and impatient()
+            if last and cfg.patience and kept["waited"] and (file := next(out.glob("best.[ps]*"), None)):
+                model.load_tuned(file)
+                print0(f"back to the best: {cfg.watch} {kept['best']:.4f}, {kept['waited']} validations ago")
+            common.end_step(cfg, save, done, done if last else max_steps, stop)
+            if last:
                 break
-            if done < max_steps and cfg.save_every and done % cfg.save_every == 0:
-                save(done, str(done))
-            if stop and done < max_steps:
-                save(done)
-                common.stopped(cfg, done, max_steps)
-    if step0 >= max_steps:
-        print0(f"{out} is already at step {step0} of {max_steps}; give a larger --max_steps to go on")
-        return
-    if cfg.patience and waited and (file := next(out.glob("best.[ps]*"), None)):
-        model.load_tuned(file)
-        print0(f"back to the best: {cfg.watch} {best:.4f}, {waited} validations ago")
-    save(done, "final")
-    print0(f"done in {common.duration(time.time() - metrics.t0)}: {out}/*-final.*, {out / 'metrics.png'}")
+    common.end_run(cfg, metrics, max_steps, "*-final.*")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ other than 1 on-policy, which means that padding, state or temperature is wrong.
     torchrun --nproc_per_node=8 train_grpo.py config/grpo_1b5.py             eight GPUs
 """
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -44,11 +45,10 @@ from model import fork, forked, forked_backward, load_model, load_to_tune
 
 
 @dataclass
-class Config:
+class Config(common.TuneConfig):
     # data and rewards
     data: str = "data/prompts.jsonl"  # JSONL of {"prompt": text or messages, columns for the rewards …}
     val_data: str = ""               # the same, held out, for pass@1 and pass@k; empty = none
-    tokenizer: str = ""              # name or file; empty = what the model's folder says, or World if it has 65536 ids
     reward: tyro.conf.Fixed[Callable | list | None] = None  # (prompts, completions, **columns) -> [number or None]; or several
     reward_model: str = ""           # a file of train_reward.py, as one more reward
     reward_weights: tuple[float, ...] = ()  # of the rewards in their order, the model's last; none = 1 each
@@ -77,48 +77,22 @@ class Config:
     reference: str = ""              # a model's file; empty = adapter or state off, with tune=full init_from
     mask_truncated_completions: bool = False  # no loss on completions that hit max_completion_length
     importance_cap: float = 0.0      # weigh tokens by min(p_old / p_sampler, this) (TIS); 0 = off
-    # model
-    init_from: str = ""              # weights to start from (.pth, .safetensors)
+    # model and run
     tune: Literal["full", "lora", "state"] = "full"  # every weight, an adapter, or the start state
-    lora_r: int = 32                 # LoRA rank
-    lora_alpha: float = 64.0         # LoRA scale: alpha / r
     lora_dropout: float = 0.0        # LoRA dropout; makes sampler and trainer differ
-    lora_rslora: bool = False        # scale alpha / sqrt(r)
-    lora_targets: tuple[str, ...] = ()  # matrices: key, att.key, ffn, head …; none = all of att and ffn
-    lora_extra: tuple[str, ...] = ()  # further parameters to train, by parts of their names: ln, x_ …
-    adapter: str = ""                # saved adapter or state to go on from
-    # run
     out_dir: str = "out/grpo"        # folder for weights or adapters, last.pt, config.json, metrics, rollouts
-    resume: bool = False             # go on from out_dir/last.pt
     seed: int = 42                   # of the prompts' order, of sampling and of a fresh adapter
-    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto = bfloat16 on CUDA, else float32
-    # batch
     micro_bsz: int = 1               # prompts, with all their completions, per process and backward pass
     global_bsz: int = 16             # prompts per optimiser step, over all processes; accumulation follows from it
     ctx_len: int = 4096              # longest prompt and completion in tokens
     chunk_len: int = 0               # tokens whose activations are kept at a time, with exact gradient; 0 = whole
-    # optimiser
     lr: float = 1e-6                 # peak learning rate; LoRA wants about ten times more, a state 1e-3 and more
     lr_final: float = 1e-7           # learning rate at the end of the cosine
-    warmup_steps: int = 10           # steps from 0.01 lr to lr
-    max_steps: int | None = None     # optimiser steps of the whole run; or give epochs
-    epochs: float | None = None      # passes over the prompts; one if neither is given
-    weight_decay: float = 0.0        # on the large matrices alone
-    beta1: float = 0.9               # AdamW
-    beta2: float = 0.99              # AdamW
-    adam_eps: float = 1e-18          # AdamW; upstream's value
-    grad_clip: float = 1.0           # largest gradient norm; 0 = no clipping
-    grad_cp: bool = False            # gradient checkpointing: less memory, about a third more time
-    # evaluation, saving, logging
     eval_every: int = 50             # steps between validations; 0 = at the end only
     eval_generations: int = 4        # k of pass@k
-    eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}; a function in the config file
     rollouts_every: int = 50         # steps between rollouts/<step>.jsonl, three of them on the screen; 0 = never
     save_every: int = 100            # steps between checkpoints; 0 = at the end only
     log_every: int = 1               # steps between progress lines
-    keep_last: int = 2               # rwkv-<step>.pth, lora-<step>.safetensors or state-<step>.pth to keep; 0 = all
-    log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl and metrics.png
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,8 +121,8 @@ def group_advantages(rewards, num_generations, *, scale_rewards="group"):
 
 
 def policy_loss(logps, old_logps, advantages, mask, *, loss_type="dapo", epsilon=0.2, epsilon_high=None, delta=None,
-                importance_sampling_level="token", ref_logps=None, beta=0.0, kl_estimator="k3", max_new_tokens=None, num_items=None,
-                num_rows=None, entropy=None, sampling_logps=None, importance_cap=3.0):
+                importance_sampling_level="token", ref_logps=None, beta=0.0, kl_estimator="k3", max_new_tokens=None,
+                num_items=None, num_rows=None, entropy=None, sampling_logps=None, importance_cap=3.0):
     """logps [B, T] of the tokens taken, advantages [B], mask [B, T] of completion tokens -> (loss, metrics).
 
     old_logps: under the policy that the rollouts are of; None = logps themselves, on-policy. num_items, num_rows: tokens
@@ -263,11 +237,12 @@ def read_prompts(path, tokenizer, longest):
     return out
 
 
-def rollout(model, prompts, numbers, tokenizer, cfg, run, judge, n, **options):
+def rollout(model, tokenizer, judge, run, cfg, prompts, numbers, n, **options):
     """Sample n completions of each prompt and reward them, a share on every process -> groups, the same list everywhere:
-    {"number", "ids", "row", "completions": [{"tokens", "text", "logprobs", "finish_reason", "mask"}], "rewards" by name}."""
+    {"number", "ids", "row", "completions": [{"tokens", "text", "logprobs", "finish_reason", "mask"}], "rewards" by name,
+    "reward": their weighted sum}."""
     share = range(len(prompts))[run.rank::run.world]
-    mine, out = [prompts[i] for i in share], []
+    mine, out, error = [prompts[i] for i in share], [], []
     if mine:
         got = sample.generate(model, [ids for ids, _ in mine], n=n, max_new_tokens=cfg.max_completion_length, stop=cfg.stop,
                               tokenizer=tokenizer, seed=cfg.seed, indices=[numbers[i] for i in share], progress=False,
@@ -279,33 +254,62 @@ def rollout(model, prompts, numbers, tokenizer, cfg, run, judge, n, **options):
         if [len(mask) for mask in masks] != [len(c.tokens) for c in got] or not all(c.tokens for c in got):
             raise UserError("process: expected a mask for each completion, a number for each of its tokens, and one token "
                             "or more")
-        columns = {k: [row.get(k) for row in every] for k in dict.fromkeys(k for row in every for k in row) if k != "prompt"}
-        columns["completion_ids"] = [c.tokens for c in got]
-        asked, texts = [row["prompt"] for row in every], [c.text for c in got]
-        rewards, error = {}, ""
+        columns, rewards = {**columns_of(every), "completion_ids": [c.tokens for c in got]}, {}
         try:
             for name, function in reward_functions(cfg).items():
-                rewards[name] = call_reward(function, asked, texts, columns)
+                rewards[name] = call_reward(function, [row["prompt"] for row in every], [c.text for c in got], columns)
             if judge is not None:
                 forks = [(ids, [c.tokens for c in got[i * n:(i + 1) * n]]) for i, (ids, _) in enumerate(mine)]
                 with torch.no_grad():
-                    rewards["reward_model"] = [x for i in range(0, len(forks), cfg.micro_bsz) for x in forked(
-                        judge, fork(forks[i:i + cfg.micro_bsz], run.device, whole=True), score=True).tolist()]
+                    rewards["reward_model"] = [x for some in common.chunks(forks, cfg.micro_bsz) for x in forked(
+                        judge, fork(some, run.device, whole=True), score=True).tolist()]
         except UserError as e:
-            error = str(e)
+            error = [str(e)]
         for i, (ids, row) in enumerate(mine):
             at = slice(i * n, (i + 1) * n)
             completions = [dict(tokens=c.tokens, text=c.text, finish_reason=c.finish_reason, mask=mask,
                                 logprobs=c.logprobs if c.tokens == was else None)
                            for c, mask, was in zip(got[at], masks[at], before[at])]
-            out.append(dict(number=numbers[share[i]], ids=ids, row=row, completions=completions, error=error,
+            out.append(dict(number=numbers[share[i]], ids=ids, row=row, completions=completions,
                             rewards={k: v[at] for k, v in rewards.items()}))
-    groups = sorted(common.gather(out), key=lambda group: group["number"])
-    if error := next((group["error"] for group in groups if group["error"]), ""):
-        path = Path(cfg.out_dir) / "rollouts" / "failed.jsonl"
-        write_rollouts(groups, path, run)
-        raise UserError(f"{error}; the rollouts are in {path}, the last checkpoint stands")
+    groups, error = sorted(common.gather(out), key=lambda group: group["number"]), common.gather(error)
+    if error:
+        keep_and_raise(error[0], groups, cfg, run)
+    for group in groups:
+        columns = list(group["rewards"].values())
+        group["reward"] = combine_rewards(columns, cfg.reward_weights or (1.0,) * len(columns)).tolist()
     return groups
+
+
+def take_rollouts(roll, data, cursor, cfg, run):
+    """The groups of the next optimiser steps, with their advantages, and the number of the prompt to go on from. roll:
+    `rollout` of (cfg, prompts, numbers, n)."""
+    kept, want = [], cfg.global_bsz * cfg.steps_per_generation
+    for round_ in range(1 + cfg.dynamic_sampling):
+        numbers = range(cursor, cursor + want - len(kept))
+        cursor = numbers.stop
+        got = roll(cfg, [data[i] for i in common.shuffled(numbers, len(data), cfg.seed)], list(numbers), cfg.num_generations,
+                   temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k)
+        kept += [g for g in got if round_ == cfg.dynamic_sampling or different(g["reward"])]  # what the last round gives stays
+        if len(kept) == want:
+            break
+    rewards = torch.tensor([r for g in kept for r in g["reward"]], dtype=torch.float64)
+    if rewards.isnan().all():
+        keep_and_raise("every reward of this batch is None", kept, cfg, run)
+    advantages = group_advantages(rewards, cfg.num_generations, scale_rewards=cfg.scale_rewards)
+    if cfg.advantage_clip:
+        advantages = advantages.clamp(-cfg.advantage_clip, cfg.advantage_clip)
+    for group, row in zip(kept, advantages.view(-1, cfg.num_generations).tolist()):
+        group["advantages"] = row
+        for c in group["completions"]:
+            if cfg.mask_truncated_completions and c["finish_reason"] == "length":
+                c["mask"] = [0] * len(c["tokens"])
+    return kept, cursor
+
+
+def columns_of(rows):
+    """[{key: value}, …] -> {key: [value or None of each row]}, without the prompts: what a reward is called with"""
+    return {k: [row.get(k) for row in rows] for k in dict.fromkeys(k for row in rows for k in row) if k != "prompt"}
 
 
 def reward_functions(cfg):
@@ -326,32 +330,77 @@ def write_rollouts(groups, path, run):
                 for group in groups))
 
 
-def padded(rows, device):
-    """[list of numbers, …] -> [B, T], zeros at the end"""
-    return pad_sequence([torch.as_tensor(row, dtype=torch.float32) for row in rows], batch_first=True).to(device)
+def keep_and_raise(error, groups, cfg, run):
+    path = Path(cfg.out_dir) / "rollouts" / "failed.jsonl"
+    write_rollouts(groups, path, run)
+    raise UserError(f"{error}; the rollouts are in {path}, the last checkpoint stands")
+
+
+def completions_of(groups):
+    return [c for group in groups for c in group["completions"]]
+
+
+def by_row(values, forks):
+    """[1, all tokens] of forks -> [B, T], zeros at the end"""
+    return pad_sequence(values[0].split(forks.borders2.diff().tolist()), batch_first=True)
+
+
+def tensors(groups, device):
+    """groups of a micro-batch -> (forks, mask [B, T], advantages [B], said [B, T]: what the sampler reported, NaN where it did
+    not, old [B, T]: log-probabilities when the rollouts were taken, or None)"""
+    rows = completions_of(groups)
+    tensor = functools.partial(torch.tensor, dtype=torch.float32)
+    padded = lambda rows: pad_sequence(list(map(tensor, rows)), batch_first=True).to(device)  # noqa: E731
+    forks = fork([(g["ids"], [c["tokens"] for c in g["completions"]]) for g in groups], device)
+    advantages = tensor([a for g in groups for a in g["advantages"]]).to(device)
+    said = padded(c["logprobs"] or [math.nan] * len(c["tokens"]) for c in rows)  # NaN: rewritten by hand
+    old = padded(c["old"] for c in rows) if "old" in rows[0] else None
+    return forks, padded(c["mask"] for c in rows), advantages, said, old
+
+
+@torch.no_grad()
+def logps_of(network, forks, cfg):
+    """Log-probabilities [B, T] of forks' completions under a network, without a graph"""
+    return by_row(forked(network, forks, cfg.chunk_len, cfg.temperature).logps, forks)
+
+
+def batch_metrics(groups):
+    """What rewards and completions of an optimiser batch are like -> {name: number}"""
+    rewards = torch.tensor([g["reward"] for g in groups], dtype=torch.float64)
+    spread = torch.tensor([g[~g.isnan()].std() if different(g) else 0.0 for g in rewards])
+    rows = completions_of(groups)
+    sizes = torch.tensor([float(len(c["tokens"])) for c in rows])
+    of = lambda name: torch.tensor([math.nan if r is None else r for g in groups for r in g["rewards"][name]])  # noqa: E731
+    return {"reward": float(rewards.nanmean()), "reward_std": float(spread.mean()),
+            "frac_reward_zero_std": float((spread == 0).double().mean()),
+            **{f"rewards/{name}/mean": float(of(name).nanmean()) for name in groups[0]["rewards"]},
+            "completions/mean_length": float(sizes.mean()), "completions/max_length": float(sizes.max()),
+            "completions/clipped_ratio": sum(c["finish_reason"] == "length" for c in rows) / len(rows)}
+
+
+def load_other(what, path, model, run):
+    """A model beside the one that trains; it must read the same tokens."""
+    other, _ = load_model(path, run.device, run.dtype)
+    if other.config.vocab_size != model.config.vocab_size:
+        raise UserError(f"{what}={path} has a vocabulary of {other.config.vocab_size}, the model one of "
+                        f"{model.config.vocab_size}; it must read the same tokens")
+    return other.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def main(cfg):
-    run = common.start(cfg)
-    try:
-        train(cfg, run)
-    finally:
-        common.finish(run)
-
-
-def train(cfg, run):
+@common.launch
+def main(cfg, run):
     # ---- model and tokenizer
     model = load_to_tune(cfg, run)
     tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model, tokenizer)
-    G, names = cfg.num_generations, [*reward_functions(cfg)] + ["reward_model"] * bool(cfg.reward_model)
-    weights = cfg.reward_weights or (1.0,) * len(names)
-    if not names or len(weights) != len(names):
-        raise UserError(
-            "no reward: define `def reward(prompts, completions, **columns)` in the config file, or give --reward_model"
-            if not names else f"reward_weights has {len(weights)} numbers for {len(names)} rewards: {', '.join(names)}")
+    out, about = Path(cfg.out_dir), common.origin(cfg, model, tokenizer)
+    names = [*reward_functions(cfg)] + ["reward_model"] * bool(cfg.reward_model)
+    if not names:
+        raise UserError("no reward: define `def reward(prompts, completions, **columns)` in the config file, or give "
+                        "--reward_model")
+    if cfg.reward_weights and len(cfg.reward_weights) != len(names):
+        raise UserError(f"reward_weights has {len(cfg.reward_weights)} numbers for {len(names)} rewards: {', '.join(names)}")
     for key, low in (("num_generations", 2), ("steps_per_generation", 1), ("num_iterations", 1), ("max_completion_length", 1)):
         if getattr(cfg, key) < low:
             raise UserError(f"{key}={getattr(cfg, key)}: expected {low} or more")
@@ -363,18 +412,11 @@ def train(cfg, run):
         policy_loss(torch.zeros(1, 1), None, torch.zeros(1), torch.ones(1, 1), **method)
     except ValueError as e:
         raise UserError(str(e)) from None
-    judge = reference = None
-    if cfg.reward_model:
-        judge, _ = load_model(cfg.reward_model, run.device, run.dtype)
-        if judge.score is None or judge.config.vocab_size != arch["vocab_size"]:
-            raise UserError(f"reward_model={cfg.reward_model} " + ("has no score.weight" if judge.score is None else "reads other ids"))
-        judge.eval()
-    if cfg.beta and (cfg.reference or cfg.tune == "full"):
-        reference, _ = load_model(cfg.reference or cfg.init_from, run.device, run.dtype)
-        if reference.config.vocab_size != arch["vocab_size"]:
-            raise UserError(f"reference={cfg.reference} has a vocabulary of {reference.config.vocab_size}, the model one of "
-                            f"{arch['vocab_size']}")
-        reference.eval()
+    judge = load_other("reward_model", cfg.reward_model, model, run) if cfg.reward_model else None
+    if judge is not None and judge.score is None:
+        raise UserError(f"reward_model={cfg.reward_model} has no score.weight")
+    elsewhere = cfg.beta and (cfg.reference or cfg.tune == "full")  # else the reference is the model, its adapter or state off
+    reference = load_other("reference", cfg.reference or cfg.init_from, model, run) if elsewhere else None
 
     # ---- data
     longest = cfg.ctx_len - cfg.max_completion_length
@@ -383,146 +425,78 @@ def train(cfg, run):
 
     # ---- optimiser: upstream's groups, printed
     opt = common.make_optimizer(model, cfg, run)
-    print0(f"data: {len(data):,} prompts; {max_steps:,} steps of {cfg.global_bsz} prompts x {G} completions; rewards {', '.join(names)}")
+    print0(f"data: {len(data):,} prompts; {max_steps:,} steps of {cfg.global_bsz} prompts x {cfg.num_generations} completions; "
+           f"rewards {', '.join(names)}")
 
     # ---- a new run, or on from last.pt
-    out, trained = Path(cfg.out_dir), {name: p for name, p in model.named_parameters() if p.requires_grad}
-    same = dict(architecture=arch, data_order=dict(
-        seed=cfg.seed, global_bsz=cfg.global_bsz, prompts=len(data), num_generations=G,
-        steps_per_generation=cfg.steps_per_generation, num_iterations=cfg.num_iterations))
-    last = common.resume(cfg, trained, opt, same)
-    step0, best, cursor, groups = (last.get(k, v) for k, v in (("step", 0), ("best", -math.inf), ("cursor", 0), ("groups", [])))
-    common.open_out_dir(cfg, run, arch=arch, tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), max_steps=max_steps)
-    metrics = common.Metrics(cfg, run, from_step=step0)
-
-    def save(step, name=None):
-        if run.main:
-            if name:
-                path = model.save_tuned(out, name, run.dtype, **about)
-                common.prune(out, f"{path.stem.split('-')[0]}-*{path.suffix}", cfg.keep_last)
-            common.save_last(cfg, step, trained, opt, same, best=best, cursor=cursor, groups=groups)
-        metrics.plot("reward", "val_pass@1", f"val_pass@{cfg.eval_generations}", "entropy")
+    trained, kept, metrics, write, save = common.open_run(
+        cfg, run, model, opt, max_steps, kept=dict(best=-math.inf, cursor=0, groups=[]),
+        data_order=dict(prompts=len(data), num_generations=cfg.num_generations, steps_per_generation=cfg.steps_per_generation,
+                        num_iterations=cfg.num_iterations),
+        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), about=about,
+        plot=("reward", "val_pass@1", f"val_pass@{cfg.eval_generations}", "entropy"))
+    roll = functools.partial(rollout, model, tokenizer, judge, run)
 
     def validate():
         """{name: number} on held-out prompts, and the best checkpoint: by pass@1"""
-        nonlocal best
         model.eval()
-        values = {}
+        values, k = {}, cfg.eval_generations
         if val is not None:
-            k = cfg.eval_generations
-            numbers, plain = [HELD_OUT + i for i in range(len(val))], dataclasses.replace(cfg, process=None)
-            got = rollout(model, val, numbers, tokenizer, plain, run, judge, k,
-                          temperature=cfg.temperature)
-            rewards = torch.cat([combine_rewards([g["rewards"][name] for name in names], weights) for g in got]).view(-1, k)
+            numbers = [HELD_OUT + i for i in range(len(val))]
+            got = roll(dataclasses.replace(cfg, process=None), val, numbers, k, temperature=cfg.temperature)
             # right is what the first reward gives 1 or more; a missing one is not
-            right = combine_rewards([[r for g in got for r in g["rewards"][names[0]]]], [1.0]).view(-1, k) >= 1
-            values = {"val_reward": float(rewards.nanmean()), "val_pass@1": float(right.double().mean()),
-                      f"val_pass@{k}": float(right.any(1).double().mean())}
+            right = torch.tensor([[r is not None and r >= 1 for r in g["rewards"][names[0]]] for g in got])
+            values = {"val_reward": float(torch.tensor([g["reward"] for g in got], dtype=torch.float64).nanmean()),
+                      "val_pass@1": float(right.double().mean()), f"val_pass@{k}": float(right.any(1).double().mean())}
         if cfg.eval_fn is not None:
             values.update(cfg.eval_fn(model, tokenizer))
-        if values.get("val_pass@1", -math.inf) > best:
-            best = values["val_pass@1"]
-            if run.main:
-                model.save_tuned(out, "best", run.dtype, **about)
+        if values.get("val_pass@1", -math.inf) > kept["best"]:
+            kept["best"] = values["val_pass@1"]
+            write("best")
         return values
 
-    def take_rollouts():
-        """The groups of the next optimiser steps, with their advantages; -> seconds that sampling and rewards took"""
-        nonlocal cursor, groups
-        t, kept, want = time.time(), [], cfg.global_bsz * cfg.steps_per_generation
-        model.eval()
-        for round_ in range(1 + cfg.dynamic_sampling):
-            numbers = range(cursor, cursor + want - len(kept))
-            cursor = numbers.stop
-            got = rollout(model, [data[i] for i in common.shuffled(numbers, len(data), cfg.seed)], list(numbers), tokenizer, cfg, run,
-                          judge, G, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k)
-            for group in got:
-                group["reward"] = combine_rewards([group["rewards"][name] for name in names], weights).tolist()
-            if round_ < cfg.dynamic_sampling:
-                got = [g for g in got if different(g["reward"])]
-            kept += got
-            if len(kept) == want:
-                break
-        rewards = torch.tensor([r for g in kept for r in g["reward"]], dtype=torch.float64)
-        if rewards.isnan().all():
-            write_rollouts(kept, out / "rollouts" / "failed.jsonl", run)
-            raise UserError(f"every reward of this batch is None; the rollouts are in {out / 'rollouts/failed.jsonl'}")
-        advantages = group_advantages(rewards, G, scale_rewards=cfg.scale_rewards)
-        if cfg.advantage_clip:
-            advantages = advantages.clamp(-cfg.advantage_clip, cfg.advantage_clip)
-        for group, row in zip(kept, advantages.view(-1, G).tolist()):
-            group["advantages"] = row
-            for c in group["completions"]:
-                if cfg.mask_truncated_completions and c["finish_reason"] == "length":
-                    c["mask"] = [0] * len(c["tokens"])
-        groups = kept
-        return time.time() - t
-
-    def logps_of(batch, network, scope=nullcontext):
-        """[B, T] of a micro-batch, without a graph"""
-        forks = fork([(g["ids"], [c["tokens"] for c in g["completions"]]) for g in batch], run.device)
-        with torch.no_grad(), scope():
-            logps = forked(network, forks, cfg.chunk_len, cfg.temperature).logps[0]
-        return pad_sequence(logps.split(forks.borders2.diff().tolist()), batch_first=True)
-
-    def micro_batches(step):
-        part = step % cfg.steps_per_generation
-        mine = groups[part * cfg.global_bsz:(part + 1) * cfg.global_bsz][run.rank::run.world]
-        return [mine[i:i + cfg.micro_bsz] for i in range(0, len(mine), cfg.micro_bsz)]
-
     # ---- the loop
-    if step0 == 0 and (values := validate()):
-        metrics.log(0, **values)
-        print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
+    metrics.begin(validate() if metrics.from_step == 0 else {})
     wrapped, no_sync = common.wrap(model, run)
     updates = cfg.steps_per_generation * cfg.num_iterations  # optimiser steps of one batch of rollouts
     quiet = {"ratio", "clip_ratio/low_mean", "clip_ratio/high_mean", "reward_std", "completions/max_length",  # not on the screen
              "sampling/sampling_logp_difference/mean", *(f"rewards/{k}/mean" for k in names)}
-    metrics.t0 = time.time()
     with common.catch_signals() as signals:
-        for step in range(step0, max_steps):
-            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            common.set_lr(opt, lr)
-
-            seconds_rollout = 0.0
+        for step in range(metrics.from_step, max_steps):
+            lr = common.set_lr(opt, cfg, step, max_steps)
+            t = time.time()
             if step % updates == 0:
-                seconds_rollout = take_rollouts()
+                model.eval()
+                kept["groups"], kept["cursor"] = take_rollouts(roll, data, kept["cursor"], cfg, run)
                 if updates > 1:  # with one update the policy is still the one that sampled
-                    for part in range(cfg.steps_per_generation):
-                        for batch in micro_batches(part):
-                            rows = [c for g in batch for c in g["completions"]]
-                            for c, logps in zip(rows, logps_of(batch, model)):
-                                c["old"] = logps[:len(c["tokens"])].tolist()
-                    groups = sorted(common.gather([g for part in range(cfg.steps_per_generation) for batch in micro_batches(part)
-                                                   for g in batch]), key=lambda group: group["number"])
+                    mine = common.chunks(kept["groups"][run.rank::run.world], cfg.micro_bsz)
+                    for batch in mine:
+                        for c, logps in zip(completions_of(batch), logps_of(model, tensors(batch, run.device)[0], cfg)):
+                            c["old"] = logps[:len(c["tokens"])].tolist()
+                    kept["groups"] = sorted(common.gather([g for batch in mine for g in batch]), key=lambda g: g["number"])
                 if cfg.rollouts_every and (step // updates * updates) % cfg.rollouts_every < updates:
-                    write_rollouts(groups, out / "rollouts" / f"{step}.jsonl", run)
-                    for group in groups[:3]:
+                    write_rollouts(kept["groups"], out / "rollouts" / f"{step}.jsonl", run)
+                    for group in kept["groups"][:3]:
                         print0(f"  {str(group['row']['prompt'])[-100:]!r}\n"
                                f"    {group['reward'][0]:.3f} {group['completions'][0]['text'][:200]!r}")
 
-            t, part = time.time(), step % cfg.steps_per_generation
-            batch = groups[part * cfg.global_bsz:(part + 1) * cfg.global_bsz]
-            completions = [c for g in batch for c in g["completions"]]
-            n_items, n_rows = sum(sum(c["mask"]) for c in completions), len(completions)
+            seconds_rollout, t = time.time() - t, time.time()
+            batch = kept["groups"][step % cfg.steps_per_generation * cfg.global_bsz:][:cfg.global_bsz]
+            completions = completions_of(batch)
             # sums over the whole batch's tokens and rows; x world because DDP averages gradients
-            share = dict(num_items=max(n_items, 1) / run.world, num_rows=n_rows / run.world)
+            n_items = max(sum(sum(c["mask"]) for c in completions), 1)
+            share = dict(num_items=n_items / run.world, num_rows=len(completions) / run.world)
             loss, totals, gaps = 0.0, {}, []
             model.train()
-            for i, micro in enumerate(micro_batches(step)):
-                rows = [c for g in micro for c in g["completions"]]
-                forks = fork([(g["ids"], [c["tokens"] for c in g["completions"]]) for g in micro], run.device)
-                lengths = forks.borders2.diff().tolist()
-                mask = padded([c["mask"] for c in rows], run.device)
-                advantages = torch.tensor([a for g in micro for a in g["advantages"]], dtype=torch.float32, device=run.device)
-                old = padded([c["old"] for c in rows], run.device) if updates > 1 else None
+            for i, micro in enumerate(common.chunks(batch[run.rank::run.world], cfg.micro_bsz)):
+                forks, mask, advantages, said, old = tensors(micro, run.device)
                 ref = None
                 if cfg.beta:
-                    ref = logps_of(micro, reference) if reference is not None else logps_of(micro, model, model.reference)
-                said = padded([c["logprobs"] or [math.nan] * len(c["tokens"]) for c in rows], run.device)  # NaN: rewritten by hand
+                    with nullcontext() if reference is not None else model.reference():
+                        ref = logps_of(reference or model, forks, cfg)
 
                 def loss_of(scores):
-                    logps, entropy = (pad_sequence(x[0].split(lengths), batch_first=True) for x in (scores.logps, scores.entropy))
+                    logps, entropy = by_row(scores.logps, forks), by_row(scores.entropy, forks)
                     now = old if old is not None else logps.detach()
                     gap = (now - said)[mask.bool()].abs()
                     gaps.append(gap[~gap.isnan()])
@@ -540,39 +514,20 @@ def train(cfg, run):
             opt.step()
             opt.zero_grad()
             done, now, values = step + 1, dict(zip(totals, values)), {}
-            n_tokens = sum(len(c["tokens"]) for c in completions)
-            metrics.tokens += n_tokens
-            if step % updates == updates - 1:
-                groups = []  # used up
+            metrics.tokens += sum(len(c["tokens"]) for c in completions)
+            if done % updates == 0:
+                kept["groups"] = []  # used up
 
             if done == max_steps or (cfg.eval_every and done % cfg.eval_every == 0):
                 values = validate()
             if values or done % cfg.log_every == 0 or done in (1, max_steps):
-                rewards = torch.tensor([g["reward"] for g in batch], dtype=torch.float64)
-                sizes = torch.tensor([float(len(c["tokens"])) for c in completions])
-                spread = torch.tensor([g[~g.isnan()].std() if different(g) else 0.0 for g in rewards])
                 metrics.progress(
-                    done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, quiet=quiet,
-                    reward=float(rewards.nanmean()), reward_std=float(spread.mean()),
-                    frac_reward_zero_std=float((spread == 0).double().mean()), **now,
-                    **{f"rewards/{k}/mean": float(torch.tensor(
-                        [math.nan if r is None else r for g in batch for r in g["rewards"][k]]).nanmean()) for k in names},
-                    **{"completions/mean_length": float(sizes.mean()), "completions/max_length": float(sizes.max()),
-                       "completions/clipped_ratio": sum(c["finish_reason"] == "length" for c in completions) / n_rows,
-                       "sampling/sampling_logp_difference/mean": gap_sum / max(gap_n, 1),
-                       "sampling/sampling_logp_difference/max": float(common.all_max(gaps.max() if len(gaps) else 0.0)),
+                    done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, quiet=quiet, **batch_metrics(batch), **now,
+                    **{"sampling/sampling_logp_difference/mean": gap_sum / max(gap_n, 1),
+                       "sampling/sampling_logp_difference/max": max(common.gather([float(gaps.max()) if len(gaps) else 0.0])),
                        "seconds/rollout": seconds_rollout, "seconds/train": time.time() - t}, **values)
-            if done == max_steps:
-                save(done, "final")
-            elif cfg.save_every and done % cfg.save_every == 0:
-                save(done, str(done))
-            if stop and done < max_steps:
-                save(done)
-                common.stopped(cfg, done, max_steps)
-    if step0 >= max_steps:
-        print0(f"{out} is already at step {step0} of {max_steps}; give a larger --max_steps to go on")
-        return
-    print0(f"done in {common.duration(time.time() - metrics.t0)}: {out}/*-final.*, {out / 'metrics.png'}")
+            common.end_step(cfg, save, done, max_steps, stop)
+    common.end_run(cfg, metrics, max_steps, "*-final.*")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,10 @@ eps at 1e-8 (upstream: 1e-18), a warm-up that starts again on resume, a mean of 
     python train_pretrain.py config/pretrain_tiny.py                            a laptop, no GPU (runs/demo.sh)
     torchrun --nproc_per_node=8 train_pretrain.py config/pretrain_0b1.py        one machine with eight cards
 """
-import dataclasses
 import functools
 import math
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -30,48 +27,25 @@ from model import RWKV, RWKVConfig
 
 
 @dataclass
-class Config:
-    # data
+class Config(common.RunConfig):
     data: str = "data/stdlib_train"  # token file (.bin + .idx) from prepare.py or from RWKV-LM's tools
     val_data: str = ""               # token file for validation; empty = none
     order: Literal["shuffle", "magic_prime"] = "shuffle"  # of the windows; magic_prime = RWKV-LM's offsets
     tokenizer: str = ""              # name or file; empty = what prepare.py noted beside the data
-    # model
     init_from: str = ""              # weights to start from (.pth, .safetensors); empty = a fresh model
     version: Literal["x070", "x060"] = "x070"  # fresh model: RWKV-7 or RWKV-6
     n_layer: int = 12                # fresh model: layers
     n_embd: int = 768                # fresh model: width
     head_size: int = 64              # fresh model: width of a head; the CUDA kernels want 64
-    # run
     out_dir: str = "out/pretrain"    # folder for weights, last.pt, config.json, metrics
-    resume: bool = False             # go on from out_dir/last.pt
-    seed: int = 42                   # of the fresh weights and of the data order
-    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto = bfloat16 on CUDA, else float32
-    # batch
     micro_bsz: int = 8               # windows per process and backward pass: lower it when memory runs out
     global_bsz: int = 16             # windows per optimiser step, over all processes; accumulation follows from it
     ctx_len: int = 512               # tokens of a window (nanoGPT: block_size)
-    # optimiser
     lr: float = 6e-4                 # peak learning rate; upstream's hint is about 0.45 / n_embd
     lr_final: float = 6e-5           # learning rate at the end of the cosine
-    warmup_steps: int = 10           # steps from 0.01 lr to lr
-    max_steps: int | None = None     # optimiser steps of the whole run; or give epochs
-    epochs: float | None = None      # passes over the data; one if neither is given
     weight_decay: float = 0.001      # on the large matrices alone
-    beta1: float = 0.9               # AdamW
-    beta2: float = 0.99              # AdamW
-    adam_eps: float = 1e-18          # AdamW; upstream's value
-    grad_clip: float = 1.0           # largest gradient norm; 0 = no clipping
     l2wrap: float = 0.0              # upstream's L2Wrap, 1e-4 there: keeps logits from drifting; 0 = off
-    grad_cp: bool = False            # gradient checkpointing: less memory, about a third more time
-    # evaluation, saving, logging
-    eval_every: int = 100            # steps between validations; 0 = at the end only
     eval_windows: int = 0            # validation windows, spread over the file; 0 = all
-    save_every: int = 500            # steps between checkpoints; 0 = at the end only
-    log_every: int = 10              # steps between progress lines
-    keep_last: int = 2               # rwkv-<step>.pth files to keep; 0 = all
-    log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl and metrics.png
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,43 +86,32 @@ def batch_at(tokens, starts, length, device):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, cfg, run):
-    """Mean loss in nats per token over validation windows; every process takes its share."""
+def evaluate(model, file, cfg, run):
+    """{"val_loss": mean nats per token over a TokenFile's windows, "val_bpb": bits per byte of its text, where it knows how
+    many bytes that is}; every process takes its share."""
+    tokens, meta = file.tokens, file.meta
     length = min(cfg.ctx_len, len(tokens) - 1)
     starts = np.arange(0, len(tokens) - length, length)
     if cfg.eval_windows and len(starts) > cfg.eval_windows:
         starts = starts[np.linspace(0, len(starts) - 1, cfg.eval_windows).astype(int)]
     mine, nll = starts[run.rank::run.world], 0.0
-    for i in range(0, len(mine), cfg.micro_bsz):
-        x, y = batch_at(tokens, mine[i:i + cfg.micro_bsz], length, run.device)
+    for some in common.chunks(mine, cfg.micro_bsz):
+        x, y = batch_at(tokens, some, length, run.device)
         nll -= model(x, targets=y)[0].logps.sum().item()
     nll, n = common.all_sum(nll, len(mine) * length)
-    return nll / n
-
-
-def bits_per_byte(nats_per_token, meta):
-    """nats per token -> bits per byte of text, with the token file's own count of bytes; None where that is unknown."""
-    return nats_per_token / math.log(2) * meta["tokens"] / meta["bytes"] if meta.get("bytes") else None
+    bpb = {"val_bpb": nll / n / math.log(2) * meta["tokens"] / meta["bytes"]} if meta.get("bytes") else {}
+    return {"val_loss": nll / n, **bpb}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def main(cfg):
-    run = common.start(cfg)
-    try:
-        train(cfg, run)
-    finally:
-        common.finish(run)
-
-
-def train(cfg, run):
+@common.launch
+def main(cfg, run):
     # ---- data
     data = prepare.TokenFile(cfg.data)
     val = prepare.TokenFile(cfg.val_data) if cfg.val_data else None
     tokens = data.tokens
-    if cfg.ctx_len < 1:
-        raise UserError(f"ctx_len={cfg.ctx_len}: expected a number above 0")
-    n_windows = (len(tokens) - 1) // cfg.ctx_len
+    n_windows = (len(tokens) - 1) // max(cfg.ctx_len, 1)  # 0 is found by plan_steps
     if n_windows < 1:
         raise UserError(f"{cfg.data} holds {len(tokens):,} tokens, fewer than ctx_len + 1 = {cfg.ctx_len + 1}; "
                         "lower --ctx_len or prepare more text")
@@ -168,12 +131,13 @@ def train(cfg, run):
         model = RWKV.from_pretrained(cfg.init_from)
     else:
         model = RWKV(RWKVConfig(cfg.version, cfg.n_layer, cfg.n_embd, tokenizer.vocab_size, cfg.head_size))
-    arch = dataclasses.asdict(model.config)
-    if tokenizer.vocab_size > arch["vocab_size"]:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, but {cfg.init_from} has a vocabulary of "
-                        f"{arch['vocab_size']}; use the tokenizer the model was trained with")
+    vocab_size = model.config.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, but {cfg.init_from} has a vocabulary of {vocab_size}; "
+                        "use the tokenizer the model was trained with")
     for file in filter(None, (data, val)):
-        file.check_vocab(arch["vocab_size"])
+        file.check_vocab(vocab_size)
+    model.set_tune("full")
     model.to(run.device)
     model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
 
@@ -183,35 +147,28 @@ def train(cfg, run):
            f"windows = {max_steps * cfg.global_bsz / n_windows:.2f} epochs")
 
     # ---- a new run, or on from last.pt
-    out, trained = Path(cfg.out_dir), {name: p for name, p in model.named_parameters() if p.requires_grad}
-    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, order=cfg.order, ctx_len=cfg.ctx_len,
-                                                   global_bsz=cfg.global_bsz, tokens=len(tokens)))
-    last = common.resume(cfg, trained, opt, same)
-    step0, best = last.get("step", 0), last.get("best", math.inf)
-    common.open_out_dir(cfg, run, arch=arch, tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), max_steps=max_steps)
-    metrics = common.Metrics(cfg, run, from_step=step0)
+    trained, kept, metrics, write, save = common.open_run(
+        cfg, run, model, opt, max_steps, data_order=dict(order=cfg.order, ctx_len=cfg.ctx_len, tokens=len(tokens)),
+        kept=dict(best=math.inf), tokenizer=lambda: prepare.save_tokenizer(tokenizer, cfg.out_dir), plot=("loss", "val_loss"))
 
-    def save(step, name=None):
-        if run.main:
-            if name:
-                model.save_pretrained(out / name, dtype=run.dtype)
-                common.prune(out, "rwkv-*.pth", cfg.keep_last)
-            common.save_last(cfg, step, trained, opt, same, best=best)
-        metrics.plot("loss", "val_loss")
+    def validate():
+        """{name: number} on held-out data, and the best checkpoint"""
+        values = evaluate(model, val, cfg, run) if val is not None else {}
+        if values.get("val_loss", math.inf) < kept["best"]:
+            kept["best"] = values["val_loss"]
+            write("best")
+        return values
 
     # ---- the loop
     wrapped, no_sync = common.wrap(model, run)
     with common.catch_signals() as signals:
-        for step in range(step0, max_steps):
-            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            common.set_lr(opt, lr)
-
+        for step in range(metrics.from_step, max_steps):
+            lr = common.set_lr(opt, cfg, step, max_steps)
             samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
             nll = 0.0
-            for i in range(accumulation):
-                starts = window_starts(samples[i * cfg.micro_bsz:(i + 1) * cfg.micro_bsz], len(tokens), cfg.ctx_len,
-                                       cfg.order, cfg.seed)
-                x, y = batch_at(tokens, starts, cfg.ctx_len, run.device)
+            starts = window_starts(samples, len(tokens), cfg.ctx_len, cfg.order, cfg.seed)
+            for i, some in enumerate(common.chunks(starts, cfg.micro_bsz)):
+                x, y = batch_at(tokens, some, cfg.ctx_len, run.device)
                 # the sum over the whole batch's tokens, not a mean of means; x world because DDP averages gradients
                 with no_sync() if i < accumulation - 1 else nullcontext():
                     scores, _ = wrapped(x, targets=y, l2wrap=cfg.l2wrap)
@@ -226,28 +183,13 @@ def train(cfg, run):
             done, values = step + 1, {}
             metrics.tokens += tokens_per_step
 
-            if val is not None and (done == max_steps or (cfg.eval_every and done % cfg.eval_every == 0)):
-                values["val_loss"] = evaluate(model, val.tokens, cfg, run)
-                if (bpb := bits_per_byte(values["val_loss"], val.meta)) is not None:
-                    values["val_bpb"] = bpb
-                if values["val_loss"] < best:
-                    best = values["val_loss"]
-                    if run.main:
-                        model.save_pretrained(out / "best.pth", dtype=run.dtype)
+            if done == max_steps or (cfg.eval_every and done % cfg.eval_every == 0):
+                values = validate()
             if values or done % cfg.log_every == 0 or done in (1, max_steps):
                 metrics.progress(done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, **values)
-            if done == max_steps:
-                save(done, "rwkv-final.pth")
-            elif cfg.save_every and done % cfg.save_every == 0:
-                save(done, f"rwkv-{done}.pth")
-            if stop and done < max_steps:
-                save(done)
-                common.stopped(cfg, done, max_steps)
-    if step0 >= max_steps:
-        print0(f"{out} is already at step {step0} of {max_steps}; give a larger --max_steps to go on")
-        return
-    print0(f"done in {common.duration(time.time() - metrics.t0)}: {out / 'rwkv-final.pth'}, {out / 'metrics.png'}")
-    if val is not None and run.main:
+            common.end_step(cfg, save, done, max_steps, stop)
+    common.end_run(cfg, metrics, max_steps, "rwkv-final.pth")
+    if val is not None and metrics.from_step < max_steps:
         xz = val.meta.get("xz_bits_per_byte")
         print0(f"validation: {values['val_loss']:.4f} nats per token" + (f", {values['val_bpb']:.3f} bits per byte"
                if "val_bpb" in values else "") + (f"; xz -9 on the same held-out files: {xz:.3f} bits per byte (xz, unlike "

@@ -13,12 +13,9 @@ after which the model never stops; padding, which a recurrence feels. LoRA: arXi
     python train_sft.py config/sft_tiny.py                                      a laptop, no GPU
     python train_sft.py config/sft_1b5.py --tune=lora                           one GPU
 """
-import dataclasses
 import math
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Callable, Literal
 
 import torch
@@ -31,73 +28,31 @@ from model import backward, evaluate, load_to_tune, pack, pad
 
 
 @dataclass
-class Config:
-    # data
+class Config(common.TuneConfig):
     data: str = "data/sft.jsonl"     # JSONL of conversations; prepare.py show FILE prints what is trained
-    val_data: str = ""               # the same for validation; empty = none
     template: Callable | None = None  # of your own: (row, tokenizer) -> (ids, mask); a function in the config file
     last_reply_only: bool = False    # train on each conversation's last reply alone
-    tokenizer: str = ""              # name or file; empty = what the model's folder says, or World if it has 65536 ids
-    # model
-    init_from: str = ""              # weights to start from (.pth, .safetensors)
     tune: Literal["full", "lora"] = "full"  # every weight, or an adapter beside the large matrices
-    lora_r: int = 32                 # LoRA rank
-    lora_alpha: float = 64.0         # LoRA scale: alpha / r
-    lora_dropout: float = 0.0        # LoRA dropout
-    lora_rslora: bool = False        # scale alpha / sqrt(r)
-    lora_targets: tuple[str, ...] = ()  # matrices: key, att.key, ffn, head …; none = all of att and ffn
-    lora_extra: tuple[str, ...] = ()  # further parameters to train, by parts of their names: ln, x_ …
-    adapter: str = ""                # saved adapter to go on from
-    # run
     out_dir: str = "out/sft"         # folder for weights or adapters, last.pt, config.json, metrics
-    resume: bool = False             # go on from out_dir/last.pt
-    seed: int = 42                   # of the data order and of a fresh adapter
-    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto = bfloat16 on CUDA, else float32
-    # batch
     micro_bsz: int = 8               # documents per process and backward pass: lower it when memory runs out
     global_bsz: int = 32             # documents per optimiser step, over all processes; accumulation follows from it
     ctx_len: int = 4096              # longest document in tokens; longer ones are cut, and counted
     packing: bool = True             # documents end to end; false = right padding (slower, the same loss)
     chunk_len: int = 0               # tokens whose activations are kept at a time; 0 = whole documents
     bptt: Literal["full", "truncated"] = "full"  # the gradient across chunks: exact, or cut
-    # optimiser
     lr: float = 2e-5                 # peak learning rate; LoRA wants about ten times more
     lr_final: float = 2e-6           # learning rate at the end of the cosine
-    warmup_steps: int = 10           # steps from 0.01 lr to lr
-    max_steps: int | None = None     # optimiser steps of the whole run; or give epochs
-    epochs: float | None = None      # passes over the data; one if neither is given
-    weight_decay: float = 0.0        # on the large matrices alone
-    beta1: float = 0.9               # AdamW
-    beta2: float = 0.99              # AdamW
-    adam_eps: float = 1e-18          # AdamW; upstream's value
-    grad_clip: float = 1.0           # largest gradient norm; 0 = no clipping
-    grad_cp: bool = False            # gradient checkpointing: less memory, about a third more time
-    # evaluation, saving, logging
-    eval_every: int = 100            # steps between validations; 0 = at the end only
     eval_samples: int = 3            # held-out prompts whose generated answers are printed at each validation
-    eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}; a function in the config file
-    save_every: int = 500            # steps between checkpoints; 0 = at the end only
-    log_every: int = 10              # steps between progress lines
-    keep_last: int = 2               # rwkv-<step>.pth or lora-<step>.safetensors to keep; 0 = all
-    log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl and metrics.png
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def main(cfg):
-    run = common.start(cfg)
-    try:
-        train(cfg, run)
-    finally:
-        common.finish(run)
-
-
-def train(cfg, run):
+@common.launch
+def main(cfg, run):
     # ---- model and tokenizer
     model = load_to_tune(cfg, run)
     tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    arch, about = dataclasses.asdict(model.config), common.origin(cfg, model, tokenizer)
+    about = common.origin(cfg, model, tokenizer)
 
     # ---- data
     if cfg.chunk_len and not cfg.packing:
@@ -112,25 +67,12 @@ def train(cfg, run):
            f"trained; {max_steps:,} steps of {cfg.global_bsz} documents = {max_steps * cfg.global_bsz / len(data):.2f} epochs")
 
     # ---- a new run, or on from last.pt
-    out, trained = Path(cfg.out_dir), {name: p for name, p in model.named_parameters() if p.requires_grad}
-    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, ctx_len=cfg.ctx_len, global_bsz=cfg.global_bsz,
-                                                   documents=len(data)))
-    last = common.resume(cfg, trained, opt, same)
-    step0, best = last.get("step", 0), last.get("best", math.inf)
-    common.open_out_dir(cfg, run, arch=arch, tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), max_steps=max_steps)
-    metrics = common.Metrics(cfg, run, from_step=step0)
-
-    def save(step, name=None):
-        if run.main:
-            if name:
-                path = model.save_tuned(out, name, run.dtype, **about)
-                common.prune(out, f"{path.stem.split('-')[0]}-*{path.suffix}", cfg.keep_last)
-            common.save_last(cfg, step, trained, opt, same, best=best)
-        metrics.plot("loss", "val_loss")
+    trained, kept, metrics, write, save = common.open_run(
+        cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, documents=len(data)), kept=dict(best=math.inf),
+        tokenizer=lambda: prepare.save_tokenizer(tokenizer, cfg.out_dir), about=about, plot=("loss", "val_loss"))
 
     def validate():
         """{name: number} on held-out data, and the best checkpoint"""
-        nonlocal best
         model.eval()
         values = {}
         if val is not None:
@@ -138,31 +80,23 @@ def train(cfg, run):
             sample.show_answers(model, val, tokenizer, cfg.eval_samples if run.main else 0)
         if cfg.eval_fn is not None:
             values.update(cfg.eval_fn(model, tokenizer))
-        if values.get("val_loss", math.inf) < best:
-            best = values["val_loss"]
-            if run.main:
-                model.save_tuned(out, "best", run.dtype, **about)
+        if values.get("val_loss", math.inf) < kept["best"]:
+            kept["best"] = values["val_loss"]
+            write("best")
         return values
 
     # ---- the loop
-    if step0 == 0 and (values := validate()):
-        metrics.log(0, **values)
-        print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
+    metrics.begin(validate() if metrics.from_step == 0 else {})
     wrapped, no_sync = common.wrap(model, run)
-    metrics.t0 = time.time()
     with common.catch_signals() as signals:
-        for step in range(step0, max_steps):
-            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            common.set_lr(opt, lr)
-
-            samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
-            batch = [data[i] for i in common.shuffled(samples, len(data), cfg.seed)]
+        for step in range(metrics.from_step, max_steps):
+            lr = common.set_lr(opt, cfg, step, max_steps)
+            batch = [data[i] for i in common.samples_of(step, len(data), cfg, run)]
             # the sum over the whole batch's trained tokens, not a mean of means; x world because DDP averages gradients
             n, n_tokens = common.all_sum(sum(sum(mask[1:]) for _, mask in batch), sum(len(ids) for ids, _ in batch))
             nll = hits = 0.0
             model.train()
-            for i in range(accumulation):
-                documents = batch[i * cfg.micro_bsz:(i + 1) * cfg.micro_bsz]
+            for i, documents in enumerate(common.chunks(batch, cfg.micro_bsz)):
                 x, y, weight, borders = (pack if cfg.packing else pad)(documents, run.device)
                 loss, right = backward(wrapped, x, y, weight * (run.world / n), borders, cfg.chunk_len, cfg.bptt,
                                        nullcontext if i == accumulation - 1 else no_sync, no_sync)
@@ -179,18 +113,8 @@ def train(cfg, run):
                 values = validate()
             if values or done % cfg.log_every == 0 or done in (1, max_steps):
                 metrics.progress(done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, accuracy=accuracy, **values)
-            if done == max_steps:
-                save(done, "final")
-            elif cfg.save_every and done % cfg.save_every == 0:
-                save(done, str(done))
-            if stop and done < max_steps:
-                save(done)
-                common.stopped(cfg, done, max_steps)
-    if step0 >= max_steps:
-        print0(f"{out} is already at step {step0} of {max_steps}; give a larger --max_steps to go on")
-        return
-    print0(f"done in {common.duration(time.time() - metrics.t0)}: "
-           f"{out}/*-final.*, {out / 'metrics.png'}")
+            common.end_step(cfg, save, done, max_steps, stop)
+    common.end_run(cfg, metrics, max_steps, "*-final.*")
 
 
 if __name__ == "__main__":

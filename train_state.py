@@ -16,13 +16,11 @@ Usual mistakes: learning rates of weights (a state wants 1e-2 and more, it start
     python train_state.py config/state_tiny.py                          a laptop: 0.81 -> 0.98 on a skill SFT never saw
     python train_state.py config/state_1b5.py --data=tasks/             one GPU, a state for each file of the folder
 """
-import dataclasses
 import math
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -36,52 +34,29 @@ from model import RWKV, backward, evaluate, pack, read_state
 
 
 @dataclass
-class Config:
-    # data
+class Config(common.RunConfig):
     data: str = "data/sft.jsonl"     # JSONL as for SFT, or a folder of them: a state for each; prepare.py show FILE looks
     val_data: str = ""               # the same for validation, a folder with the same names; empty = none
     template: Callable | None = None  # of your own: (row, tokenizer) -> (ids, mask); a function in the config file
     last_reply_only: bool = False    # train on each conversation's last reply alone
-    tokenizer: str = ""              # name or file; empty = what the model's folder says, or World if it has 65536 ids
-    # model and state
     init_from: str = ""              # weights, which stay as they are (.pth, .safetensors)
     init_state: str = ""             # state file to start from; empty = zero
     init_prompt: str = ""            # or start from the state that this text leaves
     layers: tuple[int, ...] = ()     # train the states of these layers alone, from 0; none = of all
     shift: bool = False              # also train both token-shift vectors; other engines do not read them
     encoder: int = 0                 # hidden width of RWKV-StateTuning's encoder (512 there); 0 = the plain state
-    # run
     out_dir: str = "out/state"       # folder for states, last.pt, config.json, metrics; a subfolder for each of many tasks
-    resume: bool = False             # go on from out_dir/last.pt
-    seed: int = 42                   # of the data order and of the encoder
-    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and computation; auto = bfloat16 on CUDA
-    # batch
     micro_bsz: int = 8               # documents per process and backward pass: lower it when memory runs out
     global_bsz: int = 32             # documents per optimiser step, over all processes and tasks
     ctx_len: int = 4096              # longest document in tokens; longer ones are cut, and counted
     chunk_len: int = 0               # tokens whose activations are kept at a time, with exact gradient; 0 = whole documents
-    # optimiser
     lr: float = 1e-2                 # peak learning rate
     lr_final: float = 1e-4           # learning rate at the end of the cosine
-    warmup_steps: int = 10           # steps from 0.01 lr to lr
-    max_steps: int | None = None     # optimiser steps of the whole run; or give epochs
-    epochs: float | None = None      # passes over the data; one if neither is given
     weight_decay: float = 0.0        # on an encoder's matrices alone
-    beta1: float = 0.9               # AdamW
-    beta2: float = 0.99              # AdamW
-    adam_eps: float = 1e-18          # AdamW; upstream's value
     grad_clip: float = 1.0           # largest gradient norm of a task; 0 = no clipping
-    grad_cp: bool = False            # gradient checkpointing: less memory, about a third more time
-    # evaluation, saving, logging
-    eval_every: int = 100            # steps between validations; 0 = at the end only
     eval_samples: int = 3            # held-out prompts whose generated answers are printed at each validation
     eval_off: bool = False           # the same rows with the state off beside, so that the base stays in view
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}; a function in the config file
-    save_every: int = 500            # steps between checkpoints; 0 = at the end only
-    log_every: int = 10              # steps between progress lines
-    keep_last: int = 2               # state-<step>.pth to keep; 0 = all
-    log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl and metrics.png
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,15 +103,8 @@ class Encoder(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def main(cfg):
-    run = common.start(cfg)
-    try:
-        train(cfg, run)
-    finally:
-        common.finish(run)
-
-
-def train(cfg, run):
+@common.launch
+def main(cfg, run):
     # ---- model and tokenizer
     if not cfg.init_from:
         raise UserError("which model? --init_from=FILE, the .pth or .safetensors that the state is for")
@@ -144,7 +112,7 @@ def train(cfg, run):
         raise UserError("init_state and init_prompt are both given; a state starts from one of them")
     model = RWKV.from_pretrained(cfg.init_from, dtype=run.dtype)
     tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    arch, fingerprint = dataclasses.asdict(model.config), model.fingerprint()
+    fingerprint = model.fingerprint()
     model.to(run.device)
     model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
     model.prepare_recurrence()
@@ -170,7 +138,7 @@ def train(cfg, run):
             tuned.load(start)
         if cfg.encoder:
             tuned.wkv.requires_grad_(False)
-            tuned.encoder = Encoder(model.config, cfg.encoder, cfg.layers or range(arch["n_layer"])).to(run.device)
+            tuned.encoder = Encoder(model.config, cfg.encoder, cfg.layers or range(model.config.n_layer)).to(run.device)
 
     # ---- optimiser
     opt = common.make_optimizer(model, cfg, run)
@@ -179,28 +147,21 @@ def train(cfg, run):
            f"{max_steps * cfg.global_bsz / len(data):.2f} epochs")
 
     # ---- a new run, or on from last.pt
-    out, trained = Path(cfg.out_dir), {name: p for name, p in model.named_parameters() if p.requires_grad}
-    same = dict(architecture=arch, data_order=dict(seed=cfg.seed, ctx_len=cfg.ctx_len, global_bsz=cfg.global_bsz,
-                                                   documents=len(data), tasks=names, base=fingerprint))
-    last = common.resume(cfg, trained, opt, same)
-    step0, best = last.get("step", 0), last.get("best", {})
-    common.open_out_dir(cfg, run, arch=arch, tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), max_steps=max_steps)
-    metrics = common.Metrics(cfg, run, from_step=step0)
+    out, ends = Path(cfg.out_dir), [f"/{name}" if name else "" for name in names]  # of the metrics' names
 
-    def save_state(k, stem):
-        folder = out / names[k]
-        model.save_state(folder / f"{stem}.pth", k, **common.origin(cfg, model, tokenizer, folder, fingerprint),
-                         template=cfg.template.__name__ if cfg.template else "User: …\n\nAssistant: …")
+    def write(name, task=None):
+        """The state of one task or of each, under that name; the older numbered ones go."""
+        for k in range(len(names)) if task is None else [task]:
+            path = out / names[k] / ("best.pth" if name == "best" else f"state-{name}.pth")
+            if run.main:
+                model.save_state(path, k, **common.origin(cfg, model, tokenizer, path.parent, fingerprint),
+                                 template=cfg.template.__name__ if cfg.template else "User: …\n\nAssistant: …")
+                common.prune(path, cfg.keep_last)
 
-    def save(step, name=None):
-        if run.main:
-            for k in range(len(names)) if name else ():
-                save_state(k, f"state-{name}")
-                common.prune(out / names[k], "state-*.pth", cfg.keep_last)
-            common.save_last(cfg, step, trained, opt, same, best=best)
-        metrics.plot(*(f"{what}{end}" for what in ("loss", "val_loss") for end in ends))
-
-    ends = [f"/{name}" if name else "" for name in names]  # of the metrics' names
+    trained, kept, metrics, write, save = common.open_run(
+        cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, documents=len(data), tasks=names, base=fingerprint),
+        kept=dict(best={}), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), write=write,
+        plot=[f"{what}{end}" for what in ("loss", "val_loss") for end in ends])
 
     def validate():
         """{name: number} on held-out data, and each task's best checkpoint"""
@@ -214,38 +175,30 @@ def train(cfg, run):
                         now["val_loss_off"] = evaluate(model, val[name], cfg, run)["val_loss"]
                 sample.show_answers(model, val[name], tokenizer, cfg.eval_samples if run.main else 0, cfg.eval_off)
                 values.update({key + end: value for key, value in now.items()})
-                if now["val_loss"] < best.get(name, math.inf):
-                    best[name] = now["val_loss"]
-                    if run.main:
-                        save_state(k, "best")
+                if now["val_loss"] < kept["best"].get(name, math.inf):
+                    kept["best"][name] = now["val_loss"]
+                    write("best", k)
             if cfg.eval_fn is not None:
                 values.update({key + end: value for key, value in cfg.eval_fn(model, tokenizer).items()})
         return values
 
     # ---- the loop
-    if step0 == 0 and (values := validate()):
-        metrics.log(0, **values)
-        print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
+    metrics.begin(validate() if metrics.from_step == 0 else {})
     wrapped, no_sync = common.wrap(model, run)
-    metrics.t0 = time.time()
     with common.catch_signals() as signals:
-        for step in range(step0, max_steps):
-            lr = common.lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-            common.set_lr(opt, lr)
-
-            samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)[run.rank::run.world]
-            batch = [data[i] for i in common.shuffled(samples, len(data), cfg.seed)]
+        for step in range(metrics.from_step, max_steps):
+            lr = common.set_lr(opt, cfg, step, max_steps)
+            batch = [data[i] for i in common.samples_of(step, len(data), cfg, run)]
             # each task's own count over the whole batch; x world because DDP averages gradients
             counts = common.all_sum(*(sum(sum(m[1:]) for _, m, task in batch if task == k) for k in range(len(names))))
             counts, n_tokens = torch.tensor(counts, device=run.device), common.all_sum(sum(len(ids) for ids, *_ in batch))[0]
             losses = torch.zeros(len(names), device=run.device)
-            for i in range(accumulation):
-                documents = batch[i * cfg.micro_bsz:(i + 1) * cfg.micro_bsz]
+            for i, documents in enumerate(common.chunks(batch, cfg.micro_bsz)):
                 x, y, weight, borders = pack([row[:2] for row in documents], run.device)
                 tasks = torch.tensor([task for *_, task in documents], device=run.device)
                 weight, of_token = task_weights(weight * run.world, borders, tasks, counts)
                 loss, *_ = backward(wrapped, x, y, weight, borders, cfg.chunk_len, "full",
-                                   nullcontext if i == accumulation - 1 else no_sync, no_sync, tasks)
+                                    nullcontext if i == accumulation - 1 else no_sync, no_sync, tasks)
                 losses.index_add_(0, of_token, loss[0] / run.world)
             present = [k for k, count in enumerate(counts) if count > 0]
             norms = torch.tensor([float(nn.utils.clip_grad_norm_(model.tuned[k].parameters(), cfg.grad_clip or math.inf))
@@ -267,18 +220,9 @@ def train(cfg, run):
                 if len(names) > 1:
                     values.update({f"loss{ends[k]}": losses[k] for k in present})
                 metrics.progress(done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, **values)
-            if done == max_steps:
-                save(done, "final")
-            elif cfg.save_every and done % cfg.save_every == 0:
-                save(done, str(done))
-            if stop and done < max_steps:
-                save(done)
-                common.stopped(cfg, done, max_steps)
-    if step0 >= max_steps:
-        print0(f"{out} is already at step {step0} of {max_steps}; give a larger --max_steps to go on")
-        return
-    print0(f"done in {common.duration(time.time() - metrics.t0)}: {out / names[0] / 'state-final.pth'}"
-           + f" and {len(names) - 1} more" * (len(names) > 1) + f", {out / 'metrics.png'}")
+            common.end_step(cfg, save, done, max_steps, stop)
+    more = f" and {len(names) - 1} more" * (len(names) > 1)
+    common.end_run(cfg, metrics, max_steps, f"{Path(names[0]) / 'state-final.pth'}{more}")
 
 
 if __name__ == "__main__":

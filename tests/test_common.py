@@ -100,7 +100,7 @@ def test_prune_keeps_the_newest_by_number(tmp_path):
     for n in (5, 10, 9, 100):
         (tmp_path / f"rwkv-{n}.pth").touch()
     (tmp_path / "rwkv-final.pth").touch()
-    common.prune(tmp_path, "rwkv-*.pth", 2)
+    common.prune(tmp_path / "rwkv-100.pth", 2)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["rwkv-10.pth", "rwkv-100.pth", "rwkv-final.pth"]
 
 
@@ -115,7 +115,7 @@ def test_metrics_go_to_the_asked_logger_and_a_resumed_run_drops_lost_lines(tmp_p
         out_dir: str = str(tmp_path)
         log: str = "wandb"
         lr: float = 0.5
-    run = common.Run(0, 1, torch.device("cpu"), torch.float32, False)
+    run = common.Run(0, 1, torch.device("cpu"), torch.float32)
     metrics = common.Metrics(Cfg(), run)
     for step in (1, 2, 3):
         metrics.log(step, loss=1.0 / step)

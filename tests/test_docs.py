@@ -1,5 +1,7 @@
 """What README.md shows exists and parses."""
-import ast
+import dataclasses
+import importlib
+import inspect
 import re
 import shlex
 
@@ -28,8 +30,9 @@ def test_scripts_configs_and_flags_exist(command):
     assert (ROOT / script).is_file(), script
     if script.endswith(".sh"):
         return
-    fields = {n.target.id for c in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(c, ast.ClassDef)
-              and c.name.endswith("Config") for n in c.body if isinstance(n, ast.AnnAssign)}
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    fields = {f.name for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__ and c.__name__.endswith("Config")
+              for f in dataclasses.fields(c)}
     for word in rest:
         if word.startswith("config/"):
             assert (ROOT / word).is_file(), word

@@ -210,7 +210,7 @@ TEMPLATES = ["Rate this. Question: {prompt}\nAnswer: {response}\nVerdict", "{pro
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_kept_rubric_gives_what_the_whole_text_gives(template, base):
-    path, run = str(base / "sft/rwkv-final.pth"), common.Run(0, 1, torch.device("cpu"), torch.float32, False)
+    path, run = str(base / "sft/rwkv-final.pth"), common.Run(0, 1, torch.device("cpu"), torch.float32)
     cfg = Config(init_from=path, judge="expected", judge_template=template, judge_cue=" Score:", judge_choices={" 0": 0, " 10": 10, " 3": 3})
     judge = self_reward.Judge(cfg, run)
     assert judge.rubric in template and (judge.state is None) == (template == TEMPLATES[1])
@@ -410,7 +410,7 @@ def test_fresh_deletes_what_it_wrote_and_nothing_else(base, tmp_path):
     changed = dataclasses.replace(cfg, stages=[{**cfg.stages[0], "lr": 1e-4}])
     with pytest.raises(UserError, match="01-external_reward was begun with lr='0.001', now '0.0001'"):
         self_reward.main(changed)
-    self_reward.clear(tmp_path / "run", common.Run(0, 1, torch.device("cpu"), torch.float32, False))
+    self_reward.clear(tmp_path / "run", common.Run(0, 1, torch.device("cpu"), torch.float32))
     left = [str(p.relative_to(tmp_path / "run")) for p in sorted(tmp_path.glob("run/**/*")) if p.is_file()]
     assert left == ["01-external_reward/notes.txt", "07-other/rwkv-final.pth", "report.md", "report.png"]
     self_reward.main(dataclasses.replace(changed, fresh=True))
