@@ -105,7 +105,7 @@ def start(stage, cfg):
         shutil.rmtree(folder)  # cut off before its first checkpoint; nobody else writes here
     log.parent.mkdir(parents=True, exist_ok=True)
     line = " && ".join(subprocess.list2cmdline(command) for command in commands)
-    return subprocess.Popen(line, shell=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(stage.threads)}, stdout=open(log, "w"),
+    return subprocess.Popen(line, shell=True, cwd=ROOT, env={"GOMP_SPINCOUNT": "1000", **os.environ, "OMP_NUM_THREADS": str(stage.threads)}, stdout=open(log, "w"),
                             stderr=subprocess.STDOUT, start_new_session=True), time.time()
 
 
