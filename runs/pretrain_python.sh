@@ -3,6 +3,7 @@
 set -euo pipefail
 . "$(dirname "$0")/install.sh"
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"  # threads that wait soon sleep: other programs do not slow this one down
+rm -rf out/pretrain_tiny
 
 # 1. real text that every machine has: the source of Python's standard library, through a BPE trained on it
 python prepare.py stdlib --out=data/stdlib --tokenizer=bpe:2048 --val=0.04
