@@ -428,7 +428,7 @@ class TokenFile:
                 raise UserError(f"{problem}; prepare the data again, or copy both files again")
 
         for path in (binary, index):
-            check(path.is_file(), f"{path} does not exist, and data/name_train.bin needs its data/name_train.idx")
+            check(path.is_file(), f"{path} does not exist; a token file is {binary} and {index}")
         head = np.fromfile(index, np.uint8, HEADER.size).tobytes()
         magic, version, code, n, m = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
         check(magic == MAGIC and version == 1, f"{index} does not begin with MMIDIDX and version 1, as RWKV-LM's do")
@@ -520,7 +520,8 @@ def list_files(inputs):
             continue
         skip = {"site-packages", "dist-packages", "test", "tests", "pydoc_data"} if stdlib else ()
         if not root.exists():
-            raise UserError(f"{word} does not exist; INPUT is text files, folders, .jsonl, hf:DATASET:SPLIT, .npy, or the word stdlib")
+            raise UserError(f"{word} does not exist; INPUT is text files, folders, .jsonl, hf:DATASET:SPLIT, .npy, or the word "
+                            "stdlib")
         for path in [root] if root.is_file() else sorted(root.rglob("*.py" if stdlib else "*")):
             if path.is_file() and not any(p[0] == "." or p in skip for p in path.relative_to(root).parts):
                 files.append((path, path == root))

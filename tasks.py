@@ -146,7 +146,8 @@ class PairsConfig:
 def pairs(cfg):
     """Preferences for DPO and reward models: of each prompt's answers one that is right and one that is wrong."""
     if not Path(cfg.samples).is_file():
-        raise UserError(f"{cfg.samples} does not exist; `python sample.py batch data/tasks_prompts.jsonl {cfg.samples} --model=...` writes it")
+        raise UserError(f"{cfg.samples} does not exist; `python sample.py batch data/tasks_prompts.jsonl {cfg.samples} "
+                        "--model=...` writes it")
     rng, rows = random.Random(0), []
     for line in open(cfg.samples):
         row = json.loads(line)

@@ -51,6 +51,7 @@ def ladder(cfg):
     train = lambda script, stage, config, *flags: [f"train_{script}.py", f"config/{config}.py", f"--out_dir={out}/{stage}",
                                                   f"--seed={cfg.seed}", *flags]  # noqa: E731
     sft = f"--init_from={out}/sft/rwkv-final.pth"
+    pairs = f"--data={out}/samples/pairs.jsonl", f"--val_data={out}/samples/pairs_val.jsonl"
     stages = [
         Stage("data", "tasks, text to pretrain on", commands=[
             ["tasks.py", f"--out={data}/tasks", *["--prompts=1600"] * quick],
@@ -72,20 +73,20 @@ def ladder(cfg):
                 "sft", "more", "sft_tiny", f"--data={data}/tasks_sft.jsonl", f"--val_data={data}/tasks_sft_val.jsonl", sft,
                 steps(200, 50), "--lr=5e-4", "--lr_final=2e-5")], expect=(0.60, 0.90)),
             Stage("samples", "8 answers to each of 6,400 prompts", ("sft",), [
-                ["sample.py", "batch", f"{data}/tasks_prompts.jsonl", f"{out}/samples/answers.jsonl", f"--model={out}/sft/rwkv-final.pth",
-                 "--n=8", "--max_new_tokens=20", "--temperature=1.5", f"--seed={cfg.seed}", "--batch_size=512"],
+                ["sample.py", "batch", f"{data}/tasks_prompts.jsonl", f"{out}/samples/answers.jsonl",
+                 f"--model={out}/sft/rwkv-final.pth", "--n=8", "--max_new_tokens=20", "--temperature=1.5", f"--seed={cfg.seed}",
+                 "--batch_size=512"],
                 ["tasks.py", "pairs", f"{out}/samples/answers.jsonl", f"--out={out}/samples/pairs"]]),
             Stage("grpo", "GRPO", ("sft",), [train(
-                "grpo", "grpo", "grpo_tiny", f"--data={data}/tasks_prompts.jsonl", sft, steps(700, 40), *["--lr=2e-4"] * quick)], expect=(0.78, 1.0)),
-            Stage("dpo", "DPO + NLL", ("samples",), [train(
-                "dpo", "dpo", "dpo_tiny", f"--data={out}/samples/pairs.jsonl", f"--val_data={out}/samples/pairs_val.jsonl", sft,
-                steps(200, 50))], expect=(0.72, 1.0)),
+                "grpo", "grpo", "grpo_tiny", f"--data={data}/tasks_prompts.jsonl", sft, steps(700, 40), *["--lr=2e-4"] * quick)],
+                  expect=(0.78, 1.0)),
+            Stage("dpo", "DPO + NLL", ("samples",), [train("dpo", "dpo", "dpo_tiny", *pairs, sft, steps(200, 50))],
+                  expect=(0.72, 1.0)),
             Stage("reward", "reward model (accuracy on pairs)", ("samples",), [train(
-                "reward", "reward", "reward_tiny", f"--data={out}/samples/pairs.jsonl", f"--val_data={out}/samples/pairs_val.jsonl", sft,
-                steps(300, 50))], "val_accuracy", expect=(0.82, 0.95)),
+                "reward", "reward", "reward_tiny", *pairs, sft, steps(300, 50))], "val_accuracy", expect=(0.82, 0.95)),
             Stage("self_reward", "self-rewarding, its own judge", ("sft",), [[
-                "self_reward.py", "config/self_reward_tiny.py", f"--prompts={data}/tasks_prompts.jsonl", sft, f"--seed={cfg.seed}",
-                f"--out_dir={out}/self_reward", *["--recipe=quick"] * quick]], expect=(0.60, 1.0)),
+                "self_reward.py", "config/self_reward_tiny.py", f"--prompts={data}/tasks_prompts.jsonl", sft,
+                f"--seed={cfg.seed}", f"--out_dir={out}/self_reward", *["--recipe=quick"] * quick]], expect=(0.60, 1.0)),
         ]
     return stages
 
@@ -105,8 +106,9 @@ def start(stage, cfg):
         shutil.rmtree(folder)  # cut off before its first checkpoint; nobody else writes here
     log.parent.mkdir(parents=True, exist_ok=True)
     line = " && ".join(subprocess.list2cmdline(command) for command in commands)
-    return subprocess.Popen(line, shell=True, cwd=ROOT, env={"GOMP_SPINCOUNT": "1000", **os.environ, "OMP_NUM_THREADS": str(stage.threads)}, stdout=open(log, "w"),
-                            stderr=subprocess.STDOUT, start_new_session=True), time.time()
+    env = {"GOMP_SPINCOUNT": "1000", **os.environ, "OMP_NUM_THREADS": str(stage.threads)}  # threads that wait soon sleep
+    return subprocess.Popen(line, shell=True, cwd=ROOT, env=env, stdout=open(log, "w"), stderr=subprocess.STDOUT,
+                            start_new_session=True), time.time()
 
 
 def result(stage, cfg):
@@ -136,12 +138,15 @@ def within(stage, cfg):
     return not (cfg.mode != "quick" and stage.expect and stage.rows) or stage.expect[0] <= stage.rows[1] <= stage.expect[1]
 
 
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ccc }
+pre { background: #f4f4f4; padding: 1rem; white-space: pre-wrap; font-size: 13px } img { max-width: 100% }"""
+
+
 def report(stages, cfg, seconds):
     """one file: the table, then of each stage its command, its curves and the end of its log, where the samples are"""
     cell = lambda tag, items: "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in items) + "</tr>"  # noqa: E731
-    parts = ["<!doctype html><meta charset=utf-8><title>gosling: the ladder</title><style>body{font:16px/1.5 system-ui,sans-serif;"
-             "max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.3rem .6rem;"
-             "border-bottom:1px solid #ccc}pre{background:#f4f4f4;padding:1rem;white-space:pre-wrap;font-size:13px}img{max-width:100%}</style>",
+    parts = [f"<!doctype html><meta charset=utf-8><title>gosling: the ladder</title><style>{STYLE}</style>",
              f"<h1>gosling: the ladder, {html.escape(cfg.version)}, {cfg.mode}, {duration(seconds)}</h1><table>",
              cell("th", HEAD), *(cell("td", cells(s, cfg)) for s in stages), "</table>",
              "<p>Exact match of greedy answers to 1,000 tasks that no stage has seen, unless said.</p>"]
@@ -152,7 +157,7 @@ def report(stages, cfg, seconds):
         parts += [f"<img src='data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}'>"
                   for picture in (ROOT / cfg.out / s.name).glob("*.png")]
         lines = [x for x in re.sub(r"\x1b\[\d+m", "", log.read_text()).split("\n") if not x.startswith("step ")]  # the curves
-        parts.append(f"<details open><summary>samples, scores</summary><pre>{html.escape(chr(10).join(lines[-45:]))}</pre></details>")
+        parts.append(f"<p>samples, scores</p><pre>{html.escape(chr(10).join(lines[-45:]))}</pre>")
     with atomic_write(ROOT / cfg.out / "report.html") as tmp:
         tmp.write_text("\n".join(parts))
 

@@ -61,7 +61,8 @@ def stepper(version, weights, sizes):
         io = [ids, state["wkv"], *shifts, logits]
         numbers = (version, dtype == torch.bfloat16, len(ids), c.n_layer, c.n_embd, c.head_size, c.dim_ffn, c.vocab_size,
                    torch.get_num_threads(), *dims[2:])
-        if library.rwkv_step((ctypes.c_int * len(numbers))(*numbers), pointers, (ctypes.c_void_p * 5)(*[x.data_ptr() for x in io])):
+        io = (ctypes.c_void_p * 5)(*[x.data_ptr() for x in io])
+        if library.rwkv_step((ctypes.c_int * len(numbers))(*numbers), pointers, io):
             raise ValueError(f"ids must be from 0 to {c.vocab_size - 1}")
         return logits
     return step
@@ -70,7 +71,8 @@ def stepper(version, weights, sizes):
 def fits(x):
     """Whether score_rows and mix take this tensor: float32 on a CPU, with content (bench/memory.py's have none), and the
     library is there."""
-    return type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and _load(build=False)[0] is not None
+    return (type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+            and _load(build=False)[0] is not None)
 
 
 def mix(x, before, weights, grads=()):

@@ -33,7 +33,7 @@ def unavailable():
 
 @functools.cache
 def trial(device):
-    """None if outputs and gradients of a small case are the PyTorch form's, else one line. A card proves itself once a process."""
+    """None if outputs and gradients of a small case are the PyTorch form's, else one line. A card proves itself once."""
     g = torch.Generator().manual_seed(0)
     r, k, v, x, z = (torch.randn(1, 70, 1, 64, generator=g) for _ in range(5))
     kappa, logw, state = F.normalize(x, dim=-1), -0.6 * z.sigmoid(), torch.randn(1, 1, 64, 64, generator=g)
