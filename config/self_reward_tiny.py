@@ -60,7 +60,7 @@ stages = {
     "self_reward": [train_judge(**_judge), self_reward(choose_pair=voted, max_steps=60, **_half, **_dpo),
                     train_judge(**_judge), self_reward(choose_pair=voted, max_steps=60, **_more, **_dpo)],
     "quick": [train_judge(**{**_judge, "max_prompts": 600, "max_steps": 60}),
-              self_reward(choose_pair=voted, first_prompt=3200, max_steps=20, max_prompts=600, **_dpo)],
+              self_reward(choose_pair=voted, first_prompt=600, max_steps=20, max_prompts=1000, **_dpo)],
     "external_reward": [external_reward(reward=reward, max_steps=200, **_dpo),
                         external_reward(reward=reward, prompts="data/tasks1_prompts.jsonl", max_steps=200, **_dpo)],
     "spin": [spin(data="data/tasks_sft.jsonl", max_steps=60, **{**_dpo, "nll_coef": 0.0, "lr": 1e-4})] * 2,

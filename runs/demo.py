@@ -78,7 +78,7 @@ def ladder(cfg):
                  "--batch_size=512"],
                 ["tasks.py", "pairs", f"{out}/samples/answers.jsonl", f"--out={out}/samples/pairs"]]),
             Stage("grpo", "GRPO", ("sft",), [train(
-                "grpo", "grpo", "grpo_tiny", f"--data={data}/tasks_prompts.jsonl", sft, steps(700, 40), *["--lr=2e-4"] * quick)],
+                "grpo", "grpo", "grpo_tiny", f"--data={data}/tasks_prompts.jsonl", sft, steps(700, 100), *["--lr=3e-4"] * quick)],
                   expect=(0.78, 1.0)),
             Stage("dpo", "DPO + NLL", ("samples",), [train("dpo", "dpo", "dpo_tiny", *pairs, sft, steps(200, 50))],
                   expect=(0.72, 1.0)),
