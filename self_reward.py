@@ -676,7 +676,8 @@ def make_eft_command(cfg, run):
     rows, texts, labels = [], [], []
     for where, row in prepare.read_jsonl(cfg.samples, '{"prompt", "completions": [...], "scores": [...]}'):
         texts.append([c["text"] if isinstance(c, dict) else c for c in row.get("completions") or ()])
-        labels.append(row.get("scores") or [float(call(cfg.check, row["prompt"], text)) for text in texts[-1] if cfg.check])
+        labels.append(row.get("scores") or [float(call(cfg.check, row["prompt"], text)) for text in texts[-1]
+                                           if cfg.check and "prompt" in row])
         if not texts[-1] or len(texts[-1]) != len(labels[-1]) or "prompt" not in row:
             raise UserError(f"{where}: want a prompt, completions and as many scores, or a `check` in the config: {row!r:.50}")
         rows.append(row)

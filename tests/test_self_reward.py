@@ -461,6 +461,9 @@ def test_make_eft_writes_judge_rows_and_measures_a_judge(base, tmp_path, capsys)
     write(tmp_path / "s.jsonl", {"prompt": "q", "completions": ["a", "b"], "scores": [1]})
     with pytest.raises(UserError, match="s.jsonl:1: want a prompt, completions and as many scores"):
         self_reward.make_eft_command(cfg)
+    write(tmp_path / "s.jsonl", {"completions": ["ab", "b"]})
+    with pytest.raises(UserError, match="s.jsonl:1: want a prompt"):
+        self_reward.make_eft_command(dataclasses.replace(cfg, check=lambda prompt, text: True))
     write(tmp_path / "s.jsonl", *({"prompt": f"q{i}", "completions": ["ab", "b"]} for i in range(10)))
     self_reward.make_eft_command(dataclasses.replace(cfg, check=lambda prompt, text: text == "ab", judge="sample", judge_cue="Score:", judge_model=""))
     assert lines(tmp_path / "eft.jsonl")[1] == {"prompt": "q0 b", "completion": "Score: 0"}
