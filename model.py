@@ -384,8 +384,8 @@ class ScoreTokens(torch.autograd.Function):
     """
 
     @staticmethod
-    def rows(h, weight):  # rows at a time: 16 MB of float32 logits on a CPU, 256 MB on a GPU
-        return max(16, (2 ** 26 if h.is_cuda else 2 ** 22) // len(weight))
+    def rows(h, weight):  # at a time: 16 MB of float32 logits on a CPU, 256 MB on a GPU, but not few, or dw takes longest
+        return max(256, (2 ** 26 if h.is_cuda else 2 ** 22) // len(weight))
 
     @staticmethod
     def forward(ctx, h, weight, targets, temperature, l2wrap, known=None):

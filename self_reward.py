@@ -23,7 +23,7 @@ arXiv 2401.10020; SPIN, 2401.01335.
 Usual mistakes: measuring a judge on another model's answers; no control (as much more SFT); length that grows with the
 score (report.md shows it); plain DPO on a small model (nll_coef).
 
-    python self_reward.py config/self_reward_tiny.py                                         a laptop: 0.751 -> 0.763 -> 0.768
+    python self_reward.py config/self_reward_tiny.py                                         a laptop: 0.747 -> 0.769 -> 0.772
     python self_reward.py config/self_reward_tiny.py --recipe=external_reward                exact match 0.751 -> 0.862 -> 0.903
     torchrun --nproc_per_node=8 self_reward.py config/self_reward_1b5.py                     eight GPUs
     python self_reward.py make-eft config/self_reward_tiny.py --samples=s.jsonl --out=eft    judge rows of labelled answers

@@ -1,5 +1,6 @@
 """The C++ for a CPU, as ratios in the same run: the recurrence to its PyTorch forms, training to an equal-size GPT, decoding
-and prefill to the `rwkv` package with the same weights, and the bytes of weights a decode step reads to those of a plain sum.
+and prefill to the `rwkv` package with the same weights, the bytes of weights a decode step reads to those of a plain sum, a
+training step of the large model to its matrix products alone, and long sequences to short ones.
 
     python bench/cpu.py                     # one thread; JSON lines: ratios of process CPU time and of wall time, medians
     python bench/cpu.py --part=decode --threads=2
@@ -28,8 +29,8 @@ from model import RWKV, RWKVConfig  # noqa: E402
 
 @dataclass
 class Config:
-    part: Literal["all", "op", "train", "decode"] = "all"
-    n_layer: int = 12     # of the model that decodes
+    part: Literal["all", "op", "train", "large", "decode"] = "all"
+    n_layer: int = 12     # of the large model, which trains and decodes
     n_embd: int = 768     # its width
     vocab: int = 65536    # its vocabulary
     slots: int = 16       # sequences of a batch
@@ -37,6 +38,52 @@ class Config:
     prompt: int = 1024    # tokens of the prefill
     rounds: int = 5       # counted runs of each side, interleaved
     threads: int = 1      # CPU threads
+
+
+def say(cfg, what, **values):
+    print(json.dumps(dict(bench="cpu", what=what, date=str(date.today()), **values, threads=cfg.threads, torch=torch.__version__,
+                          device=common.cpu_name())), flush=True)
+
+
+def training(n_layer, n_embd, vocab, rows, length, dtype):
+    """-> (a step on [rows, length] tokens, its tokens)"""
+    model = RWKV(RWKVConfig("x070", n_layer, n_embd, vocab))
+    model.compute_dtype, opt = dtype, torch.optim.AdamW(model.param_groups(1e-4, 0.1), fused=True)
+    ids = torch.randint(0, vocab, (rows, length + 1))
+
+    def step():
+        (-model(ids[:, :-1], targets=ids[:, 1:])[0].logps.mean()).backward()
+        opt.step()
+        opt.zero_grad()
+    return step, rows * length
+
+
+def speeds(sides, rounds):
+    """{name: (work, how much of it)} -> {name: how much a second of CPU time}, medians, interleaved"""
+    found = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, (work, amount) in sides.items():
+            start = time.process_time()
+            work()
+            if i:
+                found[name].append(amount / (time.process_time() - start))
+    return {name: statistics.median(x) for name, x in found.items()}
+
+
+def large(cfg):
+    """Training the large model, as a share of the speed at which its products alone, 0.845 GFLOP a token at 12 x 768 and
+    vocabulary 65536, would go; and 4 x 256 at 16,384 x 1 to 1,024 x 16 tokens."""
+    torch.set_num_threads(cfg.threads)
+    common.keep_memory()
+    network.init_parameter = lambda name, p, c: p.uniform_(-0.05, 0.05)  # orthogonal matrices of this size take minutes
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.randn(512, 768, dtype=dtype), torch.randn(3072, 768, dtype=dtype)
+        found = speeds({"train": training(12, 768, 65536, 4, 512, dtype),
+                        "products": (lambda: [x @ w.T for _ in range(40)], 40 * 2 * 512 * 768 * 3072 / 1e9)}, min(cfg.rounds, 3))
+        say(cfg, "training 12 x 768 to its products", dtype=str(dtype)[6:], tokens_per_s=round(found["train"], 1),
+            gflop_per_s=round(found["products"], 1), ratio=round(found["train"] * 0.845 / found["products"], 3))
+    found = speeds({shape: training(4, 256, 4096, *shape, torch.float32) for shape in ((16, 1024), (1, 16384))}, min(cfg.rounds, 3))
+    say(cfg, "training on 16384 x 1 to 1024 x 16", ratio=round(found[1, 16384] / found[16, 1024], 3))
 
 
 @torch.no_grad()
@@ -95,6 +142,8 @@ def main(cfg):
     if cfg.part in ("all", "train"):
         for n_layer, n_embd in ((4, 256), (6, 512)):
             train_vs_gpt.main(train_vs_gpt.Config(n_layer=n_layer, n_embd=n_embd, rounds=cfg.rounds, threads=cfg.threads))
+    if cfg.part in ("all", "large"):
+        large(cfg)
     if cfg.part in ("all", "decode"):
         decode(cfg)
 

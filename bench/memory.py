@@ -101,7 +101,7 @@ def estimate(c, tune, tokens, dtype, grad_cp=False, slots=0, gpu=True):
         p.data = p.data.to(dtype)
     model.set_tune(tune, **(dict(r=32) if tune == "lora" else {}))
     model.compute_dtype, model.grad_cp, rows = dtype, grad_cp, ScoreTokens.rows
-    ScoreTokens.rows = staticmethod(lambda h, w: max(16, (2 ** 26 if gpu else 2 ** 22) // len(w)))  # as on the device meant
+    ScoreTokens.rows = staticmethod(lambda h, w: max(256, (2 ** 26 if gpu else 2 ** 22) // len(w)))  # as on the device meant
     with FakeTensorMode(), Peak() as memory:
         for m in model.modules():
             for name, p in m._parameters.items():

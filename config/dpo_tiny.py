@@ -1,6 +1,6 @@
 # DPO with an NLL term on pairs of the small model's own answers, one right and one wrong. First: config/sft_tiny.py, then
 #   python sample.py batch data/tasks_prompts.jsonl data/tasks_samples.jsonl --model=out/sft_tiny/rwkv-final.pth --n=8 \
-#       --max_new_tokens=20 --temperature=1.5 --seed=0     (at 1 two prompts of three have no wrong answer among eight)
+#       --max_new_tokens=20 --temperature=1.5 --seed=42     (at 1 most prompts have no wrong answer among eight)
 #   python tasks.py pairs data/tasks_samples.jsonl --out=data/tasks_pairs
 import prepare
 import sample

@@ -1,4 +1,4 @@
-# A small RWKV-7 on the Python standard library's sources, in minutes on two CPU cores: runs/demo.sh
+# A small RWKV-7 on the Python standard library's sources, in minutes on two CPU cores: runs/pretrain_python.sh
 from common import fast_dtype
 
 data = "data/stdlib_train"
