@@ -36,7 +36,8 @@ class UserError(Exception):
 
 @dataclass
 class RunConfig:
-    """The fields of every training script. Each says there what its own defaults are, and what a batch counts."""
+    """The fields of every training script, which says what its own defaults are, and what a batch counts. Read by the loops,
+    by the functions below, and by model.load_to_tune (grad_cp, and all of TuneConfig but eval_fn)."""
     # data and model
     data: str = ""                   # training data
     val_data: str = ""               # the same for validation; empty = none

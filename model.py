@@ -136,7 +136,7 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
         self.lora_A = self.lora_B = None  # add_lora
 
-    def reset_parameters(self):  # init_parameter does it, by name
+    def reset_parameters(self):  # nn.Linear would draw numbers at once; init_parameter does it, by name
         pass
 
     def add_lora(self, r, scale, dropout):
