@@ -14,6 +14,7 @@ chat: left for state tuning to bring out. Writes, the same bytes for the same se
     <out>_heldout.jsonl   the same of held-out tasks, to measure on
     <out>_unseen.jsonl, <out>_unseen_heldout.jsonl    of the unseen skill: {"messages"} to train on, held-out tasks
 """
+
 import json
 import random
 import sys
@@ -77,12 +78,16 @@ def make_task(skill, rng, held_out=False):
     while True:
         # where a letter is looked for, four are in use, so that it tends to be there more than once
         letters = rng.sample(LETTERS, 4) if skill in ("replace", "remove") else LETTERS
-        word = "".join(rng.choices(letters, k=rng.randint(3, 6) if skill == "double" else rng.randint(4, 8)))
+        word = "".join(
+            rng.choices(letters, k=rng.randint(3, 6) if skill == "double" else rng.randint(4, 8))
+        )
         old = rng.choice(word)
         if skill == "remove" and word[-1] == old:  # something must be left to answer
             word += rng.choice([c for c in letters if c != old])
         new = rng.choice([c for c in LETTERS if c != old])
-        words = {"replace": [old, "by", new, "in", word], "remove": [old, "in", word]}.get(skill, [word])
+        words = {"replace": [old, "by", new, "in", word], "remove": [old, "in", word]}.get(
+            skill, [word]
+        )
         task = " ".join([skill, *words])
         if is_held_out(task) == held_out:
             return task, solve(task)
@@ -94,7 +99,11 @@ def prompts(n, seed, skills=SKILLS, held_out=False):
     while len(rows) < n:
         skill = skills[len(rows) % len(skills)]
         task, answer = make_task(skill, rng, held_out)
-        rows[task] = {"prompt": [{"role": "user", "content": task}], "skill": skill, "answer": answer}
+        rows[task] = {
+            "prompt": [{"role": "user", "content": task}],
+            "skill": skill,
+            "answer": answer,
+        }
     return list(rows.values())
 
 
@@ -107,8 +116,15 @@ def corrupt(word, rng):
     """One slip of the pen: a letter changed, dropped, doubled, or swapped with its neighbour. Never the word itself."""
     while True:
         i, new = rng.randrange(len(word)), rng.choice(LETTERS)
-        a, c, b = word[:i], word[i], word[i + 1:]
-        slip = rng.choice([a + (new.upper() if c.isupper() else new) + b, a + b, a + c + c + b, a + b[:1] + c + b[1:]])
+        a, c, b = word[:i], word[i], word[i + 1 :]
+        slip = rng.choice(
+            [
+                a + (new.upper() if c.isupper() else new) + b,
+                a + b,
+                a + c + c + b,
+                a + b[:1] + c + b[1:],
+            ]
+        )
         if slip and slip != word:
             return slip
 
@@ -132,13 +148,17 @@ def report(results):
         hits = [check(task, text) for own, task, text in rows if skill in (own, "all")]
         lines.append(f"{skill:8} {sum(hits) / max(len(hits), 1):6.3f} of {len(hits)}")
     for _, task, text in rows[:10]:
-        lines.append(f"{task} -> {text!r}" + ("" if check(task, text) else f", should be {solve(task)!r}"))
+        lines.append(
+            f"{task} -> {text!r}" + ("" if check(task, text) else f", should be {solve(task)!r}")
+        )
     return "\n".join(lines)
 
 
 @dataclass
 class PairsConfig:
-    samples: tyro.conf.Positional[str]  # rows of `prompts` with "completions", as sample.py batch writes them
+    samples: tyro.conf.Positional[
+        str
+    ]  # rows of `prompts` with "completions", as sample.py batch writes them
     out: str = "data/tasks_pairs"  # prefix of .jsonl and _val.jsonl
     val: float = 0.1  # share of the prompts that goes to _val.jsonl
 
@@ -146,17 +166,29 @@ class PairsConfig:
 def pairs(cfg):
     """Preferences for DPO and reward models: of each prompt's answers one that is right and one that is wrong."""
     if not Path(cfg.samples).is_file():
-        raise UserError(f"{cfg.samples} does not exist; `python sample.py batch data/tasks_prompts.jsonl {cfg.samples} "
-                        "--model=...` writes it")
+        raise UserError(
+            f"{cfg.samples} does not exist; `python sample.py batch data/tasks_prompts.jsonl {cfg.samples} "
+            "--model=...` writes it"
+        )
     rng, rows = random.Random(0), []
     for line in open(cfg.samples):
         row = json.loads(line)
-        texts = list(dict.fromkeys(c["text"] if isinstance(c, dict) else c for c in row["completions"]))
-        right, wrong = ([t for t in texts if t.strip() and check(row["prompt"][-1]["content"], t) == want]
-                        for want in (True, False))
+        texts = list(
+            dict.fromkeys(c["text"] if isinstance(c, dict) else c for c in row["completions"])
+        )
+        right, wrong = (
+            [t for t in texts if t.strip() and check(row["prompt"][-1]["content"], t) == want]
+            for want in (True, False)
+        )
         if right and wrong:
-            rows.append({"prompt": row["prompt"], "chosen": rng.choice(right), "rejected": rng.choice(wrong),
-                         "skill": row["skill"]})
+            rows.append(
+                {
+                    "prompt": row["prompt"],
+                    "chosen": rng.choice(right),
+                    "rejected": rng.choice(wrong),
+                    "skill": row["skill"],
+                }
+            )
     cut = round(len(rows) * (1 - cfg.val))
     write(f"{cfg.out}.jsonl", rows[:cut], "pairs")
     write(f"{cfg.out}_val.jsonl", rows[cut:], "pairs")
@@ -176,14 +208,20 @@ def main(cfg):
     files = {
         "text": [{"text": text} for text in texts],
         "sft": [with_answer(row) for row in prompts(cfg.sft, f"sft {cfg.seed}")],
-        "sft_val": [with_answer(row) for row in prompts(cfg.val, f"sft val {cfg.seed}", held_out=True)],
+        "sft_val": [
+            with_answer(row) for row in prompts(cfg.val, f"sft val {cfg.seed}", held_out=True)
+        ],
         "prompts": prompts(cfg.prompts, f"new {cfg.seed}"),
         "heldout": prompts(cfg.heldout, f"heldout {cfg.seed}", held_out=True),
         "unseen": [with_answer(row) for row in prompts(cfg.unseen, f"sft {cfg.seed}", [UNSEEN])],
         "unseen_heldout": prompts(cfg.heldout, f"heldout {cfg.seed}", [UNSEEN], held_out=True),
     }
     for name, rows in files.items():
-        write(f"{cfg.out}_{name}.jsonl", rows, f"rows, {size:,} byte tokens" if name == "text" else "rows")
+        write(
+            f"{cfg.out}_{name}.jsonl",
+            rows,
+            f"rows, {size:,} byte tokens" if name == "text" else "rows",
+        )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ watching margins alone: plain DPO lowers both log-probabilities, and a small mod
     python train_dpo.py config/dpo_tiny.py                                   a laptop: exact match 0.75 -> 0.86
     python train_dpo.py config/dpo_1b5.py --tune=lora --lr=2e-5              one GPU
 """
+
 import hashlib
 import math
 import re
@@ -40,41 +41,68 @@ from model import fork, forked, forked_backward, load_model, load_to_tune
 
 @dataclass
 class Config(common.TuneConfig):
-    data: str = "data/pairs.jsonl"   # JSONL of prompt, chosen, rejected; prepare.py pairs FILE sums it up
+    data: str = (
+        "data/pairs.jsonl"  # JSONL of prompt, chosen, rejected; prepare.py pairs FILE sums it up
+    )
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "simpo"] = "sigmoid"  # formulas above
-    beta: float = 0.1                # how strongly the policy is held to the reference; simpo: 2 to 2.5
-    label_smoothing: float = 0.0     # share of wrong labels to expect: sigmoid, robust
-    gamma: float = 0.5               # simpo: the margin to reach
-    nll_coef: float = 0.0            # weight of the chosen answer's NLL; 1 for small models
-    reference: str = ""              # empty = the policy as it starts, off = adapter or state off, none, or a model's file
+    beta: float = 0.1  # how strongly the policy is held to the reference; simpo: 2 to 2.5
+    label_smoothing: float = 0.0  # share of wrong labels to expect: sigmoid, robust
+    gamma: float = 0.5  # simpo: the margin to reach
+    nll_coef: float = 0.0  # weight of the chosen answer's NLL; 1 for small models
+    reference: str = (
+        ""  # empty = the policy as it starts, off = adapter or state off, none, or a model's file
+    )
     tune: Literal["full", "lora", "state"] = "full"  # every weight, an adapter, or the start state
-    lora_dropout: float = 0.0        # LoRA dropout; makes policy and reference differ
-    out_dir: str = "out/dpo"         # folder for weights or adapters, last.pt, config.json, metrics
-    micro_bsz: int = 4               # pairs per process and backward pass: lower it when memory runs out
-    global_bsz: int = 32             # pairs per optimiser step, over all processes; accumulation follows from it
-    ctx_len: int = 4096              # longest prompt and answer in tokens; longer rows are dropped, and counted
-    chunk_len: int = 0               # tokens whose activations are kept at a time, with exact gradient; 0 = whole answers
-    lr: float = 1e-6                 # peak learning rate; LoRA wants about ten times more
-    lr_final: float = 1e-7           # learning rate at the end of the cosine
+    lora_dropout: float = 0.0  # LoRA dropout; makes policy and reference differ
+    out_dir: str = "out/dpo"  # folder for weights or adapters, last.pt, config.json, metrics
+    micro_bsz: int = 4  # pairs per process and backward pass: lower it when memory runs out
+    global_bsz: int = (
+        32  # pairs per optimiser step, over all processes; accumulation follows from it
+    )
+    ctx_len: int = 4096  # longest prompt and answer in tokens; longer rows are dropped, and counted
+    chunk_len: int = (
+        0  # tokens whose activations are kept at a time, with exact gradient; 0 = whole answers
+    )
+    lr: float = 1e-6  # peak learning rate; LoRA wants about ten times more
+    lr_final: float = 1e-7  # learning rate at the end of the cosine
     watch: str = "val_rewards/accuracies"  # the number, of validation or eval_fn, whose highest value names best.*
-    patience: int = 0                # stop after so many validations without a higher one, and go back to it; 0 = never
+    patience: int = (
+        0  # stop after so many validations without a higher one, and go back to it; 0 = never
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the method
 
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_logps=None, *, beta=0.1, loss_type="sigmoid",
-             label_smoothing=0.0, chosen_len=None, rejected_len=None, gamma=0.5):
+
+def dpo_loss(
+    chosen_logps,
+    rejected_logps,
+    ref_chosen_logps=None,
+    ref_rejected_logps=None,
+    *,
+    beta=0.1,
+    loss_type="sigmoid",
+    label_smoothing=0.0,
+    chosen_len=None,
+    rejected_len=None,
+    gamma=0.5,
+):
     """Log-probabilities [B], each the sum over one answer -> (losses, chosen_rewards, rejected_rewards), each [B].
 
     Rewards are beta times the log-ratio to the reference, detached, whatever the loss (without a reference, simpo: beta
     times the mean log-probability). chosen_len, rejected_len [B]: tokens of the answers; simpo needs them, ipo without
     them is in sums, as in its paper. ValueError for what does not go together.
     """
-    if label_smoothing and loss_type not in ("sigmoid", "robust") or \
-            not 0 <= label_smoothing < (0.5 if loss_type == "robust" else 1):
-        raise ValueError(f"label_smoothing={label_smoothing} with loss_type={loss_type}: it is for sigmoid (below 1) and "
-                         "robust (below 0.5)")
+    if (
+        label_smoothing
+        and loss_type not in ("sigmoid", "robust")
+        or not 0 <= label_smoothing < (0.5 if loss_type == "robust" else 1)
+    ):
+        raise ValueError(
+            f"label_smoothing={label_smoothing} with loss_type={loss_type}: it is for sigmoid (below 1) and "
+            "robust (below 0.5)"
+        )
     if loss_type == "simpo":
         if chosen_len is None or rejected_len is None:
             raise ValueError("simpo needs chosen_len and rejected_len")
@@ -87,7 +115,9 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
     if loss_type == "sigmoid":
         losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
     elif loss_type == "robust":
-        losses = (-(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)) / (1 - 2 * label_smoothing)
+        losses = (-(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)) / (
+            1 - 2 * label_smoothing
+        )
     elif loss_type == "hinge":
         losses = torch.relu(1 - h)
     elif loss_type == "ipo":
@@ -98,20 +128,41 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps=None, ref_rejected_l
     return losses, beta * c.detach(), beta * q.detach()
 
 
-METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
-           "nll_loss", "mean_token_accuracy")
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "nll_loss",
+    "mean_token_accuracy",
+)
 
 
 def batch_loss(scores, forks, ref, cfg, n_pairs, n_chosen):
     """TokenScores of pairs, chosen before rejected -> (loss, {metric: sum over the pairs}). n_pairs, n_chosen: pairs and
     chosen tokens of the whole optimiser batch. ref [2, B] or None."""
-    logps, lengths = forks.per_answer(scores.logps).view(-1, 2).T, forks.borders2.diff().to(forks.row.device).view(-1, 2).T
+    logps, lengths = (
+        forks.per_answer(scores.logps).view(-1, 2).T,
+        forks.borders2.diff().to(forks.row.device).view(-1, 2).T,
+    )
     losses, chosen, rejected = dpo_loss(
-        *logps, *(ref if ref is not None else (None, None)), beta=cfg.beta, loss_type=cfg.loss_type,
-        label_smoothing=cfg.label_smoothing, chosen_len=lengths[0], rejected_len=lengths[1], gamma=cfg.gamma)
+        *logps,
+        *(ref if ref is not None else (None, None)),
+        beta=cfg.beta,
+        loss_type=cfg.loss_type,
+        label_smoothing=cfg.label_smoothing,
+        chosen_len=lengths[0],
+        rejected_len=lengths[1],
+        gamma=cfg.gamma,
+    )
     nll, hits = -logps[0].sum(), forks.per_answer(scores.hits.float()).view(-1, 2).T
     per_pair = chosen, rejected, chosen - rejected, chosen > rejected, logps[0], logps[1]
-    sums = [v.sum().item() / n_pairs for v in per_pair] + [nll.item() / n_chosen, hits[0].sum().item() / n_chosen]
+    sums = [v.sum().item() / n_pairs for v in per_pair] + [
+        nll.item() / n_chosen,
+        hits[0].sum().item() / n_chosen,
+    ]
     return losses.sum() / n_pairs + cfg.nll_coef * nll / n_chosen, dict(zip(METRICS, sums))
 
 
@@ -122,9 +173,13 @@ def reference_logps(model, pairs, batches, cfg, run):
     out = torch.zeros(len(pairs), 3)
     for batch in batches:
         forks = fork([(pairs[i].prompt, pairs[i].answers) for i in batch], run.device)
-        logps = forks.per_answer(forked(model, forks, cfg.chunk_len).logps).view(-1, 2).float().cpu()
+        logps = (
+            forks.per_answer(forked(model, forks, cfg.chunk_len).logps).view(-1, 2).float().cpu()
+        )
         for i, row in zip(batch, logps):
-            if not out[i, 2]:  # a short epoch's last step begins the next one: the first company counts
+            if not out[
+                i, 2
+            ]:  # a short epoch's last step begins the next one: the first company counts
                 out[i] = torch.tensor([*row, 1.0])
     out = common.all_reduce(out).cpu()
     return out[:, :2] / out[:, 2:]
@@ -144,8 +199,11 @@ def cached_reference(name, model, pairs, batches, cfg, run):
     if common.all_sum(kept.get("fingerprint") == mark)[0]:  # rank 0's file decides for all
         print0(f"reference: {path}")
         return common.all_reduce(kept["logps"] if run.main else torch.zeros(len(pairs), 2)).cpu()
-    print0(f"reference: {path} is of other data, weights or batches; computing it again" if kept else
-           f"reference: computing {path}")
+    print0(
+        f"reference: {path} is of other data, weights or batches; computing it again"
+        if kept
+        else f"reference: computing {path}"
+    )
     logps = reference_logps(model, pairs, batches, cfg, run)
     if run.main:
         try:
@@ -162,7 +220,7 @@ def batches_of(step, pairs, cfg, run):
 
 def in_turn(pairs, cfg, run):
     """Numbers of this process's pairs in file order, micro_bsz at a time."""
-    return common.chunks(list(range(len(pairs)))[run.rank::run.world], cfg.micro_bsz)
+    return common.chunks(list(range(len(pairs)))[run.rank :: run.world], cfg.micro_bsz)
 
 
 @torch.no_grad()
@@ -172,8 +230,14 @@ def evaluate(model, pairs, ref, cfg, run):
     n_chosen = sum(len(row.answers[0]) for row in pairs)
     for batch in in_turn(pairs, cfg, run):
         forks = fork([(pairs[i].prompt, pairs[i].answers) for i in batch], run.device)
-        now, sums = batch_loss(forked(model, forks, cfg.chunk_len), forks, None if ref is None else ref[batch].T.to(run.device),
-                               cfg, len(pairs), n_chosen)
+        now, sums = batch_loss(
+            forked(model, forks, cfg.chunk_len),
+            forks,
+            None if ref is None else ref[batch].T.to(run.device),
+            cfg,
+            len(pairs),
+            n_chosen,
+        )
         loss += now.item()
         totals = {k: totals[k] + v for k, v in sums.items()}
     loss, *values = common.all_sum(loss, *totals.values())
@@ -181,6 +245,7 @@ def evaluate(model, pairs, ref, cfg, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 @common.launch
 def main(cfg, run):
@@ -191,15 +256,26 @@ def main(cfg, run):
     if cfg.loss_type != "simpo" and cfg.reference == "none":
         raise UserError(f"reference=none is for --loss_type=simpo; {cfg.loss_type} needs one")
     if cfg.reference == "off" and cfg.tune == "full":
-        raise UserError("reference=off switches an adapter or a tuned state off, and tune=full has neither; leave it empty")
+        raise UserError(
+            "reference=off switches an adapter or a tuned state off, and tune=full has neither; leave it empty"
+        )
     try:
-        dpo_loss(*torch.zeros(4, 1), beta=cfg.beta, loss_type=cfg.loss_type, label_smoothing=cfg.label_smoothing,
-                 chosen_len=torch.ones(1), rejected_len=torch.ones(1))
+        dpo_loss(
+            *torch.zeros(4, 1),
+            beta=cfg.beta,
+            loss_type=cfg.loss_type,
+            label_smoothing=cfg.label_smoothing,
+            chosen_len=torch.ones(1),
+            rejected_len=torch.ones(1),
+        )
     except ValueError as e:
         raise UserError(str(e)) from None
 
     # ---- data
-    data, val = (prepare.read_preferences(path, tokenizer, cfg.ctx_len) if path else None for path in (cfg.data, cfg.val_data))
+    data, val = (
+        prepare.read_preferences(path, tokenizer, cfg.ctx_len) if path else None
+        for path in (cfg.data, cfg.val_data)
+    )
     if any(row.scores for row in [*data, *(val or [])]):
         raise UserError(f"{cfg.data} has rows of scored answers; DPO wants chosen and rejected")
     max_steps, accumulation = common.plan_steps(cfg, run, len(data))
@@ -211,29 +287,47 @@ def main(cfg, run):
         if cfg.reference not in ("", "off"):
             other, _ = load_model(cfg.reference, run.device, run.dtype)
             if other.config.vocab_size != model.config.vocab_size:
-                raise UserError(f"reference {cfg.reference} has a vocabulary of {other.config.vocab_size}, {cfg.init_from} one "
-                                f"of {model.config.vocab_size}; a reference reads the same tokens")
+                raise UserError(
+                    f"reference {cfg.reference} has a vocabulary of {other.config.vocab_size}, {cfg.init_from} one "
+                    f"of {model.config.vocab_size}; a reference reads the same tokens"
+                )
         other.eval()
         with other.reference() if cfg.reference == "off" else nullcontext():
             steps = range(math.ceil(len(data) / cfg.global_bsz))
             epoch = [batch for step in steps for batch in batches_of(step, data, cfg, run)]
             ref = cached_reference(cfg.data, other, data, epoch, cfg, run)
-            ref_val = cached_reference(cfg.val_data, other, val, in_turn(val, cfg, run), cfg, run) if val else None
+            ref_val = (
+                cached_reference(cfg.val_data, other, val, in_turn(val, cfg, run), cfg, run)
+                if val
+                else None
+            )
         del other
 
     # ---- optimiser: upstream's groups, printed
     opt = common.make_optimizer(model, cfg, run)
-    print0(f"data: {len(data):,} pairs, {sum(len(r.prompt) + sum(map(len, r.answers)) for r in data):,} tokens; {max_steps:,} "
-           f"steps of {cfg.global_bsz} pairs = {max_steps * cfg.global_bsz / len(data):.2f} epochs")
+    print0(
+        f"data: {len(data):,} pairs, {sum(len(r.prompt) + sum(map(len, r.answers)) for r in data):,} tokens; {max_steps:,} "
+        f"steps of {cfg.global_bsz} pairs = {max_steps * cfg.global_bsz / len(data):.2f} epochs"
+    )
 
     # ---- a new run, or on from last.pt
     trained, kept, metrics, write, save = common.open_run(
-        cfg, run, model, opt, max_steps, data_order=dict(ctx_len=cfg.ctx_len, pairs=len(data)),
-        kept=dict(best=-math.inf, waited=0), tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), about=about,
-        plot=("loss", "val_loss", "rewards/accuracies", "val_rewards/accuracies"))
+        cfg,
+        run,
+        model,
+        opt,
+        max_steps,
+        data_order=dict(ctx_len=cfg.ctx_len, pairs=len(data)),
+        kept=dict(best=-math.inf, waited=0),
+        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out),
+        about=about,
+        plot=("loss", "val_loss", "rewards/accuracies", "val_rewards/accuracies"),
+    )
     impatient = lambda: cfg.patience and kept["waited"] >= cfg.patience  # noqa: E731
     if impatient():
-        return print0(f"{out} was stopped at step {metrics.from_step}: {kept['waited']} validations without a higher {cfg.watch}")
+        return print0(
+            f"{out} was stopped at step {metrics.from_step}: {kept['waited']} validations without a higher {cfg.watch}"
+        )
 
     def validate():
         """{name: number} on held-out data, and the best checkpoint"""
@@ -242,7 +336,9 @@ def main(cfg, run):
         if cfg.eval_fn is not None:
             values.update(cfg.eval_fn(model, tokenizer))
         if cfg.watch not in values and (cfg.patience or values and cfg.watch != Config.watch):
-            raise UserError(f"watch={cfg.watch} is not among what is measured: {', '.join(values) or 'nothing; give --val_data'}")
+            raise UserError(
+                f"watch={cfg.watch} is not among what is measured: {', '.join(values) or 'nothing; give --val_data'}"
+            )
         kept["waited"] += 1
         if values.get(cfg.watch, -math.inf) > kept["best"]:
             kept.update(best=values[cfg.watch], waited=0)
@@ -258,18 +354,33 @@ def main(cfg, run):
             batches = batches_of(step, data, cfg, run)
             mine = [data[i] for batch in batches for i in batch]
             # sums over the whole batch's pairs and chosen tokens; x world because DDP averages gradients
-            n_chosen, n_tokens = common.all_sum(sum(len(row.answers[0]) for row in mine),
-                                                sum(len(row.prompt) + sum(map(len, row.answers)) for row in mine))
+            n_chosen, n_tokens = common.all_sum(
+                sum(len(row.answers[0]) for row in mine),
+                sum(len(row.prompt) + sum(map(len, row.answers)) for row in mine),
+            )
             loss, totals = 0.0, {}
             model.train()
             for i, batch in enumerate(batches):
                 forks = fork([(data[j].prompt, data[j].answers) for j in batch], run.device)
                 loss_of = lambda scores: batch_loss(  # noqa: E731
-                    scores, forks, None if ref is None else ref[batch].T.to(run.device), cfg, cfg.global_bsz / run.world,
-                    n_chosen / run.world)
-                now, sums = forked_backward(wrapped, forks, loss_of, cfg.chunk_len,
-                                            sync=nullcontext if i == accumulation - 1 else no_sync)
-                loss, totals = loss + now / run.world, {k: totals.get(k, 0.0) + v / run.world for k, v in sums.items()}
+                    scores,
+                    forks,
+                    None if ref is None else ref[batch].T.to(run.device),
+                    cfg,
+                    cfg.global_bsz / run.world,
+                    n_chosen / run.world,
+                )
+                now, sums = forked_backward(
+                    wrapped,
+                    forks,
+                    loss_of,
+                    cfg.chunk_len,
+                    sync=nullcontext if i == accumulation - 1 else no_sync,
+                )
+                loss, totals = (
+                    loss + now / run.world,
+                    {k: totals.get(k, 0.0) + v / run.world for k, v in sums.items()},
+                )
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
             loss, stop, *values = common.all_sum(loss, len(signals), *totals.values())
             common.check_finite(cfg, step, loss, grad_norm)
@@ -281,12 +392,27 @@ def main(cfg, run):
             if done == max_steps or (cfg.eval_every and done % cfg.eval_every == 0):
                 values = validate()
             if values or done % cfg.log_every == 0 or done in (1, max_steps):
-                metrics.progress(done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, quiet=now.keys() - {
-                    "rewards/margins", "rewards/accuracies", "logps/chosen"}, **now, **values)
+                metrics.progress(
+                    done,
+                    max_steps,
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=grad_norm,
+                    quiet=now.keys() - {"rewards/margins", "rewards/accuracies", "logps/chosen"},
+                    **now,
+                    **values,
+                )
             last = done == max_steps or values and impatient()
-            if last and cfg.patience and kept["waited"] and (file := next(out.glob("best.[ps]*"), None)):
+            if (
+                last
+                and cfg.patience
+                and kept["waited"]
+                and (file := next(out.glob("best.[ps]*"), None))
+            ):
                 model.load_tuned(file)
-                print0(f"back to the best: {cfg.watch} {kept['best']:.4f}, {kept['waited']} validations ago")
+                print0(
+                    f"back to the best: {cfg.watch} {kept['best']:.4f}, {kept['waited']} validations ago"
+                )
             common.end_step(cfg, save, done, done if last else max_steps, stop)
             if last:
                 break

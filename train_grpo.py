@@ -23,6 +23,7 @@ other than 1 on-policy, which means that padding, state or temperature is wrong.
     python train_grpo.py config/grpo_tiny.py                                 a laptop: exact match 0.75 -> 0.93
     torchrun --nproc_per_node=8 train_grpo.py config/grpo_1b5.py             eight GPUs
 """
+
 import dataclasses
 import functools
 import json
@@ -47,58 +48,80 @@ from model import fork, forked, forked_backward, load_model, load_to_tune
 @dataclass
 class Config(common.TuneConfig):
     # data and rewards
-    data: str = "data/prompts.jsonl"  # JSONL of {"prompt": text or messages, columns for the rewards …}
-    val_data: str = ""               # the same, held out, for pass@1 and pass@k; empty = none
-    reward: tyro.conf.Fixed[Callable | list | None] = None  # (prompts, completions, **columns) -> [number or None]; or several
-    reward_model: str = ""           # a file of train_reward.py, as one more reward
-    reward_weights: tuple[float, ...] = ()  # of the rewards in their order, the model's last; none = 1 each
-    process: Callable | None = None  # (rows, completions) -> masks or None; may change .tokens and .text before rewards
+    data: str = (
+        "data/prompts.jsonl"  # JSONL of {"prompt": text or messages, columns for the rewards …}
+    )
+    val_data: str = ""  # the same, held out, for pass@1 and pass@k; empty = none
+    reward: tyro.conf.Fixed[Callable | list | None] = (
+        None  # (prompts, completions, **columns) -> [number or None]; or several
+    )
+    reward_model: str = ""  # a file of train_reward.py, as one more reward
+    reward_weights: tuple[
+        float, ...
+    ] = ()  # of the rewards in their order, the model's last; none = 1 each
+    process: Callable | None = (
+        None  # (rows, completions) -> masks or None; may change .tokens and .text before rewards
+    )
     # rollouts
-    num_generations: int = 8         # completions of each prompt
+    num_generations: int = 8  # completions of each prompt
     max_completion_length: int = 512  # tokens
-    temperature: float = 1.0         # of sampling and of training
-    top_p: float = 1.0               # below 1 the trainer's distribution is another one
-    top_k: int = 0                   # the same; 0 = all
-    stop: tuple[str, ...] = ("\n\nUser:",)  # texts that end a completion, besides the tokenizer's end id
+    temperature: float = 1.0  # of sampling and of training
+    top_p: float = 1.0  # below 1 the trainer's distribution is another one
+    top_k: int = 0  # the same; 0 = all
+    stop: tuple[str, ...] = (
+        "\n\nUser:",
+    )  # texts that end a completion, besides the tokenizer's end id
     gen_batch_size: int | None = None  # sequences decoded together; none = what fits
-    steps_per_generation: int = 1    # optimiser steps that share one batch of rollouts
-    num_iterations: int = 1          # passes over a batch of rollouts
-    dynamic_sampling: int = 0        # replace groups without spread, sampling at most so many more times; 0 = off
+    steps_per_generation: int = 1  # optimiser steps that share one batch of rollouts
+    num_iterations: int = 1  # passes over a batch of rollouts
+    dynamic_sampling: int = (
+        0  # replace groups without spread, sampling at most so many more times; 0 = off
+    )
     # loss
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"  # formulas above
     importance_sampling_level: Literal["token", "sequence"] = "token"  # sequence = GSPO
-    epsilon: float = 0.2             # clip range downwards
+    epsilon: float = 0.2  # clip range downwards
     epsilon_high: float | None = None  # upwards; none = epsilon; DAPO 0.28, cispo about 5
-    delta: float | None = None       # dual clip: the largest ratio, above 1 + epsilon_high; none = off
+    delta: float | None = None  # dual clip: the largest ratio, above 1 + epsilon_high; none = off
     scale_rewards: Literal["group", "batch", "none"] = "group"  # what advantages are divided by
-    advantage_clip: float = 0.0      # largest advantage; 0 = none
-    beta: float = 0.0                # weight of the KL term
+    advantage_clip: float = 0.0  # largest advantage; 0 = none
+    beta: float = 0.0  # weight of the KL term
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # formulas above
-    reference: str = ""              # a model's file; empty = adapter or state off, with tune=full init_from
-    mask_truncated_completions: bool = False  # no loss on completions that hit max_completion_length
-    importance_cap: float = 0.0      # weigh tokens by min(p_old / p_sampler, this) (TIS); 0 = off
+    reference: str = ""  # a model's file; empty = adapter or state off, with tune=full init_from
+    mask_truncated_completions: bool = (
+        False  # no loss on completions that hit max_completion_length
+    )
+    importance_cap: float = 0.0  # weigh tokens by min(p_old / p_sampler, this) (TIS); 0 = off
     # model and run
     tune: Literal["full", "lora", "state"] = "full"  # every weight, an adapter, or the start state
-    lora_dropout: float = 0.0        # LoRA dropout; makes sampler and trainer differ
-    out_dir: str = "out/grpo"        # folder for weights or adapters, last.pt, config.json, metrics, rollouts
-    seed: int = 42                   # of the prompts' order, of sampling and of a fresh adapter
-    micro_bsz: int = 1               # prompts, with all their completions, per process and backward pass
-    global_bsz: int = 16             # prompts per optimiser step, over all processes; accumulation follows from it
-    ctx_len: int = 4096              # longest prompt and completion in tokens
-    chunk_len: int = 0               # tokens whose activations are kept at a time, with exact gradient; 0 = whole
-    lr: float = 1e-6                 # peak learning rate; LoRA wants about ten times more, a state 1e-3 and more
-    lr_final: float = 1e-7           # learning rate at the end of the cosine
-    eval_every: int = 50             # steps between validations; 0 = at the end only
-    eval_generations: int = 4        # k of pass@k
-    rollouts_every: int = 50         # steps between rollouts/<step>.jsonl, three of them on the screen; 0 = never
-    save_every: int = 100            # steps between checkpoints; 0 = at the end only
-    log_every: int = 1               # steps between progress lines
+    lora_dropout: float = 0.0  # LoRA dropout; makes sampler and trainer differ
+    out_dir: str = (
+        "out/grpo"  # folder for weights or adapters, last.pt, config.json, metrics, rollouts
+    )
+    seed: int = 42  # of the prompts' order, of sampling and of a fresh adapter
+    micro_bsz: int = 1  # prompts, with all their completions, per process and backward pass
+    global_bsz: int = (
+        16  # prompts per optimiser step, over all processes; accumulation follows from it
+    )
+    ctx_len: int = 4096  # longest prompt and completion in tokens
+    chunk_len: int = (
+        0  # tokens whose activations are kept at a time, with exact gradient; 0 = whole
+    )
+    lr: float = 1e-6  # peak learning rate; LoRA wants about ten times more, a state 1e-3 and more
+    lr_final: float = 1e-7  # learning rate at the end of the cosine
+    eval_every: int = 50  # steps between validations; 0 = at the end only
+    eval_generations: int = 4  # k of pass@k
+    rollouts_every: int = (
+        50  # steps between rollouts/<step>.jsonl, three of them on the screen; 0 = never
+    )
+    save_every: int = 100  # steps between checkpoints; 0 = at the end only
+    log_every: int = 1  # steps between progress lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the method
 
-HELD_OUT = 2 ** 40  # numbers of held-out prompts, beyond those of training: other random streams
+HELD_OUT = 2**40  # numbers of held-out prompts, beyond those of training: other random streams
 
 
 def group_advantages(rewards, num_generations, *, scale_rewards="group"):
@@ -109,9 +132,13 @@ def group_advantages(rewards, num_generations, *, scale_rewards="group"):
     n, filled = there.sum(1, keepdim=True), r.nan_to_num(0.0)
     centred = torch.where(there, filled - filled.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
     same = (r.nan_to_num(-math.inf).amax(1) == r.nan_to_num(math.inf).amin(1)) | (n[:, 0] < 2)
-    centred = centred.masked_fill(same[:, None], 0.0)  # the mean of equal numbers is not always that number
+    centred = centred.masked_fill(
+        same[:, None], 0.0
+    )  # the mean of equal numbers is not always that number
     if scale_rewards == "group":
-        centred = centred / ((centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + 1e-4)
+        centred = centred / (
+            (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + 1e-4
+        )
     elif scale_rewards == "batch":
         every = rewards[~rewards.isnan()]
         centred = centred / ((every.std() if len(every) > 1 else 0.0) + 1e-4)
@@ -120,9 +147,27 @@ def group_advantages(rewards, num_generations, *, scale_rewards="group"):
     return centred.flatten()
 
 
-def policy_loss(logps, old_logps, advantages, mask, *, loss_type="dapo", epsilon=0.2, epsilon_high=None, delta=None,
-                importance_sampling_level="token", ref_logps=None, beta=0.0, kl_estimator="k3", max_new_tokens=None,
-                num_items=None, num_rows=None, entropy=None, sampling_logps=None, importance_cap=3.0):
+def policy_loss(
+    logps,
+    old_logps,
+    advantages,
+    mask,
+    *,
+    loss_type="dapo",
+    epsilon=0.2,
+    epsilon_high=None,
+    delta=None,
+    importance_sampling_level="token",
+    ref_logps=None,
+    beta=0.0,
+    kl_estimator="k3",
+    max_new_tokens=None,
+    num_items=None,
+    num_rows=None,
+    entropy=None,
+    sampling_logps=None,
+    importance_cap=3.0,
+):
     """logps [B, T] of the tokens taken, advantages [B], mask [B, T] of completion tokens -> (loss, metrics).
 
     old_logps: under the policy that the rollouts are of; None = logps themselves, on-policy. num_items, num_rows: tokens
@@ -130,18 +175,33 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type="dapo", epsilon
     sampling_logps: what the sampler reported, for importance weights up to importance_cap. What stands at masked
     positions, NaN included, does not matter. metrics: means over num_items (or num_rows), so they add up like the loss.
     """
-    if loss_type not in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo") or importance_sampling_level not in ("token", "sequence"):
-        raise ValueError(f"loss_type={loss_type}, importance_sampling_level={importance_sampling_level}: no such variant")
+    if loss_type not in (
+        "grpo",
+        "bnpo",
+        "dr_grpo",
+        "dapo",
+        "cispo",
+    ) or importance_sampling_level not in ("token", "sequence"):
+        raise ValueError(
+            f"loss_type={loss_type}, importance_sampling_level={importance_sampling_level}: no such variant"
+        )
     if loss_type == "cispo" and epsilon_high is None:
-        raise ValueError("cispo caps the ratio at epsilon_high itself, not at 1 + epsilon_high: give it, about 5")
+        raise ValueError(
+            "cispo caps the ratio at epsilon_high itself, not at 1 + epsilon_high: give it, about 5"
+        )
     if loss_type == "dr_grpo" and not max_new_tokens:
         raise ValueError("dr_grpo divides by rows x max_new_tokens: give max_new_tokens")
     here = mask.bool()
     clean = lambda x: None if x is None else torch.where(here, x, 0.0)  # noqa: E731
-    logps, ref_logps, sampling_logps, entropy = map(clean, (logps, ref_logps, sampling_logps, entropy))
+    logps, ref_logps, sampling_logps, entropy = map(
+        clean, (logps, ref_logps, sampling_logps, entropy)
+    )
     old_logps = logps.detach() if old_logps is None else clean(old_logps)
     m, A, lengths = here.to(logps.dtype), advantages[:, None], here.sum(1).clamp(min=1)
-    num_items, num_rows = m.sum().clamp(min=1) if num_items is None else num_items, len(m) if num_rows is None else num_rows
+    num_items, num_rows = (
+        m.sum().clamp(min=1) if num_items is None else num_items,
+        len(m) if num_rows is None else num_rows,
+    )
 
     log_ratio = logps - old_logps
     if importance_sampling_level == "sequence":
@@ -157,7 +217,9 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type="dapo", epsilon
     kl = None
     if beta and ref_logps is not None:
         d = ref_logps - logps
-        kl = {"k1": lambda: -d, "k2": lambda: d.square() / 2, "k3": lambda: d.exp() - d - 1}[kl_estimator]()
+        kl = {"k1": lambda: -d, "k2": lambda: d.square() / 2, "k3": lambda: d.exp() - d - 1}[
+            kl_estimator
+        ]()
         losses = losses + beta * kl
     losses = losses * m
     if loss_type == "grpo":
@@ -172,10 +234,17 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type="dapo", epsilon
     with torch.no_grad():
         mean = lambda x: float((x * m).sum() / num_items)  # noqa: E731
         low, up = (ratio < 1 - epsilon) & (A < 0), (ratio > high) & (A > 0)
-        metrics = {"ratio": mean(ratio), "clip_ratio/low_mean": mean(low), "clip_ratio/high_mean": mean(up),
-                   "clip_ratio/region_mean": mean(low | up)}
+        metrics = {
+            "ratio": mean(ratio),
+            "clip_ratio/low_mean": mean(low),
+            "clip_ratio/high_mean": mean(up),
+            "clip_ratio/region_mean": mean(low | up),
+        }
         if loss_type == "cispo":
-            metrics = {"ratio": mean(ratio), "cispo_clip_ratio": mean((ratio > epsilon_high) & (A > 0))}
+            metrics = {
+                "ratio": mean(ratio),
+                "cispo_clip_ratio": mean((ratio > epsilon_high) & (A > 0)),
+            }
         for name, x in (("kl", kl), ("entropy", entropy)):
             if x is not None:
                 metrics[name] = mean(x)
@@ -185,7 +254,10 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type="dapo", epsilon
 def combine_rewards(columns, weights):
     """columns: a list [rows] of numbers or None for each reward -> weighted sums [rows]; a missing one counts 0, and a row
     that has none at all is NaN."""
-    table = torch.tensor([[math.nan if x is None else float(x) for x in column] for column in columns], dtype=torch.float64)
+    table = torch.tensor(
+        [[math.nan if x is None else float(x) for x in column] for column in columns],
+        dtype=torch.float64,
+    )
     total = (table.nan_to_num(0.0) * torch.tensor(weights, dtype=torch.float64)[:, None]).sum(0)
     return total.masked_fill(table.isnan().all(0), math.nan)
 
@@ -203,17 +275,30 @@ def call_reward(function, prompts, texts, columns):
     except Exception as e:
         for i in range(len(texts)):  # which row was it?
             try:
-                function(prompts[i:i + 1], texts[i:i + 1], **{k: v[i:i + 1] for k, v in columns.items()})
+                function(
+                    prompts[i : i + 1],
+                    texts[i : i + 1],
+                    **{k: v[i : i + 1] for k, v in columns.items()},
+                )
             except Exception as one:
-                raise UserError(f"reward {name} failed on prompt {str(prompts[i])[:80]!r}, completion {texts[i][:80]!r}: "
-                                f"{type(one).__name__}: {one}") from e
-        raise UserError(f"reward {name} failed on the batch, on no row alone: {type(e).__name__}: {e}") from e
+                raise UserError(
+                    f"reward {name} failed on prompt {str(prompts[i])[:80]!r}, completion {texts[i][:80]!r}: "
+                    f"{type(one).__name__}: {one}"
+                ) from e
+        raise UserError(
+            f"reward {name} failed on the batch, on no row alone: {type(e).__name__}: {e}"
+        ) from e
     if not isinstance(got, (list, tuple)) or len(got) != len(texts):
-        raise UserError(f"reward {name} returned {type(got).__name__}" + (f" of {len(got)}" if hasattr(got, "__len__") else "")
-                        + f"; expected a list of {len(texts)}, a number or None for each completion")
+        raise UserError(
+            f"reward {name} returned {type(got).__name__}"
+            + (f" of {len(got)}" if hasattr(got, "__len__") else "")
+            + f"; expected a list of {len(texts)}, a number or None for each completion"
+        )
     for i, x in enumerate(got):
         if x is not None and (not isinstance(x, (int, float)) or math.isinf(x)):
-            raise UserError(f"reward {name} gave {x!r} for completion {texts[i][:80]!r}; expected a finite number or None")
+            raise UserError(
+                f"reward {name} gave {x!r} for completion {texts[i][:80]!r}; expected a finite number or None"
+            )
     return [None if x is None or math.isnan(x) else float(x) for x in got]
 
 
@@ -225,12 +310,17 @@ def read_prompts(path, tokenizer, longest):
         if not prompt or not isinstance(prompt, (str, list)):
             raise UserError(f'{where}: "prompt" is missing or empty; expected text or messages')
         try:
-            ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prepare.render_chat(
-                prompt, tokenizer, generation_prompt=True)[0]
+            ids = (
+                tokenizer.encode(prompt)
+                if isinstance(prompt, str)
+                else prepare.render_chat(prompt, tokenizer, generation_prompt=True)[0]
+            )
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
         if len(ids) > longest:
-            raise UserError(f"{where}: the prompt has {len(ids)} tokens; ctx_len - max_completion_length leaves {longest}")
+            raise UserError(
+                f"{where}: the prompt has {len(ids)} tokens; ctx_len - max_completion_length leaves {longest}"
+            )
         out.append((ids, row))
     if not out:
         raise UserError(f"{path} holds no prompts")
@@ -241,43 +331,86 @@ def rollout(model, tokenizer, judge, run, cfg, prompts, numbers, n, **options):
     """Sample n completions of each prompt and reward them, a share on every process -> groups, the same list everywhere:
     {"number", "ids", "row", "completions": [{"tokens", "text", "logprobs", "finish_reason", "mask"}], "rewards" by name,
     "reward": their weighted sum}."""
-    share = range(len(prompts))[run.rank::run.world]
+    share = range(len(prompts))[run.rank :: run.world]
     mine, out, error = [prompts[i] for i in share], [], []
     if mine:
-        got = sample.generate(model, [ids for ids, _ in mine], n=n, max_new_tokens=cfg.max_completion_length, stop=cfg.stop,
-                              tokenizer=tokenizer, seed=cfg.seed, indices=[numbers[i] for i in share], progress=False,
-                              batch_size=cfg.gen_batch_size, **options)
+        got = sample.generate(
+            model,
+            [ids for ids, _ in mine],
+            n=n,
+            max_new_tokens=cfg.max_completion_length,
+            stop=cfg.stop,
+            tokenizer=tokenizer,
+            seed=cfg.seed,
+            indices=[numbers[i] for i in share],
+            progress=False,
+            batch_size=cfg.gen_batch_size,
+            **options,
+        )
         every = [row for _, row in mine for _ in range(n)]
         before = [list(c.tokens) for c in got]
         masks = cfg.process(every, got) if cfg.process else None
         masks = masks or [[1] * len(c.tokens) for c in got]
-        if [len(mask) for mask in masks] != [len(c.tokens) for c in got] or not all(c.tokens for c in got):
-            raise UserError("process: expected a mask for each completion, a number for each of its tokens, and one token "
-                            "or more")
+        if [len(mask) for mask in masks] != [len(c.tokens) for c in got] or not all(
+            c.tokens for c in got
+        ):
+            raise UserError(
+                "process: expected a mask for each completion, a number for each of its tokens, and one token "
+                "or more"
+            )
         columns, rewards = {**columns_of(every), "completion_ids": [c.tokens for c in got]}, {}
         try:
             for name, function in reward_functions(cfg).items():
-                rewards[name] = call_reward(function, [row["prompt"] for row in every], [c.text for c in got], columns)
+                rewards[name] = call_reward(
+                    function, [row["prompt"] for row in every], [c.text for c in got], columns
+                )
             if judge is not None:
-                forks = [(ids, [c.tokens for c in got[i * n:(i + 1) * n]]) for i, (ids, _) in enumerate(mine)]
+                forks = [
+                    (ids, [c.tokens for c in got[i * n : (i + 1) * n]])
+                    for i, (ids, _) in enumerate(mine)
+                ]
                 with torch.no_grad():
-                    rewards["reward_model"] = [x for some in common.chunks(forks, cfg.micro_bsz) for x in forked(
-                        judge, fork(some, run.device, whole=True), score=True).tolist()]
+                    rewards["reward_model"] = [
+                        x
+                        for some in common.chunks(forks, cfg.micro_bsz)
+                        for x in forked(
+                            judge, fork(some, run.device, whole=True), score=True
+                        ).tolist()
+                    ]
         except UserError as e:
             error = [str(e)]
         for i, (ids, row) in enumerate(mine):
             at = slice(i * n, (i + 1) * n)
-            completions = [dict(tokens=c.tokens, text=c.text, finish_reason=c.finish_reason, mask=mask,
-                                logprobs=c.logprobs if c.tokens == was else None)
-                           for c, mask, was in zip(got[at], masks[at], before[at])]
-            out.append(dict(number=numbers[share[i]], ids=ids, row=row, completions=completions,
-                            rewards={k: v[at] for k, v in rewards.items()}))
-    groups, error = sorted(common.gather(out), key=lambda group: group["number"]), common.gather(error)
+            completions = [
+                dict(
+                    tokens=c.tokens,
+                    text=c.text,
+                    finish_reason=c.finish_reason,
+                    mask=mask,
+                    logprobs=c.logprobs if c.tokens == was else None,
+                )
+                for c, mask, was in zip(got[at], masks[at], before[at])
+            ]
+            out.append(
+                dict(
+                    number=numbers[share[i]],
+                    ids=ids,
+                    row=row,
+                    completions=completions,
+                    rewards={k: v[at] for k, v in rewards.items()},
+                )
+            )
+    groups, error = (
+        sorted(common.gather(out), key=lambda group: group["number"]),
+        common.gather(error),
+    )
     if error:
         keep_and_raise(error[0], groups, cfg, run)
     for group in groups:
         columns = list(group["rewards"].values())
-        group["reward"] = combine_rewards(columns, cfg.reward_weights or (1.0,) * len(columns)).tolist()
+        group["reward"] = combine_rewards(
+            columns, cfg.reward_weights or (1.0,) * len(columns)
+        ).tolist()
     return groups
 
 
@@ -288,9 +421,18 @@ def take_rollouts(roll, data, cursor, cfg, run):
     for round_ in range(1 + cfg.dynamic_sampling):
         numbers = range(cursor, cursor + want - len(kept))
         cursor = numbers.stop
-        got = roll(cfg, [data[i] for i in common.shuffled(numbers, len(data), cfg.seed)], list(numbers), cfg.num_generations,
-                   temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k)
-        kept += [g for g in got if round_ == cfg.dynamic_sampling or different(g["reward"])]  # what the last round gives stays
+        got = roll(
+            cfg,
+            [data[i] for i in common.shuffled(numbers, len(data), cfg.seed)],
+            list(numbers),
+            cfg.num_generations,
+            temperature=cfg.temperature,
+            top_p=cfg.top_p,
+            top_k=cfg.top_k,
+        )
+        kept += [
+            g for g in got if round_ == cfg.dynamic_sampling or different(g["reward"])
+        ]  # what the last round gives stays
         if len(kept) == want:
             break
     rewards = torch.tensor([r for g in kept for r in g["reward"]], dtype=torch.float64)
@@ -309,25 +451,44 @@ def take_rollouts(roll, data, cursor, cfg, run):
 
 def columns_of(rows):
     """[{key: value}, …] -> {key: [value or None of each row]}, without the prompts: what a reward is called with"""
-    return {k: [row.get(k) for row in rows] for k in dict.fromkeys(k for row in rows for k in row) if k != "prompt"}
+    return {
+        k: [row.get(k) for row in rows]
+        for k in dict.fromkeys(k for row in rows for k in row)
+        if k != "prompt"
+    }
 
 
 def reward_functions(cfg):
     """{name: function}"""
-    given = cfg.reward if isinstance(cfg.reward, (list, tuple)) else [cfg.reward] if cfg.reward else []
+    given = (
+        cfg.reward if isinstance(cfg.reward, (list, tuple)) else [cfg.reward] if cfg.reward else []
+    )
     named = {getattr(function, "__name__", type(function).__name__): function for function in given}
     if len(named) < len(given):
-        raise UserError(f"{len(given)} rewards, but only {len(named)} names: {', '.join(named)}; give each a name of its own")
+        raise UserError(
+            f"{len(given)} rewards, but only {len(named)} names: {', '.join(named)}; give each a name of its own"
+        )
     return named
 
 
 def write_rollouts(groups, path, run):
     if run.main:
         with common.atomic_write(path) as tmp:
-            tmp.write_text("".join(json.dumps(dict(
-                prompt=group["row"]["prompt"], completions=[c["text"] for c in group["completions"]], rewards=group["rewards"],
-                finish_reasons=[c["finish_reason"] for c in group["completions"]]), ensure_ascii=False) + "\n"
-                for group in groups))
+            tmp.write_text(
+                "".join(
+                    json.dumps(
+                        dict(
+                            prompt=group["row"]["prompt"],
+                            completions=[c["text"] for c in group["completions"]],
+                            rewards=group["rewards"],
+                            finish_reasons=[c["finish_reason"] for c in group["completions"]],
+                        ),
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                    for group in groups
+                )
+            )
 
 
 def keep_and_raise(error, groups, cfg, run):
@@ -353,7 +514,9 @@ def tensors(groups, device):
     padded = lambda rows: pad_sequence(list(map(tensor, rows)), batch_first=True).to(device)  # noqa: E731
     forks = fork([(g["ids"], [c["tokens"] for c in g["completions"]]) for g in groups], device)
     advantages = tensor([a for g in groups for a in g["advantages"]]).to(device)
-    said = padded(c["logprobs"] or [math.nan] * len(c["tokens"]) for c in rows)  # NaN: rewritten by hand
+    said = padded(
+        c["logprobs"] or [math.nan] * len(c["tokens"]) for c in rows
+    )  # NaN: rewritten by hand
     old = padded(c["old"] for c in rows) if "old" in rows[0] else None
     return forks, padded(c["mask"] for c in rows), advantages, said, old
 
@@ -370,24 +533,33 @@ def batch_metrics(groups):
     spread = torch.tensor([g[~g.isnan()].std() if different(g) else 0.0 for g in rewards])
     rows = completions_of(groups)
     sizes = torch.tensor([float(len(c["tokens"])) for c in rows])
-    of = lambda name: torch.tensor([math.nan if r is None else r for g in groups for r in g["rewards"][name]])  # noqa: E731
-    return {"reward": float(rewards.nanmean()), "reward_std": float(spread.mean()),
-            "frac_reward_zero_std": float((spread == 0).double().mean()),
-            **{f"rewards/{name}/mean": float(of(name).nanmean()) for name in groups[0]["rewards"]},
-            "completions/mean_length": float(sizes.mean()), "completions/max_length": float(sizes.max()),
-            "completions/clipped_ratio": sum(c["finish_reason"] == "length" for c in rows) / len(rows)}
+    of = lambda name: torch.tensor(
+        [math.nan if r is None else r for g in groups for r in g["rewards"][name]]
+    )  # noqa: E731
+    return {
+        "reward": float(rewards.nanmean()),
+        "reward_std": float(spread.mean()),
+        "frac_reward_zero_std": float((spread == 0).double().mean()),
+        **{f"rewards/{name}/mean": float(of(name).nanmean()) for name in groups[0]["rewards"]},
+        "completions/mean_length": float(sizes.mean()),
+        "completions/max_length": float(sizes.max()),
+        "completions/clipped_ratio": sum(c["finish_reason"] == "length" for c in rows) / len(rows),
+    }
 
 
 def load_other(what, path, model, run):
     """A model beside the one that trains; it must read the same tokens."""
     other, _ = load_model(path, run.device, run.dtype)
     if other.config.vocab_size != model.config.vocab_size:
-        raise UserError(f"{what}={path} has a vocabulary of {other.config.vocab_size}, the model one of "
-                        f"{model.config.vocab_size}; it must read the same tokens")
+        raise UserError(
+            f"{what}={path} has a vocabulary of {other.config.vocab_size}, the model one of "
+            f"{model.config.vocab_size}; it must read the same tokens"
+        )
     return other.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 @common.launch
 def main(cfg, run):
@@ -397,17 +569,38 @@ def main(cfg, run):
     out, about = Path(cfg.out_dir), common.origin(cfg, model, tokenizer)
     names = [*reward_functions(cfg)] + ["reward_model"] * bool(cfg.reward_model)
     if not names:
-        raise UserError("no reward: define `def reward(prompts, completions, **columns)` in the config file, or give "
-                        "--reward_model")
+        raise UserError(
+            "no reward: define `def reward(prompts, completions, **columns)` in the config file, or give "
+            "--reward_model"
+        )
     if cfg.reward_weights and len(cfg.reward_weights) != len(names):
-        raise UserError(f"reward_weights has {len(cfg.reward_weights)} numbers for {len(names)} rewards: {', '.join(names)}")
-    for key, low in (("num_generations", 2), ("steps_per_generation", 1), ("num_iterations", 1), ("max_completion_length", 1)):
+        raise UserError(
+            f"reward_weights has {len(cfg.reward_weights)} numbers for {len(names)} rewards: {', '.join(names)}"
+        )
+    for key, low in (
+        ("num_generations", 2),
+        ("steps_per_generation", 1),
+        ("num_iterations", 1),
+        ("max_completion_length", 1),
+    ):
         if getattr(cfg, key) < low:
             raise UserError(f"{key}={getattr(cfg, key)}: expected {low} or more")
     if cfg.temperature <= 0:
-        raise UserError(f"temperature={cfg.temperature}: expected a number above 0; a greedy group is one answer G times")
-    method = {key: getattr(cfg, key) for key in ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta",
-                                                 "beta", "kl_estimator")} | {"max_new_tokens": cfg.max_completion_length}
+        raise UserError(
+            f"temperature={cfg.temperature}: expected a number above 0; a greedy group is one answer G times"
+        )
+    method = {
+        key: getattr(cfg, key)
+        for key in (
+            "loss_type",
+            "importance_sampling_level",
+            "epsilon",
+            "epsilon_high",
+            "delta",
+            "beta",
+            "kl_estimator",
+        )
+    } | {"max_new_tokens": cfg.max_completion_length}
     try:
         policy_loss(torch.zeros(1, 1), None, torch.zeros(1), torch.ones(1, 1), **method)
     except ValueError as e:
@@ -415,26 +608,46 @@ def main(cfg, run):
     judge = load_other("reward_model", cfg.reward_model, model, run) if cfg.reward_model else None
     if judge is not None and judge.score is None:
         raise UserError(f"reward_model={cfg.reward_model} has no score.weight")
-    elsewhere = cfg.beta and (cfg.reference or cfg.tune == "full")  # else the reference is the model, its adapter or state off
-    reference = load_other("reference", cfg.reference or cfg.init_from, model, run) if elsewhere else None
+    elsewhere = cfg.beta and (
+        cfg.reference or cfg.tune == "full"
+    )  # else the reference is the model, its adapter or state off
+    reference = (
+        load_other("reference", cfg.reference or cfg.init_from, model, run) if elsewhere else None
+    )
 
     # ---- data
     longest = cfg.ctx_len - cfg.max_completion_length
-    data, val = (read_prompts(path, tokenizer, longest) if path else None for path in (cfg.data, cfg.val_data))
+    data, val = (
+        read_prompts(path, tokenizer, longest) if path else None
+        for path in (cfg.data, cfg.val_data)
+    )
     max_steps, accumulation = common.plan_steps(cfg, run, len(data) * cfg.num_iterations)
 
     # ---- optimiser: upstream's groups, printed
     opt = common.make_optimizer(model, cfg, run)
-    print0(f"data: {len(data):,} prompts; {max_steps:,} steps of {cfg.global_bsz} prompts x {cfg.num_generations} completions; "
-           f"rewards {', '.join(names)}")
+    print0(
+        f"data: {len(data):,} prompts; {max_steps:,} steps of {cfg.global_bsz} prompts x {cfg.num_generations} completions; "
+        f"rewards {', '.join(names)}"
+    )
 
     # ---- a new run, or on from last.pt
     trained, kept, metrics, write, save = common.open_run(
-        cfg, run, model, opt, max_steps, kept=dict(best=-math.inf, cursor=0, groups=[]),
-        data_order=dict(prompts=len(data), num_generations=cfg.num_generations, steps_per_generation=cfg.steps_per_generation,
-                        num_iterations=cfg.num_iterations),
-        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out), about=about,
-        plot=("reward", "val_pass@1", f"val_pass@{cfg.eval_generations}", "entropy"))
+        cfg,
+        run,
+        model,
+        opt,
+        max_steps,
+        kept=dict(best=-math.inf, cursor=0, groups=[]),
+        data_order=dict(
+            prompts=len(data),
+            num_generations=cfg.num_generations,
+            steps_per_generation=cfg.steps_per_generation,
+            num_iterations=cfg.num_iterations,
+        ),
+        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out),
+        about=about,
+        plot=("reward", "val_pass@1", f"val_pass@{cfg.eval_generations}", "entropy"),
+    )
     roll = functools.partial(rollout, model, tokenizer, judge, run)
 
     def validate():
@@ -443,11 +656,20 @@ def main(cfg, run):
         values, k = {}, cfg.eval_generations
         if val is not None:
             numbers = [HELD_OUT + i for i in range(len(val))]
-            got = roll(dataclasses.replace(cfg, process=None), val, numbers, k, temperature=cfg.temperature)
+            got = roll(
+                dataclasses.replace(cfg, process=None), val, numbers, k, temperature=cfg.temperature
+            )
             # right is what the first reward gives 1 or more; a missing one is not
-            right = torch.tensor([[r is not None and r >= 1 for r in g["rewards"][names[0]]] for g in got])
-            values = {"val_reward": float(torch.tensor([g["reward"] for g in got], dtype=torch.float64).nanmean()),
-                      "val_pass@1": float(right.double().mean()), f"val_pass@{k}": float(right.any(1).double().mean())}
+            right = torch.tensor(
+                [[r is not None and r >= 1 for r in g["rewards"][names[0]]] for g in got]
+            )
+            values = {
+                "val_reward": float(
+                    torch.tensor([g["reward"] for g in got], dtype=torch.float64).nanmean()
+                ),
+                "val_pass@1": float(right.double().mean()),
+                f"val_pass@{k}": float(right.any(1).double().mean()),
+            }
         if cfg.eval_fn is not None:
             values.update(cfg.eval_fn(model, tokenizer))
         if values.get("val_pass@1", -math.inf) > kept["best"]:
@@ -458,9 +680,18 @@ def main(cfg, run):
     # ---- the loop
     metrics.begin(validate() if metrics.from_step == 0 else {})
     wrapped, no_sync = common.wrap(model, run)
-    updates = cfg.steps_per_generation * cfg.num_iterations  # optimiser steps of one batch of rollouts
-    quiet = {"ratio", "clip_ratio/low_mean", "clip_ratio/high_mean", "reward_std", "completions/max_length",  # not on the screen
-             "sampling/sampling_logp_difference/mean", *(f"rewards/{k}/mean" for k in names)}
+    updates = (
+        cfg.steps_per_generation * cfg.num_iterations
+    )  # optimiser steps of one batch of rollouts
+    quiet = {
+        "ratio",
+        "clip_ratio/low_mean",
+        "clip_ratio/high_mean",
+        "reward_std",
+        "completions/max_length",  # not on the screen
+        "sampling/sampling_logp_difference/mean",
+        *(f"rewards/{k}/mean" for k in names),
+    }
     with common.catch_signals() as signals:
         for step in range(metrics.from_step, max_steps):
             lr = common.set_lr(opt, cfg, step, max_steps)
@@ -469,26 +700,39 @@ def main(cfg, run):
                 model.eval()
                 kept["groups"], kept["cursor"] = take_rollouts(roll, data, kept["cursor"], cfg, run)
                 if updates > 1:  # with one update the policy is still the one that sampled
-                    mine = common.chunks(kept["groups"][run.rank::run.world], cfg.micro_bsz)
+                    mine = common.chunks(kept["groups"][run.rank :: run.world], cfg.micro_bsz)
                     for batch in mine:
-                        for c, logps in zip(completions_of(batch), logps_of(model, tensors(batch, run.device)[0], cfg)):
-                            c["old"] = logps[:len(c["tokens"])].tolist()
-                    kept["groups"] = sorted(common.gather([g for batch in mine for g in batch]), key=lambda g: g["number"])
-                if cfg.rollouts_every and (step // updates * updates) % cfg.rollouts_every < updates:
+                        for c, logps in zip(
+                            completions_of(batch),
+                            logps_of(model, tensors(batch, run.device)[0], cfg),
+                        ):
+                            c["old"] = logps[: len(c["tokens"])].tolist()
+                    kept["groups"] = sorted(
+                        common.gather([g for batch in mine for g in batch]),
+                        key=lambda g: g["number"],
+                    )
+                if (
+                    cfg.rollouts_every
+                    and (step // updates * updates) % cfg.rollouts_every < updates
+                ):
                     write_rollouts(kept["groups"], out / "rollouts" / f"{step}.jsonl", run)
                     for group in kept["groups"][:3]:
-                        print0(f"  {str(group['row']['prompt'])[-100:]!r}\n"
-                               f"    {group['reward'][0]:.3f} {group['completions'][0]['text'][:200]!r}")
+                        print0(
+                            f"  {str(group['row']['prompt'])[-100:]!r}\n"
+                            f"    {group['reward'][0]:.3f} {group['completions'][0]['text'][:200]!r}"
+                        )
 
             seconds_rollout, t = time.time() - t, time.time()
-            batch = kept["groups"][step % cfg.steps_per_generation * cfg.global_bsz:][:cfg.global_bsz]
+            batch = kept["groups"][step % cfg.steps_per_generation * cfg.global_bsz :][
+                : cfg.global_bsz
+            ]
             completions = completions_of(batch)
             # sums over the whole batch's tokens and rows; x world because DDP averages gradients
             n_items = max(sum(sum(c["mask"]) for c in completions), 1)
             share = dict(num_items=n_items / run.world, num_rows=len(completions) / run.world)
             loss, totals, gaps = 0.0, {}, []
             model.train()
-            for i, micro in enumerate(common.chunks(batch[run.rank::run.world], cfg.micro_bsz)):
+            for i, micro in enumerate(common.chunks(batch[run.rank :: run.world], cfg.micro_bsz)):
                 forks, mask, advantages, said, old = tensors(micro, run.device)
                 ref = None
                 if cfg.beta:
@@ -501,15 +745,37 @@ def main(cfg, run):
                     gap = (now - said)[mask.bool()].abs()
                     gaps.append(gap[~gap.isnan()])
                     return policy_loss(
-                        logps, old, advantages, mask, ref_logps=ref, entropy=entropy.detach(), **method, **share,
-                        sampling_logps=torch.where(said.isnan(), now, said) if cfg.importance_cap else None,
-                        importance_cap=cfg.importance_cap)
-                now, values = forked_backward(wrapped, forks, loss_of, cfg.chunk_len, cfg.temperature,
-                                              nullcontext if i == accumulation - 1 else no_sync)
-                loss, totals = loss + now / run.world, {k: totals.get(k, 0.0) + v / run.world for k, v in values.items()}
+                        logps,
+                        old,
+                        advantages,
+                        mask,
+                        ref_logps=ref,
+                        entropy=entropy.detach(),
+                        **method,
+                        **share,
+                        sampling_logps=torch.where(said.isnan(), now, said)
+                        if cfg.importance_cap
+                        else None,
+                        importance_cap=cfg.importance_cap,
+                    )
+
+                now, values = forked_backward(
+                    wrapped,
+                    forks,
+                    loss_of,
+                    cfg.chunk_len,
+                    cfg.temperature,
+                    nullcontext if i == accumulation - 1 else no_sync,
+                )
+                loss, totals = (
+                    loss + now / run.world,
+                    {k: totals.get(k, 0.0) + v / run.world for k, v in values.items()},
+                )
             grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
             gaps = torch.cat(gaps)
-            loss, stop, gap_sum, gap_n, *values = common.all_sum(loss, len(signals), gaps.sum(), len(gaps), *totals.values())
+            loss, stop, gap_sum, gap_n, *values = common.all_sum(
+                loss, len(signals), gaps.sum(), len(gaps), *totals.values()
+            )
             common.check_finite(cfg, step, loss, grad_norm)
             opt.step()
             opt.zero_grad()
@@ -522,10 +788,24 @@ def main(cfg, run):
                 values = validate()
             if values or done % cfg.log_every == 0 or done in (1, max_steps):
                 metrics.progress(
-                    done, max_steps, loss=loss, lr=lr, grad_norm=grad_norm, quiet=quiet, **batch_metrics(batch), **now,
-                    **{"sampling/sampling_logp_difference/mean": gap_sum / max(gap_n, 1),
-                       "sampling/sampling_logp_difference/max": max(common.gather([float(gaps.max()) if len(gaps) else 0.0])),
-                       "seconds/rollout": seconds_rollout, "seconds/train": time.time() - t}, **values)
+                    done,
+                    max_steps,
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=grad_norm,
+                    quiet=quiet,
+                    **batch_metrics(batch),
+                    **now,
+                    **{
+                        "sampling/sampling_logp_difference/mean": gap_sum / max(gap_n, 1),
+                        "sampling/sampling_logp_difference/max": max(
+                            common.gather([float(gaps.max()) if len(gaps) else 0.0])
+                        ),
+                        "seconds/rollout": seconds_rollout,
+                        "seconds/train": time.time() - t,
+                    },
+                    **values,
+                )
             common.end_step(cfg, save, done, max_steps, stop)
     common.end_run(cfg, metrics, max_steps, "*-final.*")
 

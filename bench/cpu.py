@@ -5,6 +5,7 @@ training step of the large model to its matrix products alone, and long sequence
     python bench/cpu.py                     # one thread; JSON lines: ratios of process CPU time and of wall time, medians
     python bench/cpu.py --part=decode --threads=2
 """
+
 import json
 import os
 import statistics
@@ -30,19 +31,31 @@ from model import RWKV, RWKVConfig  # noqa: E402
 @dataclass
 class Config:
     part: Literal["all", "op", "train", "large", "decode"] = "all"
-    n_layer: int = 12     # of the large model, which trains and decodes
-    n_embd: int = 768     # its width
-    vocab: int = 65536    # its vocabulary
-    slots: int = 16       # sequences of a batch
-    tokens: int = 5       # decoded in a row
-    prompt: int = 1024    # tokens of the prefill
-    rounds: int = 5       # counted runs of each side, interleaved
-    threads: int = 1      # CPU threads
+    n_layer: int = 12  # of the large model, which trains and decodes
+    n_embd: int = 768  # its width
+    vocab: int = 65536  # its vocabulary
+    slots: int = 16  # sequences of a batch
+    tokens: int = 5  # decoded in a row
+    prompt: int = 1024  # tokens of the prefill
+    rounds: int = 5  # counted runs of each side, interleaved
+    threads: int = 1  # CPU threads
 
 
 def say(cfg, what, **values):
-    print(json.dumps(dict(bench="cpu", what=what, date=str(date.today()), **values, threads=cfg.threads, torch=torch.__version__,
-                          device=common.cpu_name())), flush=True)
+    print(
+        json.dumps(
+            dict(
+                bench="cpu",
+                what=what,
+                date=str(date.today()),
+                **values,
+                threads=cfg.threads,
+                torch=torch.__version__,
+                device=common.cpu_name(),
+            )
+        ),
+        flush=True,
+    )
 
 
 def training(n_layer, n_embd, vocab, rows, length, dtype):
@@ -55,6 +68,7 @@ def training(n_layer, n_embd, vocab, rows, length, dtype):
         (-model(ids[:, :-1], targets=ids[:, 1:])[0].logps.mean()).backward()
         opt.step()
         opt.zero_grad()
+
     return step, rows * length
 
 
@@ -75,22 +89,45 @@ def large(cfg):
     vocabulary 65536, would go; and 4 x 256 at 16,384 x 1 to 1,024 x 16 tokens."""
     torch.set_num_threads(cfg.threads)
     common.keep_memory()
-    network.init_parameter = lambda name, p, c: p.uniform_(-0.05, 0.05)  # orthogonal matrices of this size take minutes
+    network.init_parameter = lambda name, p, c: p.uniform_(
+        -0.05, 0.05
+    )  # orthogonal matrices of this size take minutes
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.randn(512, 768, dtype=dtype), torch.randn(3072, 768, dtype=dtype)
-        found = speeds({"train": training(12, 768, 65536, 4, 512, dtype),
-                        "products": (lambda: [x @ w.T for _ in range(40)], 40 * 2 * 512 * 768 * 3072 / 1e9)}, min(cfg.rounds, 3))
-        say(cfg, "training 12 x 768 to its products", dtype=str(dtype)[6:], tokens_per_s=round(found["train"], 1),
-            gflop_per_s=round(found["products"], 1), ratio=round(found["train"] * 0.845 / found["products"], 3))
-    found = speeds({shape: training(4, 256, 4096, *shape, torch.float32) for shape in ((16, 1024), (1, 16384))}, min(cfg.rounds, 3))
-    say(cfg, "training on 16384 x 1 to 1024 x 16", ratio=round(found[1, 16384] / found[16, 1024], 3))
+        found = speeds(
+            {
+                "train": training(12, 768, 65536, 4, 512, dtype),
+                "products": (lambda: [x @ w.T for _ in range(40)], 40 * 2 * 512 * 768 * 3072 / 1e9),
+            },
+            min(cfg.rounds, 3),
+        )
+        say(
+            cfg,
+            "training 12 x 768 to its products",
+            dtype=str(dtype)[6:],
+            tokens_per_s=round(found["train"], 1),
+            gflop_per_s=round(found["products"], 1),
+            ratio=round(found["train"] * 0.845 / found["products"], 3),
+        )
+    found = speeds(
+        {
+            shape: training(4, 256, 4096, *shape, torch.float32)
+            for shape in ((16, 1024), (1, 16384))
+        },
+        min(cfg.rounds, 3),
+    )
+    say(
+        cfg, "training on 16384 x 1 to 1024 x 16", ratio=round(found[1, 16384] / found[16, 1024], 3)
+    )
 
 
 @torch.no_grad()
 def decode(cfg):
     torch.set_num_threads(cfg.threads)
     wkv_cuda.cpu.unavailable()  # build
-    network.init_parameter = lambda name, p, c: p.uniform_(-0.05, 0.05)  # orthogonal matrices of this size take minutes
+    network.init_parameter = lambda name, p, c: p.uniform_(
+        -0.05, 0.05
+    )  # orthogonal matrices of this size take minutes
     torch.manual_seed(0)
     model = RWKV(RWKVConfig("x070", cfg.n_layer, cfg.n_embd, cfg.vocab)).eval()
     ids = torch.randint(1, cfg.vocab, (cfg.prompt,)).tolist()
@@ -98,8 +135,11 @@ def decode(cfg):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/m.pth")
         from rwkv.model import RWKV as Official
-        official = {dtype: Official(model=f"{folder}/m", strategy=f"cpu {name}")
-                    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+
+        official = {
+            dtype: Official(model=f"{folder}/m", strategy=f"cpu {name}")
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        }
     for dtype, theirs in official.items():
         model.to(dtype)
         model.step, state = model.stepper(), {n: model.zero_state(n) for n in (1, cfg.slots)}
@@ -115,25 +155,59 @@ def decode(cfg):
             nonlocal their_state
             for t in range(cfg.tokens):
                 _, their_state = theirs.forward([ids[t]], their_state)
+
         # what -> (work, how much of it), so that speeds compare
-        sides = {"step": (lambda: steps(1), cfg.tokens), "batch": (lambda: steps(cfg.slots), cfg.tokens * cfg.slots),
-                 "rwkv": (their_steps, cfg.tokens), "sum": (lambda: [plain.sum() for _ in range(cfg.tokens)], cfg.tokens),
-                 "prefill": (lambda: model(torch.tensor([ids]), last_only=True), cfg.prompt),
-                 "rwkv_prefill": (lambda: theirs.forward(ids, None), cfg.prompt)}
+        sides = {
+            "step": (lambda: steps(1), cfg.tokens),
+            "batch": (lambda: steps(cfg.slots), cfg.tokens * cfg.slots),
+            "rwkv": (their_steps, cfg.tokens),
+            "sum": (lambda: [plain.sum() for _ in range(cfg.tokens)], cfg.tokens),
+            "prefill": (lambda: model(torch.tensor([ids]), last_only=True), cfg.prompt),
+            "rwkv_prefill": (lambda: theirs.forward(ids, None), cfg.prompt),
+        }
         speed = {name: [] for name in sides}  # (per second of CPU time, of wall time)
         for i in range(cfg.rounds + 1):
             for name, (work, amount) in sides.items():
                 start = time.process_time(), time.perf_counter()
                 work()
                 if i:
-                    speed[name].append((amount / (time.process_time() - start[0]), amount / (time.perf_counter() - start[1])))
-        for name, peer in (("step", "rwkv"), ("batch", "rwkv"), ("prefill", "rwkv_prefill"), ("step", "sum")):
-            ratio, wall = (round(statistics.median(a[i] / b[i] for a, b in zip(speed[name], speed[peer])), 2) for i in (0, 1))
-            print(json.dumps(dict(
-                bench="cpu", what=f"{name} to {peer}", date=str(date.today()), dtype=str(dtype)[6:], n_layer=cfg.n_layer,
-                n_embd=cfg.n_embd, vocab=cfg.vocab, rows=cfg.slots if name == "batch" else 1, ratio=ratio, wall_ratio=wall,
-                tokens_per_s=round(statistics.median(a for a, _ in speed[name]), 1), threads=cfg.threads,
-                torch=torch.__version__, device=common.cpu_name())), flush=True)
+                    speed[name].append(
+                        (
+                            amount / (time.process_time() - start[0]),
+                            amount / (time.perf_counter() - start[1]),
+                        )
+                    )
+        for name, peer in (
+            ("step", "rwkv"),
+            ("batch", "rwkv"),
+            ("prefill", "rwkv_prefill"),
+            ("step", "sum"),
+        ):
+            ratio, wall = (
+                round(statistics.median(a[i] / b[i] for a, b in zip(speed[name], speed[peer])), 2)
+                for i in (0, 1)
+            )
+            print(
+                json.dumps(
+                    dict(
+                        bench="cpu",
+                        what=f"{name} to {peer}",
+                        date=str(date.today()),
+                        dtype=str(dtype)[6:],
+                        n_layer=cfg.n_layer,
+                        n_embd=cfg.n_embd,
+                        vocab=cfg.vocab,
+                        rows=cfg.slots if name == "batch" else 1,
+                        ratio=ratio,
+                        wall_ratio=wall,
+                        tokens_per_s=round(statistics.median(a for a, _ in speed[name]), 1),
+                        threads=cfg.threads,
+                        torch=torch.__version__,
+                        device=common.cpu_name(),
+                    )
+                ),
+                flush=True,
+            )
 
 
 def main(cfg):
@@ -141,7 +215,11 @@ def main(cfg):
         wkv.main(wkv.Config(rounds=cfg.rounds, threads=cfg.threads))
     if cfg.part in ("all", "train"):
         for n_layer, n_embd in ((4, 256), (6, 512)):
-            train_vs_gpt.main(train_vs_gpt.Config(n_layer=n_layer, n_embd=n_embd, rounds=cfg.rounds, threads=cfg.threads))
+            train_vs_gpt.main(
+                train_vs_gpt.Config(
+                    n_layer=n_layer, n_embd=n_embd, rounds=cfg.rounds, threads=cfg.threads
+                )
+            )
     if cfg.part in ("all", "large"):
         large(cfg)
     if cfg.part in ("all", "decode"):

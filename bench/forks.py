@@ -1,7 +1,8 @@
 """DPO's forward and backward pass with each prompt run once, as a ratio to two full sequences a pair, interleaved.
 
-    python bench/forks.py          # prompts of 256 tokens, answers of 64, one thread, process CPU time
+python bench/forks.py          # prompts of 256 tokens, answers of 64, one thread, process CPU time
 """
+
 import json
 import statistics
 import sys
@@ -19,14 +20,14 @@ from model import RWKV, RWKVConfig, fork, forked_backward  # noqa: E402
 
 @dataclass
 class Config:
-    n_layer: int = 4      # layers
-    n_embd: int = 256     # width
-    vocab: int = 4096     # vocabulary
-    prompt: int = 256     # tokens of a prompt
-    answer: int = 64      # tokens of an answer
-    pairs: int = 4        # pairs of a pass
-    rounds: int = 9       # counted passes of each
-    threads: int = 1      # CPU threads
+    n_layer: int = 4  # layers
+    n_embd: int = 256  # width
+    vocab: int = 4096  # vocabulary
+    prompt: int = 256  # tokens of a prompt
+    answer: int = 64  # tokens of an answer
+    pairs: int = 4  # pairs of a pass
+    rounds: int = 9  # counted passes of each
+    threads: int = 1  # CPU threads
 
 
 def main(cfg):
@@ -35,14 +36,19 @@ def main(cfg):
     model = RWKV(RWKVConfig("x070", cfg.n_layer, cfg.n_embd, cfg.vocab))
     ids = lambda n: torch.randint(0, cfg.vocab, (n,), generator=g).tolist()  # noqa: E731
     groups = [(ids(cfg.prompt), [ids(cfg.answer), ids(cfg.answer)]) for _ in range(cfg.pairs)]
-    layouts = {"shared": groups, "apart": [(prompt, [answer]) for prompt, answers in groups for answer in answers]}
+    layouts = {
+        "shared": groups,
+        "apart": [(prompt, [answer]) for prompt, answers in groups for answer in answers],
+    }
     seconds = {name: [] for name in layouts}
 
     def loss_of(forks):
         def loss(scores):
             chosen, rejected = forks.per_answer(scores.logps).view(-1, 2).T
             return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean(), None
+
         return loss
+
     for i in range(cfg.rounds + 1):
         for name, layout in layouts.items():
             forks = fork(layout)
@@ -51,12 +57,27 @@ def main(cfg):
             model.zero_grad()
             if i:  # the first is the warm-up
                 seconds[name].append(time.process_time() - t)
-    print(json.dumps(dict(
-        bench="forks", date=str(date.today()), n_layer=cfg.n_layer, n_embd=cfg.n_embd, prompt=cfg.prompt, answer=cfg.answer,
-        pairs=cfg.pairs, shared_pairs_per_s=round(cfg.pairs / statistics.median(seconds["shared"]), 2),
-        apart_pairs_per_s=round(cfg.pairs / statistics.median(seconds["apart"]), 2),
-        ratio=round(statistics.median(b / a for a, b in zip(seconds["shared"], seconds["apart"])), 3), threads=cfg.threads,
-        torch=torch.__version__, device=common.cpu_name())))
+    print(
+        json.dumps(
+            dict(
+                bench="forks",
+                date=str(date.today()),
+                n_layer=cfg.n_layer,
+                n_embd=cfg.n_embd,
+                prompt=cfg.prompt,
+                answer=cfg.answer,
+                pairs=cfg.pairs,
+                shared_pairs_per_s=round(cfg.pairs / statistics.median(seconds["shared"]), 2),
+                apart_pairs_per_s=round(cfg.pairs / statistics.median(seconds["apart"]), 2),
+                ratio=round(
+                    statistics.median(b / a for a, b in zip(seconds["shared"], seconds["apart"])), 3
+                ),
+                threads=cfg.threads,
+                torch=torch.__version__,
+                device=common.cpu_name(),
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Scores of a judge that keeps its rubric's state, as a ratio to one that reads the whole prompt each time, interleaved.
 
-    python bench/judge.py          # a rubric of 200 tokens, answers of 50, one thread, process CPU time
+python bench/judge.py          # a rubric of 200 tokens, answers of 50, one thread, process CPU time
 """
+
 import json
 import statistics
 import sys
@@ -20,14 +21,14 @@ from model import RWKV, RWKVConfig  # noqa: E402
 
 @dataclass
 class Config:
-    n_layer: int = 4      # layers
-    n_embd: int = 256     # width
-    vocab: int = 4096     # vocabulary
-    rubric: int = 200     # tokens that every judge prompt begins with
-    answer: int = 50      # tokens that follow
-    answers: int = 64     # judged in a round
-    rounds: int = 7       # counted rounds of each
-    threads: int = 1      # CPU threads
+    n_layer: int = 4  # layers
+    n_embd: int = 256  # width
+    vocab: int = 4096  # vocabulary
+    rubric: int = 200  # tokens that every judge prompt begins with
+    answer: int = 50  # tokens that follow
+    answers: int = 64  # judged in a round
+    rounds: int = 7  # counted rounds of each
+    threads: int = 1  # CPU threads
 
 
 def main(cfg):
@@ -42,23 +43,45 @@ def main(cfg):
     choices = [[[i] for i in range(6)]] * cfg.answers
 
     def kept():  # with the rubric's own reading, once a round
-        return sample.score_choices(model, answers, choices, state=sample.prefill(model, [rubric])[1])
+        return sample.score_choices(
+            model, answers, choices, state=sample.prefill(model, [rubric])[1]
+        )
 
     def whole():
         return sample.score_choices(model, [rubric + answer for answer in answers], choices)
-    seconds, gap = {"kept": [], "whole": []}, (torch.tensor(kept()) - torch.tensor(whole())).abs().max().item()
+
+    seconds, gap = (
+        {"kept": [], "whole": []},
+        (torch.tensor(kept()) - torch.tensor(whole())).abs().max().item(),
+    )
     for i in range(cfg.rounds + 1):
         for name, function in (("kept", kept), ("whole", whole)):
             t = time.process_time()
             function()
             if i:  # the first is the warm-up
                 seconds[name].append(time.process_time() - t)
-    print(json.dumps(dict(
-        bench="judge", date=str(date.today()), n_layer=cfg.n_layer, n_embd=cfg.n_embd, rubric=cfg.rubric, answer=cfg.answer,
-        answers=cfg.answers, kept_answers_per_s=round(cfg.answers / statistics.median(seconds["kept"]), 1),
-        whole_answers_per_s=round(cfg.answers / statistics.median(seconds["whole"]), 1),
-        ratio=round(statistics.median(a / b for a, b in zip(seconds["kept"], seconds["whole"])), 3), largest_difference=gap,
-        threads=cfg.threads, torch=torch.__version__, device=common.cpu_name())))
+    print(
+        json.dumps(
+            dict(
+                bench="judge",
+                date=str(date.today()),
+                n_layer=cfg.n_layer,
+                n_embd=cfg.n_embd,
+                rubric=cfg.rubric,
+                answer=cfg.answer,
+                answers=cfg.answers,
+                kept_answers_per_s=round(cfg.answers / statistics.median(seconds["kept"]), 1),
+                whole_answers_per_s=round(cfg.answers / statistics.median(seconds["whole"]), 1),
+                ratio=round(
+                    statistics.median(a / b for a, b in zip(seconds["kept"], seconds["whole"])), 3
+                ),
+                largest_difference=gap,
+                threads=cfg.threads,
+                torch=torch.__version__,
+                device=common.cpu_name(),
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 The forms: "cuda" (tensor cores), "cuda_seq" (token by token, stands for the official kernel), "chunked" (PyTorch), and
 flash-linear-attention where it is installed. Inputs are as the networks feed them, log w in fp32.
 """
+
 import ctypes
 import json
 import re
@@ -25,17 +26,19 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import wkv_cuda  # noqa: E402
 
-SHAPES = [(C, B, T) for B, T in ((8, 4096), (1, 65536), (32, 512)) for C in (768, 1024, 2048, 2560, 4096)]
+SHAPES = [
+    (C, B, T) for B, T in ((8, 4096), (1, 65536), (32, 512)) for C in (768, 1024, 2048, 2560, 4096)
+]
 NAMES = {6: "r logw k v u", 7: "r logw k v a b"}
 
 
 @dataclass
 class Config:
-    version: Literal[0, 6, 7] = 0   # of the recurrence; 0: both
-    rounds: int = 20                # timed passes of each form, interleaved
-    compile: bool = False           # what nvcc says of each kernel, and nothing else
-    quick: bool = False             # B 8, T 4096 at C 768 and 4096 only
-    save: bool = False              # add the JSON lines to bench/results/
+    version: Literal[0, 6, 7] = 0  # of the recurrence; 0: both
+    rounds: int = 20  # timed passes of each form, interleaved
+    compile: bool = False  # what nvcc says of each kernel, and nothing else
+    quick: bool = False  # B 8, T 4096 at C 768 and 4096 only
+    save: bool = False  # add the JSON lines to bench/results/
 
 
 def make(version, B, T, H, kind="plain", dtype=torch.bfloat16, device="cuda"):
@@ -56,20 +59,32 @@ def make(version, B, T, H, kind="plain", dtype=torch.bfloat16, device="cuda"):
             k = k[:, :1].expand_as(k)
         xs = [r, logw, k, v, torch.randn(H, 64, device=device)]
     keep = (1, 4) if version == 6 else (1,)
-    return [x.to(torch.float32 if i in keep else dtype).contiguous().requires_grad_() for i, x in enumerate(xs)]
+    return [
+        x.to(torch.float32 if i in keep else dtype).contiguous().requires_grad_()
+        for i, x in enumerate(xs)
+    ]
 
 
 def forms(version):
     def ours(backend):
-        return lambda xs: (wkv_cuda.wkv7 if version == 7 else wkv_cuda.wkv6)(*xs, backend=backend)[0]
+        return lambda xs: (wkv_cuda.wkv7 if version == 7 else wkv_cuda.wkv6)(*xs, backend=backend)[
+            0
+        ]
+
     found = {name: ours(name) for name in ("cuda", "cuda_seq", "chunked")}
     try:
         if version == 7:
             from fla.ops.rwkv7 import chunk_rwkv7
-            found["fla"] = lambda xs: chunk_rwkv7(**dict(zip("r w k v a b".split(), xs)), scale=1.0)[0]
+
+            found["fla"] = lambda xs: chunk_rwkv7(
+                **dict(zip("r w k v a b".split(), xs)), scale=1.0
+            )[0]
         else:
             from fla.ops.rwkv6 import chunk_rwkv6
-            found["fla"] = lambda xs: chunk_rwkv6(**dict(zip("r w k v u".split(), xs)), scale=1.0)[0]
+
+            found["fla"] = lambda xs: chunk_rwkv6(**dict(zip("r w k v u".split(), xs)), scale=1.0)[
+                0
+            ]
     except ImportError:
         pass
     return found
@@ -104,8 +119,10 @@ def errors(version, form, kind, T=2048, H=4):
     want = [want, *torch.autograd.grad(want, exact, dy.double())]
     y = form(xs)
     got = [y, *torch.autograd.grad(y, xs, dy)]
-    return {name: float(((g.double() - w).norm() / w.norm().clamp(min=1e-38)).item())
-            for name, g, w in zip(["y", *NAMES[version].split()], got, want)}
+    return {
+        name: float(((g.double() - w).norm() / w.norm().clamp(min=1e-38)).item())
+        for name, g, w in zip(["y", *NAMES[version].split()], got, want)
+    }
 
 
 def nvcc(version):
@@ -113,33 +130,77 @@ def nvcc(version):
     said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            ["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", "-shared", "-Xcompiler", "-fPIC", "-o", f"{folder}/wkv.so",
-             *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)),
-             str(ROOT / f"wkv_cuda/wkv{version}_chunk.cu")], capture_output=True, text=True)
+            [
+                "nvcc",
+                "-O3",
+                "-std=c++17",
+                "-Xptxas",
+                "-v",
+                "-shared",
+                "-Xcompiler",
+                "-fPIC",
+                "-o",
+                f"{folder}/wkv.so",
+                *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)),
+                str(ROOT / f"wkv_cuda/wkv{version}_chunk.cu"),
+            ],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise common.UserError(f"nvcc failed: {done.stderr[-2000:]}")
         shared = getattr(ctypes.CDLL(f"{folder}/wkv.so"), f"wkv{version}_chunk_shared_bytes")
         for part in done.stderr.split("Compiling entry function")[1:]:
             kernel, logw, flag, sm = re.search(
-                r"\d(forward|backward|combine)I(f|13__nv_bfloat16)?(?:Lb([01])E)?.*for 'sm_(\d+)'", part).groups()
-            stores, loads, registers = map(int, re.search(
-                r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", part, re.S).groups())
-            bytes_ = shared(("forward", "backward", "combine").index(kernel), int(logw != "f" and logw is not None))
+                r"\d(forward|backward|combine)I(f|13__nv_bfloat16)?(?:Lb([01])E)?.*for 'sm_(\d+)'",
+                part,
+            ).groups()
+            stores, loads, registers = map(
+                int,
+                re.search(
+                    r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+                    part,
+                    re.S,
+                ).groups(),
+            )
+            bytes_ = shared(
+                ("forward", "backward", "combine").index(kernel),
+                int(logw != "f" and logw is not None),
+            )
             if flag == "1":
                 kernel = {"backward": "scan", "combine": "combine_backward"}[kernel]
-            yield dict(bench="nvcc", date=str(date.today()), version=version, kernel=kernel,
-                       logw={"f": "float32", None: None}.get(logw, "bfloat16"), sm=int(sm), registers=registers,
-                       spill_store_bytes=stores, spill_load_bytes=loads, shared_bytes=bytes_, threads=128,
-                       nvcc=re.search(r"release ([\d.]+)", said)[1])
+            yield dict(
+                bench="nvcc",
+                date=str(date.today()),
+                version=version,
+                kernel=kernel,
+                logw={"f": "float32", None: None}.get(logw, "bfloat16"),
+                sm=int(sm),
+                registers=registers,
+                spill_store_bytes=stores,
+                spill_load_bytes=loads,
+                shared_bytes=bytes_,
+                threads=128,
+                nvcc=re.search(r"release ([\d.]+)", said)[1],
+            )
 
 
 def measure(version, cfg):
-    here = dict(date=str(date.today()), card=torch.cuda.get_device_name(), torch=torch.__version__,
-                cuda=torch.version.cuda, driver=subprocess.run(
-                    ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
-                    text=True).stdout.strip())
-    print(f"\nWKV-{version} on {here['card']}\n{'C':>5} {'B':>3} {'T':>6}  {'form':10}{'forward':>10}{'f + b':>10} ms"
-          f"{'saved':>9} GB")
+    here = dict(
+        date=str(date.today()),
+        card=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        driver=subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip(),
+    )
+    print(
+        f"\nWKV-{version} on {here['card']}\n{'C':>5} {'B':>3} {'T':>6}  {'form':10}{'forward':>10}{'f + b':>10} ms"
+        f"{'saved':>9} GB"
+    )
     for C, B, T in SHAPES:
         if cfg.quick and (B != 8 or C not in (768, 4096)):
             continue
@@ -151,28 +212,47 @@ def measure(version, cfg):
                 milliseconds(form, xs, dy)  # builds, tunes, warms
                 kept[name], times[name] = saved(form, xs), []
             except Exception as error:  # out of memory, or a peer that does not take this shape
-                print(f"{C:5} {B:3} {T:6}  {name:10}{type(error).__name__}: {str(error).splitlines()[0][:60]}")
+                print(
+                    f"{C:5} {B:3} {T:6}  {name:10}{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+                )
                 torch.cuda.empty_cache()
         for _ in range(cfg.rounds):
             for name in times:
                 times[name].append(milliseconds(forms(version)[name], xs, dy))
         for name, pairs in times.items():
             forward, both = (statistics.median(t) for t in zip(*pairs))
-            print(f"{C:5} {B:3} {T:6}  {name:10}{forward:10.3f}{both:10.3f}   {kept[name]:9.3f}", flush=True)
-            yield dict(bench="kernels", version=version, form=name, C=C, B=B, T=T, forward_ms=round(forward, 4),
-                       forward_backward_ms=round(both, 4), saved_gb=round(kept[name], 4), **here)
+            print(
+                f"{C:5} {B:3} {T:6}  {name:10}{forward:10.3f}{both:10.3f}   {kept[name]:9.3f}",
+                flush=True,
+            )
+            yield dict(
+                bench="kernels",
+                version=version,
+                form=name,
+                C=C,
+                B=B,
+                T=T,
+                forward_ms=round(forward, 4),
+                forward_backward_ms=round(both, 4),
+                saved_gb=round(kept[name], 4),
+                **here,
+            )
     print(f"relative RMS error{'':9}" + "".join(f"{n:>9}" for n in ["y", *NAMES[version].split()]))
     for kind in ("plain", "repeated", "fastest"):
         for name, form in forms(version).items():
             found = errors(version, form, kind)
             print(f"{kind:10} {name:16}" + "".join(f"{e:9.1e}" for e in found.values()), flush=True)
-            yield dict(bench="kernel_errors", version=version, form=name, kind=kind, **found, **here)
+            yield dict(
+                bench="kernel_errors", version=version, form=name, kind=kind, **found, **here
+            )
 
 
 def main(cfg):
     if not cfg.compile and not torch.cuda.is_available():
-        raise common.UserError("bench/kernels.py needs CUDA, and there is no CUDA device here; "
-                               "--compile asks nvcc alone, tests/test_kernels.py proves the kernels on a CPU")
+        raise common.UserError(
+            "bench/kernels.py needs CUDA, and there is no CUDA device here; "
+            "--compile asks nvcc alone, tests/test_kernels.py proves the kernels on a CPU"
+        )
     for version in (cfg.version,) if cfg.version else (7, 6):
         for row in nvcc(version) if cfg.compile else measure(version, cfg):
             if cfg.compile:

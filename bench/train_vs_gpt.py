@@ -6,6 +6,7 @@
 The GPT is the plain modern one: pre-norm, learned positions, PyTorch's causal scaled_dot_product_attention, GELU
 4 C feed-forward, no biases. A step is forward, loss, backward and AdamW (fused), float32 on a CPU, bf16 on a GPU.
 """
+
 import json
 import statistics
 import sys
@@ -25,23 +26,37 @@ from model import RWKV, RWKVConfig  # noqa: E402
 
 @dataclass
 class Config:
-    device: str = "cpu"   # cpu or cuda
-    n_layer: int = 4      # layers of both networks
-    n_embd: int = 256     # width of both
-    vocab: int = 4096     # vocabulary of both
-    ctx: int = 0          # context length; 0 = the pair of the README: 512 x 8 and 4096 x 1
-    bsz: int = 8          # rows, with ctx
-    rounds: int = 7       # counted steps of each, interleaved
-    threads: int = 1      # CPU threads
+    device: str = "cpu"  # cpu or cuda
+    n_layer: int = 4  # layers of both networks
+    n_embd: int = 256  # width of both
+    vocab: int = 4096  # vocabulary of both
+    ctx: int = 0  # context length; 0 = the pair of the README: 512 x 8 and 4096 x 1
+    bsz: int = 8  # rows, with ctx
+    rounds: int = 7  # counted steps of each, interleaved
+    threads: int = 1  # CPU threads
 
 
 class GPT(nn.Module):
     def __init__(self, L, C, V, ctx):
         super().__init__()
-        self.tok, self.pos, self.head = nn.Embedding(V, C), nn.Embedding(ctx, C), nn.Linear(C, V, bias=False)
-        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
-            ln1=nn.LayerNorm(C), qkv=nn.Linear(C, 3 * C, bias=False), out=nn.Linear(C, C, bias=False),
-            ln2=nn.LayerNorm(C), up=nn.Linear(C, 4 * C, bias=False), down=nn.Linear(4 * C, C, bias=False))) for _ in range(L))
+        self.tok, self.pos, self.head = (
+            nn.Embedding(V, C),
+            nn.Embedding(ctx, C),
+            nn.Linear(C, V, bias=False),
+        )
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                dict(
+                    ln1=nn.LayerNorm(C),
+                    qkv=nn.Linear(C, 3 * C, bias=False),
+                    out=nn.Linear(C, C, bias=False),
+                    ln2=nn.LayerNorm(C),
+                    up=nn.Linear(C, 4 * C, bias=False),
+                    down=nn.Linear(4 * C, C, bias=False),
+                )
+            )
+            for _ in range(L)
+        )
         self.ln = nn.LayerNorm(C)
 
     def forward(self, idx, targets):
@@ -71,6 +86,7 @@ def stepper(model, loss_fn, idx):
         if cuda:
             torch.cuda.synchronize()
         return (time.perf_counter() if cuda else time.process_time()) - t
+
     return step
 
 
@@ -85,11 +101,17 @@ def main(cfg):
         def gpt_loss(x, y):
             with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
                 return gpt(x, y)
-        steps, params = {"gpt": stepper(gpt, gpt_loss, idx)}, {"gpt": sum(p.numel() for p in gpt.parameters())}
+
+        steps, params = (
+            {"gpt": stepper(gpt, gpt_loss, idx)},
+            {"gpt": sum(p.numel() for p in gpt.parameters())},
+        )
         for version in ("x070", "x060"):
             rwkv = RWKV(RWKVConfig(version, cfg.n_layer, cfg.n_embd, cfg.vocab)).to(cfg.device)
             rwkv.compute_dtype = torch.bfloat16 if cuda else torch.float32
-            steps[version] = stepper(rwkv, lambda x, y, m=rwkv: -m(x, targets=y)[0].logps.mean(), idx)
+            steps[version] = stepper(
+                rwkv, lambda x, y, m=rwkv: -m(x, targets=y)[0].logps.mean(), idx
+            )
             params[version] = sum(p.numel() for p in rwkv.parameters())
         for step in steps.values():
             step(), step()
@@ -100,12 +122,29 @@ def main(cfg):
         speed = {name: bsz * ctx / statistics.median(s) for name, s in seconds.items()}
         for version in ("x070", "x060"):
             ratio = statistics.median(g / s for g, s in zip(seconds["gpt"], seconds[version]))
-            print(json.dumps(dict(
-                bench="train_vs_gpt", date=str(date.today()), version=version, ctx=ctx, bsz=bsz, n_layer=cfg.n_layer,
-                n_embd=cfg.n_embd, vocab=cfg.vocab, params=params[version], gpt_params=params["gpt"],
-                tokens_per_s=round(speed[version]), gpt_tokens_per_s=round(speed["gpt"]), ratio=round(ratio, 3),
-                threads=cfg.threads, torch=torch.__version__,
-                device=torch.cuda.get_device_name() if cuda else common.cpu_name())), flush=True)
+            print(
+                json.dumps(
+                    dict(
+                        bench="train_vs_gpt",
+                        date=str(date.today()),
+                        version=version,
+                        ctx=ctx,
+                        bsz=bsz,
+                        n_layer=cfg.n_layer,
+                        n_embd=cfg.n_embd,
+                        vocab=cfg.vocab,
+                        params=params[version],
+                        gpt_params=params["gpt"],
+                        tokens_per_s=round(speed[version]),
+                        gpt_tokens_per_s=round(speed["gpt"]),
+                        ratio=round(ratio, 3),
+                        threads=cfg.threads,
+                        torch=torch.__version__,
+                        device=torch.cuda.get_device_name() if cuda else common.cpu_name(),
+                    )
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

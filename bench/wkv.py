@@ -1,7 +1,8 @@
 """Speed of the recurrences alone on a CPU, forward and backward, as a ratio to the naive loop. A GPU's: bench/kernels.py.
 
-    python bench/wkv.py                         # process CPU time, interleaved, median; JSON lines
+python bench/wkv.py                         # process CPU time, interleaved, median; JSON lines
 """
+
 import json
 import statistics
 import sys
@@ -20,12 +21,12 @@ import wkv_cuda  # noqa: E402
 
 @dataclass
 class Config:
-    B: int = 8            # rows
-    T: int = 512          # tokens
-    H: int = 4            # heads of 64
+    B: int = 8  # rows
+    T: int = 512  # tokens
+    H: int = 4  # heads of 64
     dtype: Literal["float32", "bfloat16"] = "float32"  # of everything but log w and the state
-    rounds: int = 5       # counted passes of each form, interleaved
-    threads: int = 1      # CPU threads
+    rounds: int = 5  # counted passes of each form, interleaved
+    threads: int = 1  # CPU threads
 
 
 def make(version, cfg):
@@ -62,16 +63,37 @@ def main(cfg):
                     for kept, s in zip(us[form], pair):
                         kept.append(s * 1e6 / (cfg.B * cfg.T * cfg.H))
         for form in forms[1:]:
-            ratio = {peer: statistics.median((a + b) / (c + d) for a, b, c, d in zip(*us[peer], *us[form]))
-                     for peer in ("naive", "chunked")}
-            print(json.dumps(dict(
-                bench="wkv", date=str(date.today()), version=version, form=form, B=cfg.B, T=cfg.T, H=cfg.H, dtype=cfg.dtype,
-                us_per_token_head_forward=round(statistics.median(us[form][0]), 3),
-                us_per_token_head_backward=round(statistics.median(us[form][1]), 3),
-                naive_us_per_token_head=round(statistics.median(a + b for a, b in zip(*us["naive"])), 2),
-                times_faster_than_naive=round(ratio["naive"], 2),
-                times_faster_than_chunked=round(ratio["chunked"], 2), threads=cfg.threads, torch=torch.__version__,
-                device=common.cpu_name())), flush=True)
+            ratio = {
+                peer: statistics.median(
+                    (a + b) / (c + d) for a, b, c, d in zip(*us[peer], *us[form])
+                )
+                for peer in ("naive", "chunked")
+            }
+            print(
+                json.dumps(
+                    dict(
+                        bench="wkv",
+                        date=str(date.today()),
+                        version=version,
+                        form=form,
+                        B=cfg.B,
+                        T=cfg.T,
+                        H=cfg.H,
+                        dtype=cfg.dtype,
+                        us_per_token_head_forward=round(statistics.median(us[form][0]), 3),
+                        us_per_token_head_backward=round(statistics.median(us[form][1]), 3),
+                        naive_us_per_token_head=round(
+                            statistics.median(a + b for a, b in zip(*us["naive"])), 2
+                        ),
+                        times_faster_than_naive=round(ratio["naive"], 2),
+                        times_faster_than_chunked=round(ratio["chunked"], 2),
+                        threads=cfg.threads,
+                        torch=torch.__version__,
+                        device=common.cpu_name(),
+                    )
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

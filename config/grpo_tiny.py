@@ -7,7 +7,7 @@ data = "data/tasks_prompts.jsonl"
 init_from = "out/sft_tiny/rwkv-final.pth"
 out_dir = "out/grpo_tiny"
 num_generations = 8
-temperature = 1.5                                       # at 1 six groups of ten have no spread: the model is too sure
+temperature = 1.5  # at 1 six groups of ten have no spread: the model is too sure
 max_completion_length = 20
 ctx_len = 128
 micro_bsz = 64
@@ -24,13 +24,20 @@ log_every = 10
 
 def reward(prompts, completions, **columns):
     """1 for the right answer, else 0."""
-    return [float(tasks.check(prompt[-1]["content"], text)) for prompt, text in zip(prompts, completions)]
+    return [
+        float(tasks.check(prompt[-1]["content"], text))
+        for prompt, text in zip(prompts, completions)
+    ]
 
 
 def eval_fn(model, tokenizer):
     """Exact match of greedy answers to 1,000 held-out tasks."""
     rows = tasks.prompts(1000, "heldout 0", held_out=True)
     ids = [prepare.render_chat(row["prompt"], tokenizer, generation_prompt=True)[0] for row in rows]
-    answers = sample.generate(model, ids, max_new_tokens=20, temperature=0, tokenizer=tokenizer, batch_size=250)
-    right = [tasks.check(row["prompt"][-1]["content"], answer.text) for row, answer in zip(rows, answers)]
+    answers = sample.generate(
+        model, ids, max_new_tokens=20, temperature=0, tokenizer=tokenizer, batch_size=250
+    )
+    right = [
+        tasks.check(row["prompt"][-1]["content"], answer.text) for row, answer in zip(rows, answers)
+    ]
     return {"exact_match": sum(right) / len(right)}

@@ -1,12 +1,13 @@
 """Rewards and parts of rewards, plain functions; a config imports them:
 
-    from config.rewards import exact, numeric, has_format, overlong_penalty
+from config.rewards import exact, numeric, has_format, overlong_penalty
 
-    def overlong(prompts, completions, completion_ids, **columns):
-        return overlong_penalty(map(len, completion_ids), max_completion_length, 128)
+def overlong(prompts, completions, completion_ids, **columns):
+    return overlong_penalty(map(len, completion_ids), max_completion_length, 128)
 
-    reward = [numeric, has_format(r"<think>.*</think>.+"), overlong]
+reward = [numeric, has_format(r"<think>.*</think>.+"), overlong]
 """
+
 import json
 import re
 import subprocess
@@ -18,7 +19,10 @@ SECONDS = 20.0  # for a batch's answers together
 
 def exact(prompts, completions, answer, **columns):
     """1 for the text of the column `answer`, blanks around it aside; None for a row without one."""
-    return [None if a is None else float(text.strip() == str(a).strip()) for text, a in zip(completions, answer)]
+    return [
+        None if a is None else float(text.strip() == str(a).strip())
+        for text, a in zip(completions, answer)
+    ]
 
 
 def numeric(prompts, completions, answer, **columns):
@@ -37,6 +41,7 @@ def has_format(pattern):
 
     def has_format(prompts, completions, **columns):
         return [float(bool(whole.fullmatch(text.strip()))) for text in completions]
+
     return has_format
 
 
@@ -53,14 +58,22 @@ def last_number(text):
 
 def equal_numbers(answer, text):
     want, got = last_number(answer), last_number(text)
-    return float(want is not None and got is not None and abs(want - got) <= 1e-9 * max(abs(want), abs(got)))
+    return float(
+        want is not None and got is not None and abs(want - got) <= 1e-9 * max(abs(want), abs(got))
+    )
 
 
 def verified(pairs, command=(sys.executable, __file__), seconds=None):
     """[(answer, text), …] -> [1.0, 0.0 or None]. In a process of its own, which can be stopped: some expressions take sympy
     for ever. It writes a line for each pair, so that what was done by then counts."""
     try:
-        child = subprocess.run(command, input=json.dumps(pairs), capture_output=True, text=True, timeout=seconds or SECONDS)
+        child = subprocess.run(
+            command,
+            input=json.dumps(pairs),
+            capture_output=True,
+            text=True,
+            timeout=seconds or SECONDS,
+        )
         if child.returncode:
             raise RuntimeError(f"the checking process ended with {child.stderr.strip()[-300:]}")
         done = child.stdout
@@ -75,11 +88,14 @@ def main():
     try:
         from math_verify import parse, verify
     except ImportError:
+
         def check(answer, text):
             return equal_numbers(answer, text)
     else:
+
         def check(answer, text):
             return float(verify(parse(answer), parse(text)))
+
     for answer, text in pairs:
         print(check(answer, text), flush=True)
 

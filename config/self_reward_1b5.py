@@ -26,8 +26,19 @@ User: {prompt}
 
 Assistant:"""
 
-_dpo = dict(beta=0.1, nll_coef=0.1, lr=1e-6, lr_final=1e-7, ctx_len=2048, micro_bsz=2, global_bsz=16, grad_cp=True, epochs=1.0,
-            save_every=100, eval_every=0)
+_dpo = dict(
+    beta=0.1,
+    nll_coef=0.1,
+    lr=1e-6,
+    lr_final=1e-7,
+    ctx_len=2048,
+    micro_bsz=2,
+    global_bsz=16,
+    grad_cp=True,
+    epochs=1.0,
+    save_every=100,
+    eval_every=0,
+)
 _new = dict(seeds="data/ift_prompts.jsonl", max_completion_length=256)
 
 init_from = "RWKV-x070-World-1.5B.pth"
@@ -42,8 +53,20 @@ max_completion_length = 1024
 judge = "sample"
 judge_samples = 3
 stages = [
-    sft(data="data/ift_eft.jsonl", lr=5.5e-6, lr_final=1.1e-6, ctx_len=2048, micro_bsz=2, global_bsz=16, grad_cp=True, epochs=2.0,
-        save_every=100, eval_every=0),
-    new_prompts(max_prompts=5000, **_new), self_reward(**_dpo),
-    new_prompts(max_prompts=9000, **_new), self_reward(**_dpo),
+    sft(
+        data="data/ift_eft.jsonl",
+        lr=5.5e-6,
+        lr_final=1.1e-6,
+        ctx_len=2048,
+        micro_bsz=2,
+        global_bsz=16,
+        grad_cp=True,
+        epochs=2.0,
+        save_every=100,
+        eval_every=0,
+    ),
+    new_prompts(max_prompts=5000, **_new),
+    self_reward(**_dpo),
+    new_prompts(max_prompts=9000, **_new),
+    self_reward(**_dpo),
 ]

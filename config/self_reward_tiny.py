@@ -10,12 +10,36 @@ import sample
 import tasks
 from self_reward import external_reward, self_reward, spin, train_judge
 
-_dpo = dict(beta=0.3, nll_coef=10.0, ctx_len=128, micro_bsz=64, global_bsz=64, lr=5e-4, lr_final=2e-5, eval_every=0,
-            save_every=50, log_every=50)
-_judge = dict(max_prompts=3200, lora_r=32, center_coef=0.01, ctx_len=128, micro_bsz=64, global_bsz=64, lr=3e-3, lr_final=3e-4,
-              max_steps=200, eval_every=0, save_every=50, log_every=50)
+_dpo = dict(
+    beta=0.3,
+    nll_coef=10.0,
+    ctx_len=128,
+    micro_bsz=64,
+    global_bsz=64,
+    lr=5e-4,
+    lr_final=2e-5,
+    eval_every=0,
+    save_every=50,
+    log_every=50,
+)
+_judge = dict(
+    max_prompts=3200,
+    lora_r=32,
+    center_coef=0.01,
+    ctx_len=128,
+    micro_bsz=64,
+    global_bsz=64,
+    lr=3e-3,
+    lr_final=3e-4,
+    max_steps=200,
+    eval_every=0,
+    save_every=50,
+    log_every=50,
+)
 _half = dict(first_prompt=3200, max_prompts=3200)
-_more = dict(prompts="data/tasks1_prompts.jsonl", max_prompts=3200)  # python tasks.py --seed=1 --out=data/tasks1
+_more = dict(
+    prompts="data/tasks1_prompts.jsonl", max_prompts=3200
+)  # python tasks.py --seed=1 --out=data/tasks1
 
 
 def check(prompt, response):
@@ -42,8 +66,12 @@ def eval_fn(model, tokenizer):
     """Exact match of greedy answers to 1,000 held-out tasks."""
     rows = tasks.prompts(1000, "heldout 0", held_out=True)
     ids = [prepare.render_chat(row["prompt"], tokenizer, generation_prompt=True)[0] for row in rows]
-    answers = sample.generate(model, ids, max_new_tokens=20, temperature=0, tokenizer=tokenizer, batch_size=250)
-    right = [tasks.check(row["prompt"][-1]["content"], answer.text) for row, answer in zip(rows, answers)]
+    answers = sample.generate(
+        model, ids, max_new_tokens=20, temperature=0, tokenizer=tokenizer, batch_size=250
+    )
+    right = [
+        tasks.check(row["prompt"][-1]["content"], answer.text) for row, answer in zip(rows, answers)
+    ]
     return {"exact_match": sum(right) / len(right)}
 
 
@@ -57,11 +85,22 @@ top_p = 1.0
 judge = "head"
 block = 128
 stages = {
-    "self_reward": [train_judge(**_judge), self_reward(choose_pair=voted, max_steps=60, **_half, **_dpo),
-                    train_judge(**_judge), self_reward(choose_pair=voted, max_steps=60, **_more, **_dpo)],
-    "quick": [train_judge(**{**_judge, "max_prompts": 600, "max_steps": 60}),
-              self_reward(choose_pair=voted, first_prompt=600, max_steps=20, max_prompts=1000, **_dpo)],
-    "external_reward": [external_reward(reward=reward, max_steps=200, **_dpo),
-                        external_reward(reward=reward, prompts="data/tasks1_prompts.jsonl", max_steps=200, **_dpo)],
-    "spin": [spin(data="data/tasks_sft.jsonl", max_steps=60, **{**_dpo, "nll_coef": 0.0, "lr": 1e-4})] * 2,
+    "self_reward": [
+        train_judge(**_judge),
+        self_reward(choose_pair=voted, max_steps=60, **_half, **_dpo),
+        train_judge(**_judge),
+        self_reward(choose_pair=voted, max_steps=60, **_more, **_dpo),
+    ],
+    "quick": [
+        train_judge(**{**_judge, "max_prompts": 600, "max_steps": 60}),
+        self_reward(choose_pair=voted, first_prompt=600, max_steps=20, max_prompts=1000, **_dpo),
+    ],
+    "external_reward": [
+        external_reward(reward=reward, max_steps=200, **_dpo),
+        external_reward(reward=reward, prompts="data/tasks1_prompts.jsonl", max_steps=200, **_dpo),
+    ],
+    "spin": [
+        spin(data="data/tasks_sft.jsonl", max_steps=60, **{**_dpo, "nll_coef": 0.0, "lr": 1e-4})
+    ]
+    * 2,
 }

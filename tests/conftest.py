@@ -1,4 +1,5 @@
 """Paths, one thread per process (two-thread runs beside other work are several times slower), and the slow marker."""
+
 import ctypes
 import os
 import shutil
@@ -20,12 +21,30 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 def library_on_cpu(tmp_path_factory):
     """The CUDA sources, compiled by g++."""
     from wkv_cuda import cpu, cuda_seq
+
     if shutil.which("g++") is None:
         pytest.skip("g++ is not on PATH")
     path = tmp_path_factory.mktemp("wkv") / "wkv.so"
     sources = [str(p) for p in cuda_seq.SOURCES if p.suffix == ".cu"]
-    subprocess.run(["g++", cpu.FLAGS[0], "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-include",
-                    str(ROOT / "tests/cuda_on_cpu.h"), "-x", "c++", *sources, "-o", str(path)], check=True)
+    subprocess.run(
+        [
+            "g++",
+            cpu.FLAGS[0],
+            "-std=c++17",
+            "-O2",
+            "-shared",
+            "-fPIC",
+            "-Wno-unknown-pragmas",
+            "-include",
+            str(ROOT / "tests/cuda_on_cpu.h"),
+            "-x",
+            "c++",
+            *sources,
+            "-o",
+            str(path),
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(path))
 
 
@@ -33,11 +52,14 @@ def library_on_cpu(tmp_path_factory):
 def emulated(library_on_cpu, monkeypatch):
     """The CUDA ops take CPU tensors, and run there."""
     from wkv_cuda import cuda, cuda_seq
+
     monkeypatch.setattr(cuda_seq, "library", lambda: (library_on_cpu, None))
     monkeypatch.setattr(cuda, "unavailable", lambda: None)  # it would ask for the card
     for form in (cuda_seq, cuda):
         monkeypatch.setattr(form, "DEVICE", "cpu")
-    torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN: what a kernel forgot to write shows
+    torch.use_deterministic_algorithms(
+        True
+    )  # torch.empty is then full of NaN: what a kernel forgot to write shows
     yield library_on_cpu
     torch.use_deterministic_algorithms(False)
 
@@ -52,7 +74,9 @@ def official():
         for name in [m for m in sys.modules if m.startswith("rwkv")]:
             del sys.modules[name]
         from rwkv.model import RWKV as Official
+
         return Official(model=str(path).removesuffix(".pth"), strategy="cpu fp32")
+
     return load
 
 
@@ -68,4 +92,6 @@ def pytest_collection_modifyitems(config, items):
     slow = config.getoption("--slow")
     for item in items:
         if ("slow" in item.keywords) != slow:
-            item.add_marker(pytest.mark.skip(reason="runs/test.sh slow" if not slow else "not a slow proof"))
+            item.add_marker(
+                pytest.mark.skip(reason="runs/test.sh slow" if not slow else "not a slow proof")
+            )

@@ -1,4 +1,5 @@
 """Config reading and atomic files."""
+
 import importlib
 import json
 import os
@@ -18,10 +19,11 @@ from conftest import ROOT
 @dataclass
 class Config:
     """a test"""
-    lr: float = 1e-3           # a rate
+
+    lr: float = 1e-3  # a rate
     max_steps: int | None = None  # steps
-    resume: bool = False       # go on
-    name: str = ""             # text
+    resume: bool = False  # go on
+    name: str = ""  # text
     dtype: Literal["auto", "float32"] = "auto"  # a choice
 
 
@@ -34,27 +36,45 @@ def load(tmp_path, *argv, **files):
 
 
 def test_order_is_defaults_files_flags(tmp_path):
-    cfg = load(tmp_path, "--lr=3", a="lr = 1\nmax_steps = 10_000\nname = 'a'", b="import os\n_x = 2\nname = 'b' * _x\ndef helper(): pass")
+    cfg = load(
+        tmp_path,
+        "--lr=3",
+        a="lr = 1\nmax_steps = 10_000\nname = 'a'",
+        b="import os\n_x = 2\nname = 'b' * _x\ndef helper(): pass",
+    )
     assert cfg == Config(lr=3, max_steps=10000, name="bb")
 
 
-@pytest.mark.parametrize("flags, want", [
-    (["--resume"], True), (["--resume=true"], True), (["--resume=False"], False), (["--resume", "false"], False),
-    (["--resume", "--name=x"], True), (["--name=a=b"], False)])
+@pytest.mark.parametrize(
+    "flags, want",
+    [
+        (["--resume"], True),
+        (["--resume=true"], True),
+        (["--resume=False"], False),
+        (["--resume", "false"], False),
+        (["--resume", "--name=x"], True),
+        (["--name=a=b"], False),
+    ],
+)
 def test_flags(flags, want, tmp_path):
     cfg = load(tmp_path, *flags)
-    assert cfg.resume is want and cfg.name == {"--name=x": "x", "--name=a=b": "a=b"}.get(flags[-1], "")
+    assert cfg.resume is want and cfg.name == {"--name=x": "x", "--name=a=b": "a=b"}.get(
+        flags[-1], ""
+    )
 
 
-@pytest.mark.parametrize("text, words", [
-    ("max_stesp = 3", "a.py: unknown key 'max_stesp'; did you mean 'max_steps'"),
-    ("max_steps = 1e3", r"a.py: max_steps expects int \| None, got 1000.0 \(float\)"),
-    ("max_steps = '64'", "max_steps expects int"),
-    ("lr = '1e-3'", "lr expects float, got '1e-3'"),
-    ("resume = 1", "resume expects bool, got 1"),
-    ("dtype = 'fp8'", "dtype expects Literal"),
-    ("def resum(): pass", "unknown key 'resum'; did you mean 'resume'"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("max_stesp = 3", "a.py: unknown key 'max_stesp'; did you mean 'max_steps'"),
+        ("max_steps = 1e3", r"a.py: max_steps expects int \| None, got 1000.0 \(float\)"),
+        ("max_steps = '64'", "max_steps expects int"),
+        ("lr = '1e-3'", "lr expects float, got '1e-3'"),
+        ("resume = 1", "resume expects bool, got 1"),
+        ("dtype = 'fp8'", "dtype expects Literal"),
+        ("def resum(): pass", "unknown key 'resum'; did you mean 'resume'"),
+    ],
+)
 def test_files_are_checked(text, words, tmp_path):
     with pytest.raises(UserError, match=words):
         load(tmp_path, a=text)
@@ -74,7 +94,9 @@ def test_every_config_fits_its_script():
     assert configs
     for path in configs:
         name = path.stem.rsplit("_", 1)[0]
-        script = importlib.import_module(name if (ROOT / f"{name}.py").exists() else f"train_{name}")
+        script = importlib.import_module(
+            name if (ROOT / f"{name}.py").exists() else f"train_{name}"
+        )
         load_config(script.Config, [str(path)])
 
 
@@ -101,13 +123,20 @@ def test_prune_keeps_the_newest_by_number(tmp_path):
         (tmp_path / f"rwkv-{n}.pth").touch()
     (tmp_path / "rwkv-final.pth").touch()
     common.prune(tmp_path / "rwkv-100.pth", 2)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["rwkv-10.pth", "rwkv-100.pth", "rwkv-final.pth"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "rwkv-10.pth",
+        "rwkv-100.pth",
+        "rwkv-final.pth",
+    ]
 
 
 def test_metrics_go_to_the_asked_logger_and_a_resumed_run_drops_lost_lines(tmp_path, monkeypatch):
     logged = []
     fake = type(sys)("wandb")
-    fake.init = lambda **kw: (logged.append(kw["config"]["lr"]), type("Run", (), {"log": lambda self, row, step: logged.append((step, row))})())[1]
+    fake.init = lambda **kw: (
+        logged.append(kw["config"]["lr"]),
+        type("Run", (), {"log": lambda self, row, step: logged.append((step, row))})(),
+    )[1]
     monkeypatch.setitem(sys.modules, "wandb", fake)
 
     @dataclass
@@ -115,6 +144,7 @@ def test_metrics_go_to_the_asked_logger_and_a_resumed_run_drops_lost_lines(tmp_p
         out_dir: str = str(tmp_path)
         log: str = "wandb"
         lr: float = 0.5
+
     run = common.Run(0, 1, torch.device("cpu"), torch.float32)
     metrics = common.Metrics(Cfg(), run)
     for step in (1, 2, 3):
@@ -139,27 +169,71 @@ def test_a_checkpoint_of_pickled_classes_is_refused(tmp_path):
 def test_nothing_is_built_or_loaded_at_import():
     """Importing the scripts touches neither compiler nor process group nor optional packages."""
     import subprocess
+
     code = "import train_pretrain, sample, sys; print([m for m in ('wandb', 'matplotlib', 'torch.utils.cpp_extension') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr or done.stdout
 
 
-@pytest.mark.parametrize("script, flags, words", [
-    ("train_pretrain.py", ["--data=DATA", "--ctx_len=0"], "ctx_len=0: expected"),
-    ("train_pretrain.py", ["--data=DATA", "--n_layer=0", "--ctx_len=4"], "n_layer=0: expected"),
-    ("train_pretrain.py", ["broken.py"], "broken.py does not run: SyntaxError"),
-    ("train_pretrain.py", ["--data=DATA", "--ctx_len=4", "--micro_bsz=1", "--global_bsz=1", "--n_layer=1", "--n_embd=64",
-                           "--out_dir=/proc/none", "--device=cpu"], "out_dir=/proc/none cannot be made"),
-    ("train_pretrain.py", ["--data=DATA", "--ctx_len=4", "--micro_bsz=1", "--global_bsz=1", "--n_layer=1", "--n_embd=64",
-                           "--out_dir=new", "--resume", "--device=cpu"], "nothing to resume"),
-    ("sample.py", ["--model=."], "is a folder; give a file in it"),
-])
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        ("train_pretrain.py", ["--data=DATA", "--ctx_len=0"], "ctx_len=0: expected"),
+        ("train_pretrain.py", ["--data=DATA", "--n_layer=0", "--ctx_len=4"], "n_layer=0: expected"),
+        ("train_pretrain.py", ["broken.py"], "broken.py does not run: SyntaxError"),
+        (
+            "train_pretrain.py",
+            [
+                "--data=DATA",
+                "--ctx_len=4",
+                "--micro_bsz=1",
+                "--global_bsz=1",
+                "--n_layer=1",
+                "--n_embd=64",
+                "--out_dir=/proc/none",
+                "--device=cpu",
+            ],
+            "out_dir=/proc/none cannot be made",
+        ),
+        (
+            "train_pretrain.py",
+            [
+                "--data=DATA",
+                "--ctx_len=4",
+                "--micro_bsz=1",
+                "--global_bsz=1",
+                "--n_layer=1",
+                "--n_embd=64",
+                "--out_dir=new",
+                "--resume",
+                "--device=cpu",
+            ],
+            "nothing to resume",
+        ),
+        ("sample.py", ["--model=."], "is a folder; give a file in it"),
+    ],
+)
 def test_a_mistake_at_the_terminal_is_one_line(script, flags, words, tmp_path):
     (tmp_path / "broken.py").write_text("lr = = 3\n")
     (tmp_path / "t.txt").write_text("some words to train on, and some more\n")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, ROOT / "prepare.py", "t.txt", "--out=t", "--tokenizer=bytes"], cwd=tmp_path, env=env, check=True,
-                   capture_output=True)
-    done = subprocess.run([sys.executable, ROOT / script, *(f.replace("DATA", "t_train") for f in flags)], cwd=tmp_path, env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and words in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    subprocess.run(
+        [sys.executable, ROOT / "prepare.py", "t.txt", "--out=t", "--tokenizer=bytes"],
+        cwd=tmp_path,
+        env=env,
+        check=True,
+        capture_output=True,
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *(f.replace("DATA", "t_train") for f in flags)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 1
+        and words in done.stderr
+        and done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+    ), done.stderr

@@ -1,5 +1,6 @@
 """wkv_cuda/cuda_seq.py and its .cu files. Without a GPU the same .cu sources are compiled by g++ (cuda_on_cpu.h) and go
 through the whole Python path on CPU tensors; where there is a GPU every comparison runs there as well."""
+
 import functools
 import os
 import re
@@ -16,8 +17,14 @@ from wkv_cuda import cuda_seq, native
 
 ROOT = Path(__file__).resolve().parent.parent
 N, H = 64, 2
-OPS = {"wkv6": functools.partial(wkv_cuda.wkv6, backend="cuda_seq"), "wkv7": functools.partial(wkv_cuda.wkv7, backend="cuda_seq")}
-NAMES = {"wkv6": ["r", "logw", "k", "v", "u", "state"], "wkv7": ["r", "logw", "k", "v", "a", "b", "state"]}
+OPS = {
+    "wkv6": functools.partial(wkv_cuda.wkv6, backend="cuda_seq"),
+    "wkv7": functools.partial(wkv_cuda.wkv7, backend="cuda_seq"),
+}
+NAMES = {
+    "wkv6": ["r", "logw", "k", "v", "u", "state"],
+    "wkv7": ["r", "logw", "k", "v", "a", "b", "state"],
+}
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 
@@ -35,6 +42,7 @@ def device(request):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the oracle: one token at a time, float64, gradients by autograd
+
 
 def oracle(op, r, logw, k, v, *rest):
     *ab_or_u, S = rest
@@ -58,18 +66,22 @@ def make(op, T, B=2, kind="random", dtype=torch.float32, seed=0):
     """Inputs in the order of NAMES[op], and gradients for y and for the final state."""
     g = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.randn(*shape, generator=g)
-    x = {name: rand(B, T, H, N) * N ** -0.25 for name in "rkv"}
+    x = {name: rand(B, T, H, N) * N**-0.25 for name in "rkv"}
     kappa = torch.nn.functional.normalize(rand(B, T, H, N), dim=-1)
     if kind == "stress":  # one key again and again
         kappa = kappa[:, :1].expand(B, T, H, N)
         x["k"] = x["k"][:, :1].expand(B, T, H, N)
     if op == "wkv7":
         x["a"], x["b"] = -kappa, kappa * torch.rand(B, T, H, N, generator=g)
-        x["logw"] = -0.6065 * (torch.sigmoid(rand(B, T, H, N)) if kind == "random" else torch.ones(B, T, H, N))
+        x["logw"] = -0.6065 * (
+            torch.sigmoid(rand(B, T, H, N)) if kind == "random" else torch.ones(B, T, H, N)
+        )
     else:
         x["u"] = rand(H, N) * 0.5
         # stress: -exp(5) underflows exp(logw) to 0; -exp(-6) hardly decays
-        x["logw"] = rand(B, T, H, N) if kind == "random" else torch.rand(B, T, H, N, generator=g) * 11 - 6
+        x["logw"] = (
+            rand(B, T, H, N) if kind == "random" else torch.rand(B, T, H, N, generator=g) * 11 - 6
+        )
         if kind == "stress":
             x["logw"][..., 0] = 5.0
         x["logw"] = -x["logw"].exp()
@@ -92,7 +104,11 @@ def run_oracle(op, inputs, dy, dstate):
     x = [i.double().requires_grad_() for i in inputs]
     y, state = oracle(op, *x)
     torch.autograd.backward([y, state], [dy.double(), dstate.double()])
-    return {"y": y.detach(), "state": state.detach(), **{"d" + n: i.grad for n, i in zip(NAMES[op], x)}}
+    return {
+        "y": y.detach(),
+        "state": state.detach(),
+        **{"d" + n: i.grad for n, i in zip(NAMES[op], x)},
+    }
 
 
 def errors(out, ref):
@@ -102,6 +118,7 @@ def errors(out, ref):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # numbers
+
 
 @pytest.mark.parametrize("kind", ["random", "stress"])
 @pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 70])
@@ -115,7 +132,7 @@ def test_fp32_against_float64(op, T, kind, device):
 # inputs are rounded before both sides see them and all arithmetic is fp32, so what is left is the rounding of the
 # output: at most half a unit in the last place, 2^-9 (bf16) or 2^-12 (fp16) of the value. What stays fp32 (state,
 # dlogw, du, dstate) has the fp32 bounds
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2 ** -9), (torch.float16, 2 ** -12)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)])
 @pytest.mark.parametrize("op", OPS)
 def test_half_precision(op, dtype, tolerance, device):
     case = make(op, 70, dtype=dtype)
@@ -136,13 +153,29 @@ def test_documents_equal_each_alone(op, device):
     packed = run(op, inputs, dy, dstate, device, cu_seqlens=cu.to(device))
     du = torch.zeros(H, N)
     for d, (p, q) in enumerate(zip(cu[:-1], cu[1:])):
-        alone = run(op, [x[:, p:q] if x.dim() == 4 and n != "state" else x for n, x in zip(NAMES[op], inputs[:-1])]
-                    + [inputs[-1][d:d + 1]], dy[:, p:q], dstate[d:d + 1], device)
+        alone = run(
+            op,
+            [
+                x[:, p:q] if x.dim() == 4 and n != "state" else x
+                for n, x in zip(NAMES[op], inputs[:-1])
+            ]
+            + [inputs[-1][d : d + 1]],
+            dy[:, p:q],
+            dstate[d : d + 1],
+            device,
+        )
         du += alone.pop("du", 0)
-        for name, x in alone.items():  # the same arithmetic in the same order: equal to the last bit
-            assert torch.equal(packed[name][d:d + 1] if "state" in name else packed[name][:, p:q], x), (name, d)
+        for (
+            name,
+            x,
+        ) in alone.items():  # the same arithmetic in the same order: equal to the last bit
+            assert torch.equal(
+                packed[name][d : d + 1] if "state" in name else packed[name][:, p:q], x
+            ), (name, d)
         if p == q:
-            assert torch.equal(alone["state"], inputs[-1][d:d + 1]) and torch.equal(alone["dstate"], dstate[d:d + 1])
+            assert torch.equal(alone["state"], inputs[-1][d : d + 1]) and torch.equal(
+                alone["dstate"], dstate[d : d + 1]
+            )
     assert op == "wkv7" or errors({"du": packed["du"]}, {"du": du.double()})["du"] < 1e-6
 
 
@@ -167,9 +200,13 @@ def test_layout_dtype_and_missing_parts(op, device):
     # mixed dtypes meet in fp32; y is as r, every gradient as its input
     mixed = [i.bfloat16() if n in ("k", "logw", "u") else i for n, i in zip(NAMES[op], inputs)]
     out = run(op, mixed, dy, dstate, device)
-    assert out["y"].dtype == torch.float32 and all(out["d" + n].dtype == i.dtype for n, i in zip(NAMES[op], mixed))
+    assert out["y"].dtype == torch.float32 and all(
+        out["d" + n].dtype == i.dtype for n, i in zip(NAMES[op], mixed)
+    )
     ref = run_oracle(op, mixed, dy, dstate)
-    assert all(e < (3e-3 if out[n].dtype == torch.bfloat16 else 2e-5) for n, e in errors(out, ref).items())
+    assert all(
+        e < (3e-3 if out[n].dtype == torch.bfloat16 else 2e-5) for n, e in errors(out, ref).items()
+    )
     # no state; a loss that uses only y, or only the state; only one input that wants a gradient
     x = [i.to(device) for i in inputs]
     zero = torch.zeros_like(x[-1])
@@ -184,11 +221,18 @@ def test_layout_dtype_and_missing_parts(op, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # a good citizen of PyTorch
 
+
 def flat_case(op, device):
     """Arguments of the op itself, but for `save`: two sequences of 40 tokens (no chunk slot stays unused)."""
     inputs, dy, dstate = make(op, 40)
-    flat = [x.flatten(0, 1) if x.dim() == 4 and n != "state" else x for n, x in zip(NAMES[op], inputs)]
-    return [x.to(device) for x in (*flat, torch.tensor([0, 40, 80], dtype=torch.int32))], dy.flatten(0, 1), dstate
+    flat = [
+        x.flatten(0, 1) if x.dim() == 4 and n != "state" else x for n, x in zip(NAMES[op], inputs)
+    ]
+    return (
+        [x.to(device) for x in (*flat, torch.tensor([0, 40, 80], dtype=torch.int32))],
+        dy.flatten(0, 1),
+        dstate,
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -199,14 +243,18 @@ def test_opcheck(op, device):
     kept = forward(*flat, True)[2:]
     for final in (dstate.to(device), None):
         torch.library.opcheck(backward.default, (*flat, *kept, dy.to(device), final))
-    torch.library.opcheck(forward.default, (*[x.requires_grad_(x.is_floating_point()) for x in flat], True))
+    torch.library.opcheck(
+        forward.default, (*[x.requires_grad_(x.is_floating_point()) for x in flat], True)
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_compile_and_checkpoint(op, device):
     case = make(op, 40)
     eager = run(op, *case, device)
-    compiled = torch.compile(OPS[op], fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    compiled = torch.compile(
+        OPS[op], fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
+    )
     for fn in (compiled, lambda *x, **kw: checkpoint(OPS[op], *x, use_reentrant=False, **kw)):
         for name, x in run(op, *case, device, fn=fn).items():
             assert torch.equal(x, eager[name]), name
@@ -228,9 +276,24 @@ def test_wrong_arguments(device):
     call = OPS["wkv7"]
     for message, args in {
         "backend 'cuda_seq': head size 32, not 64": [x[..., :32] for x in (r, logw, k, v, a, b)],
-        r"k is torch.float32 \(2, 2, 2, 64\) on .*, expected .* \(2, 3, 2, 64\)": [r, logw, k[:, 1:], v, a, b],
+        r"k is torch.float32 \(2, 2, 2, 64\) on .*, expected .* \(2, 3, 2, 64\)": [
+            r,
+            logw,
+            k[:, 1:],
+            v,
+            a,
+            b,
+        ],
         "torch.float64, not torch.float32 or torch.bfloat16": [r, logw, k, v.double(), a, b],
-        r"state is \(1, 2, 64, 64\) on .*expected .* \(2, 2, 64, 64\)": [r, logw, k, v, a, b, state[:1]],
+        r"state is \(1, 2, 64, 64\) on .*expected .* \(2, 2, 64, 64\)": [
+            r,
+            logw,
+            k,
+            v,
+            a,
+            b,
+            state[:1],
+        ],
     }.items():
         with pytest.raises(ValueError, match=message):
             call(*args)
@@ -239,18 +302,36 @@ def test_wrong_arguments(device):
     with pytest.raises(ValueError, match="u is .*expected floats"):
         OPS["wkv6"](r, logw, k, v, state)
     half = state.bfloat16()  # a state is used in fp32 whatever it comes in
-    assert all(torch.equal(x, y) for x, y in zip(call(r, logw, k, v, a, b, half), call(r, logw, k, v, a, b, half.float())))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(call(r, logw, k, v, a, b, half), call(r, logw, k, v, a, b, half.float()))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # building
 
+
 @needs_nvcc
 @pytest.mark.parametrize("source", ["wkv6.cu", "wkv7.cu"])
 def test_nvcc_compiles_without_spills(source, tmp_path):
     archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (75, 80, 90)]
-    done = subprocess.run(["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", *archs, "-c", "-o", str(tmp_path / "x.o"),
-                           str(ROOT / "wkv_cuda" / source)], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            "nvcc",
+            "-O3",
+            "-std=c++17",
+            "-Xptxas",
+            "-v",
+            *archs,
+            "-c",
+            "-o",
+            str(tmp_path / "x.o"),
+            str(ROOT / "wkv_cuda" / source),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert spills and set(spills) == {("0", "0")}, done.stderr
@@ -260,7 +341,9 @@ def test_on_a_machine_without_cuda():
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     assert "no CUDA device" in cuda_seq.unavailable()
-    asks = torch.compile(lambda x: x + 1 if cuda_seq.unavailable() else x, fullgraph=True, backend="eager")
+    asks = torch.compile(
+        lambda x: x + 1 if cuda_seq.unavailable() else x, fullgraph=True, backend="eager"
+    )
     assert asks(torch.zeros(1)) == 1  # a constant to torch.compile, not a build to trace
     inputs, *_ = make("wkv7", 1)
     with pytest.raises(RuntimeError, match="no CUDA device"):
@@ -272,9 +355,14 @@ def test_on_a_machine_without_cuda():
 def looks_like_a_gpu(monkeypatch, tmp_path):
     """A machine that is made to look as if it had a GPU, and an empty toolkit in tmp_path -> (build, nvcc's path)"""
     from torch.utils import cpp_extension
-    for target, name, value in [(torch.cuda, "is_available", lambda: True), (torch.version, "cuda", "13.0"),
-                                (torch.cuda, "device_count", lambda: 1), (torch.cuda, "get_device_capability", lambda i=0: (9, 0)),
-                                (cpp_extension, "CUDA_HOME", str(tmp_path))]:
+
+    for target, name, value in [
+        (torch.cuda, "is_available", lambda: True),
+        (torch.version, "cuda", "13.0"),
+        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "get_device_capability", lambda i=0: (9, 0)),
+        (cpp_extension, "CUDA_HOME", str(tmp_path)),
+    ]:
         monkeypatch.setattr(target, name, value)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     (tmp_path / "bin").mkdir()
@@ -289,9 +377,14 @@ def write_nvcc(path, script):
 def test_what_is_missing(looks_like_a_gpu):
     build, nvcc = looks_like_a_gpu
     assert "no nvcc: install the CUDA toolkit" in build()[1]
-    write_nvcc(nvcc, "echo nothing\necho 'wkv6.cu(7): error: nothing compiles today' >&2\necho the end >&2; exit 1")
+    write_nvcc(
+        nvcc,
+        "echo nothing\necho 'wkv6.cu(7): error: nothing compiles today' >&2\necho the end >&2; exit 1",
+    )
     assert build() == (None, "wkv6.cu(7): error: nothing compiles today")
-    (lock,) = nvcc.parent.parent.glob("built/*")  # a lock that a killed build leaves behind stops nobody
+    (lock,) = nvcc.parent.parent.glob(
+        "built/*"
+    )  # a lock that a killed build leaves behind stops nobody
     assert lock.suffix == ".lock" and build() == (None, "wkv6.cu(7): error: nothing compiles today")
 
 
@@ -302,10 +395,16 @@ def test_what_is_built_is_kept(looks_like_a_gpu, library_on_cpu, capfd):
     assert build() == (None, f"{nvcc} failed")
     (lock,) = nvcc.parent.parent.glob("built/*")
     lock.with_suffix(".so").write_bytes(b"\x7fELF")  # cut short
-    write_nvcc(nvcc, f'for out; do true; done; test "$out" = --version || cp {library_on_cpu._name} $out')
+    write_nvcc(
+        nvcc, f'for out; do true; done; test "$out" = --version || cp {library_on_cpu._name} $out'
+    )
     capfd.readouterr()
     found, missing = build()
-    assert missing is None and found.wkv_probe() == 0 and "compiling the recurrence, once" in capfd.readouterr().err
+    assert (
+        missing is None
+        and found.wkv_probe() == 0
+        and "compiling the recurrence, once" in capfd.readouterr().err
+    )
     write_nvcc(nvcc, "exit 1")
     assert build()[1] is None and capfd.readouterr().err == ""
     write_nvcc(nvcc, 'echo release 14; test "$1" = --version')
@@ -320,6 +419,8 @@ def test_nvcc_builds_a_library_that_loads(tmp_path):
     if not (home / "bin/nvcc").exists():
         pytest.skip("nvcc is not in a toolkit's folder")
     command = [str(home / "bin/nvcc"), *cuda_seq.FLAGS, "-gencode=arch=compute_75,code=sm_75"]
-    found, missing = native.load(tmp_path / "x.so", command, cuda_seq.SOURCES[:2] + cuda_seq.SOURCES[4:])
+    found, missing = native.load(
+        tmp_path / "x.so", command, cuda_seq.SOURCES[:2] + cuda_seq.SOURCES[4:]
+    )
     assert missing is None and (found.wkv_probe() == 0) == torch.cuda.is_available()
     assert all(hasattr(found, f"wkv{v}_{d}") for v in (6, 7) for d in ("forward", "backward"))

@@ -1,4 +1,5 @@
 """--log=…: what wandb, tensorboard and swanlab then hold is what metrics.jsonl holds. Each runs where its package is."""
+
 import json
 import os
 import subprocess
@@ -23,8 +24,14 @@ for step in range(1, 4):
 
 def run(folder, log, **env):
     pytest.importorskip(log)
-    done = subprocess.run([sys.executable, "-c", RUN, folder / "run", log], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, **env}, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, folder / "run", log],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").open()]
 
@@ -32,13 +39,16 @@ def run(folder, log, **env):
 def test_tensorboard(tmp_path):
     rows = run(tmp_path, "tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in rows]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (r["step"], pytest.approx(r["loss"])) for r in rows
+    ]
 
 
 def test_wandb_offline(tmp_path):
     rows = run(tmp_path, "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
-    file, = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     kept = file.read_bytes()  # records of protobuf, uncompressed, values as JSON text
     assert all(str(row["loss"]).encode() in kept for row in rows) and kept.count(b"loss") >= 3
 

@@ -1,4 +1,5 @@
 """train_dpo.py, preference data, shared prompts: losses by hand, gradients, the same numbers however it is run."""
+
 import json
 import math
 import os
@@ -39,11 +40,30 @@ def by_hand(c, q, rc, rq, nc, nq, loss_type, beta, e, gamma):
     }[loss_type]()
 
 
-@pytest.mark.parametrize("loss_type, beta, e", [("sigmoid", 0.1, 0.0), ("sigmoid", 0.5, 0.2), ("robust", 0.3, 0.1), ("hinge", 0.7, 0.0),
-                                                ("ipo", 0.1, 0.0), ("simpo", 2.0, 0.0)])
+@pytest.mark.parametrize(
+    "loss_type, beta, e",
+    [
+        ("sigmoid", 0.1, 0.0),
+        ("sigmoid", 0.5, 0.2),
+        ("robust", 0.3, 0.1),
+        ("hinge", 0.7, 0.0),
+        ("ipo", 0.1, 0.0),
+        ("simpo", 2.0, 0.0),
+    ],
+)
 def test_losses_and_gradients_by_hand(loss_type, beta, e):
-    tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=i < 2) for i, x in enumerate((C, R, RC, RR))]
-    options = dict(beta=beta, loss_type=loss_type, label_smoothing=e, chosen_len=torch.tensor(NC), rejected_len=torch.tensor(NR), gamma=0.6)
+    tensors = [
+        torch.tensor(x, dtype=torch.float64, requires_grad=i < 2)
+        for i, x in enumerate((C, R, RC, RR))
+    ]
+    options = dict(
+        beta=beta,
+        loss_type=loss_type,
+        label_smoothing=e,
+        chosen_len=torch.tensor(NC),
+        rejected_len=torch.tensor(NR),
+        gamma=0.6,
+    )
     losses, chosen, rejected = dpo_loss(*tensors, **options)
     losses.sum().backward()
     for i in range(3):
@@ -53,26 +73,41 @@ def test_losses_and_gradients_by_hand(loss_type, beta, e):
             moved = [[*args], [*args]]
             moved[0][which] += 1e-6
             moved[1][which] -= 1e-6
-            slope = (by_hand(*moved[0], loss_type, beta, e, 0.6) - by_hand(*moved[1], loss_type, beta, e, 0.6)) / 2e-6
+            slope = (
+                by_hand(*moved[0], loss_type, beta, e, 0.6)
+                - by_hand(*moved[1], loss_type, beta, e, 0.6)
+            ) / 2e-6
             assert tensors[which].grad[i].item() == pytest.approx(slope, abs=1e-6)
         if loss_type == "simpo":
             assert chosen[i].item() == pytest.approx(beta * C[i] / NC[i])
         else:
-            assert chosen[i].item() == pytest.approx(beta * (C[i] - RC[i])) and rejected[i].item() == pytest.approx(beta * (R[i] - RR[i]))
+            assert chosen[i].item() == pytest.approx(beta * (C[i] - RC[i])) and rejected[
+                i
+            ].item() == pytest.approx(beta * (R[i] - RR[i]))
     assert not chosen.requires_grad
 
 
 def test_numbers_that_can_be_checked_on_paper():
     t = lambda *x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
     # h = 0.1 * ((-10 + 11) - (-12 + 11.5)) = 0.15; log(1 + exp(-0.15)) = 0.6209570
-    assert dpo_loss(t(-10), t(-12), t(-11), t(-11.5))[0].item() == pytest.approx(0.6209570, abs=1e-6)
-    assert dpo_loss(t(-10), t(-12), t(-11), t(-11.5), loss_type="hinge")[0].item() == pytest.approx(0.85)
+    assert dpo_loss(t(-10), t(-12), t(-11), t(-11.5))[0].item() == pytest.approx(
+        0.6209570, abs=1e-6
+    )
+    assert dpo_loss(t(-10), t(-12), t(-11), t(-11.5), loss_type="hinge")[0].item() == pytest.approx(
+        0.85
+    )
     # ipo: (1 / 5 + 0.5 / 6 - 5)^2 with lengths, (1.5 - 5)^2 = 12.25 in sums
-    assert dpo_loss(t(-10), t(-12), t(-11), t(-11.5), loss_type="ipo")[0].item() == pytest.approx(12.25)
-    got = dpo_loss(t(-10), t(-12), t(-11), t(-11.5), loss_type="ipo", chosen_len=t(5), rejected_len=t(6))[0].item()
+    assert dpo_loss(t(-10), t(-12), t(-11), t(-11.5), loss_type="ipo")[0].item() == pytest.approx(
+        12.25
+    )
+    got = dpo_loss(
+        t(-10), t(-12), t(-11), t(-11.5), loss_type="ipo", chosen_len=t(5), rejected_len=t(6)
+    )[0].item()
     assert got == pytest.approx((0.2 + 1 / 12 - 5) ** 2)
     # simpo: 2 * (-10/5 + 12/6) - 0.5 = -0.5; log(1 + exp(0.5)) = 0.9740770
-    assert dpo_loss(t(-10), t(-12), beta=2.0, loss_type="simpo", chosen_len=t(5), rejected_len=t(6))[0].item() == pytest.approx(0.9740770, abs=1e-6)
+    assert dpo_loss(
+        t(-10), t(-12), beta=2.0, loss_type="simpo", chosen_len=t(5), rejected_len=t(6)
+    )[0].item() == pytest.approx(0.9740770, abs=1e-6)
 
 
 def test_at_the_reference_ln2_and_the_gradient_of_each_token():
@@ -81,32 +116,52 @@ def test_at_the_reference_ln2_and_the_gradient_of_each_token():
     logps = tokens.sum(-1)
     losses, chosen, rejected = dpo_loss(*logps.T, *logps.detach().T, beta=0.3)
     losses.mean().backward()
-    assert losses.tolist() == [pytest.approx(math.log(2), abs=1e-12)] * 4 and not chosen.any() and not (chosen > rejected).any()
+    assert (
+        losses.tolist() == [pytest.approx(math.log(2), abs=1e-12)] * 4
+        and not chosen.any()
+        and not (chosen > rejected).any()
+    )
     assert torch.allclose(tokens.grad[:, 0], torch.tensor(-0.3 / 2 / 4, dtype=torch.float64))
     assert torch.allclose(tokens.grad[:, 1], torch.tensor(0.3 / 2 / 4, dtype=torch.float64))
     a = [torch.tensor(x) for x in (C, R, RC, RR)]
     swapped = [a[1], a[0], a[3], a[2]]
-    assert torch.allclose(dpo_loss(*a, label_smoothing=0.5)[0], dpo_loss(*swapped, label_smoothing=0.5)[0])
-    assert not torch.allclose(dpo_loss(*a, label_smoothing=0.2)[0], dpo_loss(*swapped, label_smoothing=0.2)[0])
+    assert torch.allclose(
+        dpo_loss(*a, label_smoothing=0.5)[0], dpo_loss(*swapped, label_smoothing=0.5)[0]
+    )
+    assert not torch.allclose(
+        dpo_loss(*a, label_smoothing=0.2)[0], dpo_loss(*swapped, label_smoothing=0.2)[0]
+    )
     assert not torch.allclose(dpo_loss(*a, label_smoothing=0.2)[0], dpo_loss(*a)[0])
     assert torch.allclose(dpo_loss(*a, loss_type="robust")[0], dpo_loss(*a)[0])
 
 
 def test_ipo_per_token_and_in_sums():
     """Check 14: twice the tokens, half the log-ratio of each: the sums stay, the means halve."""
-    a, n = [torch.tensor(x) for x in (C, R, RC, RR)], dict(chosen_len=torch.tensor(NC), rejected_len=torch.tensor(NR))
+    a, n = (
+        [torch.tensor(x) for x in (C, R, RC, RR)],
+        dict(chosen_len=torch.tensor(NC), rejected_len=torch.tensor(NR)),
+    )
     delta = lambda losses: 5 - losses.sqrt()  # noqa: E731  (1 / (2 beta) = 5; every delta here is below it)
-    once, twice = (delta(dpo_loss(*a, loss_type="ipo", **{k: v * f for k, v in n.items()})[0]) for f in (1, 2))
+    once, twice = (
+        delta(dpo_loss(*a, loss_type="ipo", **{k: v * f for k, v in n.items()})[0]) for f in (1, 2)
+    )
     assert torch.allclose(twice, once / 2, atol=1e-5) and once.abs().min() > 0.1
-    spin = dpo_loss(*a, beta=0.1)[0]  # check 17: SPIN's loss, l(lambda (log-ratio of the human answer - of the sampled one))
+    spin = dpo_loss(*a, beta=0.1)[
+        0
+    ]  # check 17: SPIN's loss, l(lambda (log-ratio of the human answer - of the sampled one))
     want = [-math.log(sigma(0.1 * ((c - rc) - (r - rr)))) for c, r, rc, rr in zip(C, R, RC, RR)]
     assert spin.tolist() == [pytest.approx(w, abs=1e-6) for w in want]
 
 
-@pytest.mark.parametrize("bad, words", [
-    (dict(loss_type="hinge", label_smoothing=0.1), "it is for sigmoid"), (dict(loss_type="robust", label_smoothing=0.5), "below 0.5"),
-    (dict(loss_type="simpo"), "needs chosen_len"), (dict(loss_type="dpo"), "expected sigmoid, hinge"),
-])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (dict(loss_type="hinge", label_smoothing=0.1), "it is for sigmoid"),
+        (dict(loss_type="robust", label_smoothing=0.5), "below 0.5"),
+        (dict(loss_type="simpo"), "needs chosen_len"),
+        (dict(loss_type="dpo"), "expected sigmoid, hinge"),
+    ],
+)
 def test_what_does_not_go_together(bad, words):
     with pytest.raises(ValueError, match=words):
         dpo_loss(*torch.zeros(4, 1), **bad)
@@ -117,12 +172,20 @@ def test_what_does_not_go_together(bad, words):
 # ---------------------------------------------------------------------------------------------------------------------
 # shared prompts
 
-GROUPS = [([5, 9, 3, 8, 1, 7, 2], [[4, 4, 0], [6, 2, 9, 1, 0]]), ([7], [[3, 0], [1, 1, 1, 0]]), (list(range(40, 80)), [[9] * 20, [8, 0]])]
+GROUPS = [
+    ([5, 9, 3, 8, 1, 7, 2], [[4, 4, 0], [6, 2, 9, 1, 0]]),
+    ([7], [[3, 0], [1, 1, 1, 0]]),
+    (list(range(40, 80)), [[9] * 20, [8, 0]]),
+]
 
 
 def pair_loss(scores, forks):
     logps = forks.per_answer(scores.logps).view(-1, 2).T
-    return dpo_loss(*logps, *(logps.detach() + torch.tensor([[0.3, -0.2, 0.1], [-0.1, 0.4, 0.2]], dtype=logps.dtype)), beta=0.5)[0].sum(), None
+    return dpo_loss(
+        *logps,
+        *(logps.detach() + torch.tensor([[0.3, -0.2, 0.1], [-0.1, 0.4, 0.2]], dtype=logps.dtype)),
+        beta=0.5,
+    )[0].sum(), None
 
 
 def trained_gradient(model):
@@ -145,17 +208,24 @@ def test_shared_prompts_equal_the_two_full_sequences(version, mode):
     for prompt, answers in GROUPS:
         for answer in answers:
             ids = torch.tensor([prompt + answer])
-            logps.append(model.token_logprobs(ids[:, :-1], ids[:, 1:])[0, len(prompt) - 1:].sum())
+            logps.append(model.token_logprobs(ids[:, :-1], ids[:, 1:])[0, len(prompt) - 1 :].sum())
     logps = torch.stack(logps).view(-1, 2).T
     with torch.no_grad():
         shared = forks.per_answer(forked(model, forks).logps).view(-1, 2).T
         chunked = forks.per_answer(forked(model, forks, chunk_len=7).logps).view(-1, 2).T
     torch.testing.assert_close(shared, logps.detach(), atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(chunked, logps.detach(), atol=1e-9, rtol=1e-9)
-    want_loss = dpo_loss(*logps, *(logps.detach() + torch.tensor([[0.3, -0.2, 0.1], [-0.1, 0.4, 0.2]], dtype=torch.float64)), beta=0.5)[0].sum()
+    want_loss = dpo_loss(
+        *logps,
+        *(logps.detach() + torch.tensor([[0.3, -0.2, 0.1], [-0.1, 0.4, 0.2]], dtype=torch.float64)),
+        beta=0.5,
+    )[0].sum()
     want_loss.backward()
     want = trained_gradient(model)
-    assert float(loss) == pytest.approx(float(want_loss), rel=1e-9) and (got - want).norm() < 1e-9 * want.norm()
+    assert (
+        float(loss) == pytest.approx(float(want_loss), rel=1e-9)
+        and (got - want).norm() < 1e-9 * want.norm()
+    )
     for chunk_len in (8, 13):
         model.zero_grad()
         loss, _ = forked_backward(model, forks, lambda s: pair_loss(s, forks), chunk_len)
@@ -168,7 +238,11 @@ def test_prompts_of_one_token_alone():
     groups = [([5], [[3, 4, 0], [2, 0]]), ([9], [[1, 0], [7, 7, 0]])]
     forks = fork(groups)
     logps = forks.per_answer(forked(model, forks).logps)
-    want = [model.token_logprobs(torch.tensor([p + a[:-1]]), torch.tensor([a])).sum() for p, answers in groups for a in answers]
+    want = [
+        model.token_logprobs(torch.tensor([p + a[:-1]]), torch.tensor([a])).sum()
+        for p, answers in groups
+        for a in answers
+    ]
     torch.testing.assert_close(logps, torch.stack(want), atol=1e-5, rtol=1e-5)
     for chunk_len in (0, 2):
         model.zero_grad()
@@ -183,39 +257,75 @@ def test_in_float32_with_other_company():
     together = together.per_answer(forked(model, together).logps)
     for i, group in enumerate(GROUPS):
         alone = fork([group])
-        torch.testing.assert_close(alone.per_answer(forked(model, alone).logps), together[2 * i:2 * i + 2], atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(
+            alone.per_answer(forked(model, alone).logps),
+            together[2 * i : 2 * i + 2],
+            atol=1e-5,
+            rtol=1e-6,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
 
+
 def test_preferences_in_every_shape(tmp_path, capsys):
     chat = [{"role": "user", "content": "hi"}]
-    write(tmp_path / "p.jsonl", {"prompt": chat, "chosen": "yes", "rejected": "no", "margin": 0.5},
-          {"prompt": chat, "chosen": [{"role": "assistant", "content": "yes"}], "rejected": [{"role": "assistant", "content": "no"}]},
-          {"prompt": "once ", "chosen": "upon", "rejected": "more"},
-          {"prompt": chat, "responses": ["a", "b", "c"], "scores": [1, 2.5, 0]},
-          {"prompt": "x", "chosen": "same", "rejected": "same"}, {"prompt": chat, "chosen": "a ", "rejected": " a"},
-          {"prompt": "long" * 30, "chosen": "a", "rejected": "b"}, {"prompt": "x", "responses": ["a", "b"], "scores": [1, 1]})
+    write(
+        tmp_path / "p.jsonl",
+        {"prompt": chat, "chosen": "yes", "rejected": "no", "margin": 0.5},
+        {
+            "prompt": chat,
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        },
+        {"prompt": "once ", "chosen": "upon", "rejected": "more"},
+        {"prompt": chat, "responses": ["a", "b", "c"], "scores": [1, 2.5, 0]},
+        {"prompt": "x", "chosen": "same", "rejected": "same"},
+        {"prompt": chat, "chosen": "a ", "rejected": " a"},
+        {"prompt": "long" * 30, "chosen": "a", "rejected": "b"},
+        {"prompt": "x", "responses": ["a", "b"], "scores": [1, 1]},
+    )
     got = prepare.read_preferences(tmp_path / "p.jsonl", BYTES, 100)
     prompt = BYTES.encode("User: hi\n\nAssistant:")
-    assert got[0] == got[1]._replace(margin=0.5) == (prompt, [BYTES.encode(" yes") + [0], BYTES.encode(" no") + [0]], None, 0.5)
-    assert got[2] == (BYTES.encode("once "), [BYTES.encode("upon") + [0], BYTES.encode("more") + [0]], None, 0.0)
+    assert (
+        got[0]
+        == got[1]._replace(margin=0.5)
+        == (prompt, [BYTES.encode(" yes") + [0], BYTES.encode(" no") + [0]], None, 0.5)
+    )
+    assert got[2] == (
+        BYTES.encode("once "),
+        [BYTES.encode("upon") + [0], BYTES.encode("more") + [0]],
+        None,
+        0.0,
+    )
     assert got[3].scores == [1, 2.5, 0] and len(got) == 4
     said = capsys.readouterr().out
-    assert "1 rows of the same text" in said and "1 rows of the same ids" in said and "1 rows of more than ctx_len=100" in said
+    assert (
+        "1 rows of the same text" in said
+        and "1 rows of the same ids" in said
+        and "1 rows of more than ctx_len=100" in said
+    )
     assert "1 rows of scores that are all equal" in said and "4 remain" in said
     prepare.main(["pairs", str(tmp_path / "p.jsonl"), "--tokenizer=bytes", "--ctx_len=100"])
     said = capsys.readouterr().out
     assert "3 pairs, 1 rows of scored answers" in said and "in 66.7%, equally long 33.3%" in said
 
 
-@pytest.mark.parametrize("row, words", [
-    ({"prompt": "x", "chosen": "", "rejected": "b"}, "an answer is empty"), ({"prompt": "", "chosen": "a", "rejected": "b"}, "and not empty"),
-    ({"prompt": "x", "chosen": "a"}, "'rejected' is missing"), ({"prompt": "x", "responses": ["a"], "scores": [1]}, "at least two"),
-    ({"prompt": "x", "responses": ["a", "b"], "scores": [1, "2"]}, "go in pairs"), ({"prompt": "x", "chosen": "a\ud800", "rejected": "b"}, "not UTF-8"), ({"prompt": 3, "chosen": "a", "rejected": "b"}, "text or a list"),
-    ({"prompt": "x", "chosen": "a", "rejected": "b", "margin": "wide"}, "expected"), ([1], "expected a JSON object"),
-])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": "x", "chosen": "", "rejected": "b"}, "an answer is empty"),
+        ({"prompt": "", "chosen": "a", "rejected": "b"}, "and not empty"),
+        ({"prompt": "x", "chosen": "a"}, "'rejected' is missing"),
+        ({"prompt": "x", "responses": ["a"], "scores": [1]}, "at least two"),
+        ({"prompt": "x", "responses": ["a", "b"], "scores": [1, "2"]}, "go in pairs"),
+        ({"prompt": "x", "chosen": "a\ud800", "rejected": "b"}, "not UTF-8"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "text or a list"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "margin": "wide"}, "expected"),
+        ([1], "expected a JSON object"),
+    ],
+)
 def test_bad_rows_name_file_and_line(row, words, tmp_path):
     write(tmp_path / "p.jsonl", {"prompt": "x", "chosen": "a", "rejected": "b"}, row)
     with pytest.raises(UserError, match=f"p.jsonl:2: .*{words}"):
@@ -224,6 +334,7 @@ def test_bad_rows_name_file_and_line(row, words, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -234,44 +345,123 @@ def base(tmp_path_factory):
         for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
     model.save_pretrained(folder / "base.pth")
-    write(folder / "pairs.jsonl", *({"prompt": [{"role": "user", "content": f"{a} {i}"}], "chosen": a * (1 + i % 3), "rejected": "no" * (1 + i % 2)}
-                                    for i in range(5) for a in ("red", "blue", "green", "grey")))
+    write(
+        folder / "pairs.jsonl",
+        *(
+            {
+                "prompt": [{"role": "user", "content": f"{a} {i}"}],
+                "chosen": a * (1 + i % 3),
+                "rejected": "no" * (1 + i % 2),
+            }
+            for i in range(5)
+            for a in ("red", "blue", "green", "grey")
+        ),
+    )
     return folder
 
 
 def tiny(base, out, **over):
-    return Config(**{**dict(data=str(base / "pairs.jsonl"), init_from=str(base / "base.pth"), tokenizer="bytes", out_dir=str(out),
-                            micro_bsz=8, global_bsz=8, lr=1e-3, lr_final=1e-4, warmup_steps=1, max_steps=4, eval_every=0,
-                            save_every=0, log_every=1, device="cpu", lora_r=4), **over})
+    return Config(
+        **{
+            **dict(
+                data=str(base / "pairs.jsonl"),
+                init_from=str(base / "base.pth"),
+                tokenizer="bytes",
+                out_dir=str(out),
+                micro_bsz=8,
+                global_bsz=8,
+                lr=1e-3,
+                lr_final=1e-4,
+                warmup_steps=1,
+                max_steps=4,
+                eval_every=0,
+                save_every=0,
+                log_every=1,
+                device="cpu",
+                lora_r=4,
+            ),
+            **over,
+        }
+    )
 
 
 @pytest.mark.parametrize("tune", ["full", "lora", "state"])
 def test_before_the_first_step_ln2_and_no_margin_exactly(tune, base, tmp_path):
-    train_dpo.main(tiny(base, tmp_path / tune, tune=tune, val_data=str(base / "pairs.jsonl"), max_steps=3, global_bsz=8, micro_bsz=4))
+    train_dpo.main(
+        tiny(
+            base,
+            tmp_path / tune,
+            tune=tune,
+            val_data=str(base / "pairs.jsonl"),
+            max_steps=3,
+            global_bsz=8,
+            micro_bsz=4,
+        )
+    )
     log = rows(tmp_path / tune)
     for row, end in ((log[0], "val_"), (log[1], "")):
-        assert row[f"{end}rewards/margins"] == row[f"{end}rewards/chosen"] == row[f"{end}rewards/accuracies"] == 0.0
+        assert (
+            row[f"{end}rewards/margins"]
+            == row[f"{end}rewards/chosen"]
+            == row[f"{end}rewards/accuracies"]
+            == 0.0
+        )
         assert row["val_loss" if end else "loss"] == pytest.approx(math.log(2), abs=2e-7)
     assert log[-1]["rewards/margins"] > 0 and log[-1]["val_rewards/accuracies"] > 0.5
-    assert all(key in log[1] for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-                                         "logps/chosen", "logps/rejected", "mean_token_accuracy"))
+    assert all(
+        key in log[1]
+        for key in (
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/margins",
+            "rewards/accuracies",
+            "logps/chosen",
+            "logps/rejected",
+            "mean_token_accuracy",
+        )
+    )
 
 
 def test_loss_does_not_depend_on_micro_batch_chunks_or_processes(base, tmp_path):
     over = dict(nll_coef=0.5, val_data=str(base / "pairs.jsonl"))
-    for name, more in {"1x8": {}, "1x1": dict(micro_bsz=1), "1x2": dict(micro_bsz=2), "chunks": dict(chunk_len=7)}.items():
+    for name, more in {
+        "1x8": {},
+        "1x1": dict(micro_bsz=1),
+        "1x2": dict(micro_bsz=2),
+        "chunks": dict(chunk_len=7),
+    }.items():
         train_dpo.main(tiny(base, tmp_path / name, **over, **more))
-    cfg = tiny(base, tmp_path / "2x2", micro_bsz=2, chunk_len=7, **over)  # in chunks too DDP sees every parameter
+    cfg = tiny(
+        base, tmp_path / "2x2", micro_bsz=2, chunk_len=7, **over
+    )  # in chunks too DDP sees every parameter
     flags = [f"--{f}={v}" for f, v in common.config_dict(cfg).items() if v not in (None, "()", "")]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
-                           str(29900 + os.getpid() % 1000), "--", "train_dpo.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port",
+            str(29900 + os.getpid() % 1000),
+            "--",
+            "train_dpo.py",
+            *flags,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     want = rows(tmp_path / "1x8")
     for name in ("1x1", "1x2", "chunks", "2x2"):
         for a, b in zip(rows(tmp_path / name), want, strict=True):
             for key in b.keys() - {"time", "tokens_per_s", "step", "lr"}:
-                first = a["step"] <= 1  # before any step: the losses themselves; later Adam enlarges rounding
-                assert a[key] == pytest.approx(b[key], rel=1e-5 if first else 1e-3, abs=1e-6 if first else 1e-4), (name, a["step"], key)
+                first = (
+                    a["step"] <= 1
+                )  # before any step: the losses themselves; later Adam enlarges rounding
+                assert a[key] == pytest.approx(
+                    b[key], rel=1e-5 if first else 1e-3, abs=1e-6 if first else 1e-4
+                ), (name, a["step"], key)
 
 
 def test_the_reference_is_kept_and_known_to_be_stale(base, tmp_path, capsys):
@@ -280,45 +470,79 @@ def test_the_reference_is_kept_and_known_to_be_stale(base, tmp_path, capsys):
     train_dpo.main(tiny(base, tmp_path / "a", data=str(data)))
     assert "reference: computing" in capsys.readouterr().out
     kept = torch.load(f"{data}.ref.pt", weights_only=True)["logps"]
-    model, pairs = RWKV.from_pretrained(base / "base.pth"), prepare.read_preferences(data, BYTES, 4096)
+    model, pairs = (
+        RWKV.from_pretrained(base / "base.pth"),
+        prepare.read_preferences(data, BYTES, 4096),
+    )
     for row, both in list(zip(pairs, kept))[::7]:
         for answer, logp in zip(row.answers, both):
             ids = torch.tensor([row.prompt + answer])
-            assert float(model.token_logprobs(ids[:, :-1], ids[:, 1:])[0, len(row.prompt) - 1:].sum()) == pytest.approx(float(logp), rel=1e-5)
+            assert float(
+                model.token_logprobs(ids[:, :-1], ids[:, 1:])[0, len(row.prompt) - 1 :].sum()
+            ) == pytest.approx(float(logp), rel=1e-5)
     train_dpo.main(tiny(base, tmp_path / "b", data=str(data), lr=1e-4))
     said = capsys.readouterr().out
     assert f"reference: {data}.ref.pt\n" in said and "computing" not in said
     write(data, *(json.loads(line) for line in data.read_text().splitlines()[1:]))
     train_dpo.main(tiny(base, tmp_path / "c", data=str(data)))
     assert "is of other data, weights or batches; computing it again" in capsys.readouterr().out
-    train_dpo.main(tiny(base, tmp_path / "d", data=str(data), reference=str(tmp_path / "c/rwkv-final.pth")))
+    train_dpo.main(
+        tiny(base, tmp_path / "d", data=str(data), reference=str(tmp_path / "c/rwkv-final.pth"))
+    )
     assert "is of other data, weights or batches; computing it again" in capsys.readouterr().out
-    assert rows(tmp_path / "d")[0]["rewards/margins"] < -1e-4  # the trained reference prefers the chosen ones, the base not yet
+    assert (
+        rows(tmp_path / "d")[0]["rewards/margins"] < -1e-4
+    )  # the trained reference prefers the chosen ones, the base not yet
 
 
 @pytest.mark.parametrize("tune", ["full", "lora", "state"])
 def test_resume_is_bit_for_bit(tune, base, tmp_path):
-    over = dict(tune=tune, val_data=str(base / "pairs.jsonl"), eval_every=2, save_every=2, max_steps=6, patience=5)
+    over = dict(
+        tune=tune,
+        val_data=str(base / "pairs.jsonl"),
+        eval_every=2,
+        save_every=2,
+        max_steps=6,
+        patience=5,
+    )
     whole, parts = (tiny(base, tmp_path / name, **over) for name in ("whole", "parts"))
     train_dpo.main(whole)
     kill_after(parts, 3, train_dpo.main)
     train_dpo.main(tiny(base, tmp_path / "parts", **over, resume=True))
-    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    a, b = (
+        torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")
+    )
     assert (a["best"], a["waited"]) == (b["best"], b["waited"])
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
 
 
-@pytest.mark.parametrize("tune, file", [("full", "rwkv-final.pth"), ("lora", "lora-final.safetensors"), ("state", "state-final.pth")])
+@pytest.mark.parametrize(
+    "tune, file",
+    [("full", "rwkv-final.pth"), ("lora", "lora-final.safetensors"), ("state", "state-final.pth")],
+)
 def test_stops_early_and_goes_back_to_the_best(tune, file, base, tmp_path):
     scores = iter([0.1, 0.5, 0.9, 0.8, 0.7, 0.6, 0.5])
     (tmp_path / "c.py").write_text("")
-    cfg = tiny(base, tmp_path / "run", tune=tune, eval_fn=lambda model, tokenizer: {"mine": next(scores)}, watch="mine", patience=2,
-               eval_every=1, max_steps=50, keep_last=0, save_every=1)
+    cfg = tiny(
+        base,
+        tmp_path / "run",
+        tune=tune,
+        eval_fn=lambda model, tokenizer: {"mine": next(scores)},
+        watch="mine",
+        patience=2,
+        eval_every=1,
+        max_steps=50,
+        keep_last=0,
+        save_every=1,
+    )
     train_dpo.main(cfg)
     assert [row["mine"] for row in rows(tmp_path / "run")] == [0.1, 0.5, 0.9, 0.8, 0.7]
     read = lambda name: train_dpo.load_model(tmp_path / "run" / name)[0]  # noqa: E731
     idx = torch.arange(20)[None]
-    final, best, later = (read(name)(idx)[0] for name in (file, "best" + file[file.index("."):], file.replace("final", "3")))
+    final, best, later = (
+        read(name)(idx)[0]
+        for name in (file, "best" + file[file.index(".") :], file.replace("final", "3"))
+    )
     assert torch.equal(final, best) and not torch.equal(final, later)
 
 
@@ -326,19 +550,40 @@ def test_the_nll_term_lifts_the_chosen_answer(base, tmp_path):
     """Check 15: one pair, 200 steps: with the term the chosen log-probability rises; without, it is logged."""
     write(tmp_path / "one.jsonl", {"prompt": "a", "chosen": "xyz", "rejected": "xyw"})
     for alpha in (1.0, 0.0):
-        train_dpo.main(tiny(base, tmp_path / str(alpha), data=str(tmp_path / "one.jsonl"), nll_coef=alpha, micro_bsz=1, global_bsz=1,
-                            max_steps=200, log_every=50))
+        train_dpo.main(
+            tiny(
+                base,
+                tmp_path / str(alpha),
+                data=str(tmp_path / "one.jsonl"),
+                nll_coef=alpha,
+                micro_bsz=1,
+                global_bsz=1,
+                max_steps=200,
+                log_every=50,
+            )
+        )
     with_term, without = rows(tmp_path / "1.0"), rows(tmp_path / "0.0")
     assert with_term[-1]["logps/chosen"] > with_term[0]["logps/chosen"] + 5
-    assert with_term[-1]["logps/chosen"] > without[-1]["logps/chosen"] and without[-1]["rewards/margins"] > 0.5
+    assert (
+        with_term[-1]["logps/chosen"] > without[-1]["logps/chosen"]
+        and without[-1]["rewards/margins"] > 0.5
+    )
 
 
-@pytest.mark.parametrize("over, words", [
-    (dict(init_from=""), "which model"), (dict(data="no.jsonl"), "no.jsonl does not exist"), (dict(reference="OTHER"), "vocabulary of 300.*one of 257"),
-    (dict(reference="none"), "is for --loss_type=simpo"), (dict(reference="off"), "tune=full has neither"), (dict(data="KWISE"), "DPO wants chosen and rejected"),
-    (dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing"), (dict(patience=1), "watch=val_rewards/accuracies is not among what is measured"),
-    (dict(ctx_len=5), "holds nothing to train on"),
-])
+@pytest.mark.parametrize(
+    "over, words",
+    [
+        (dict(init_from=""), "which model"),
+        (dict(data="no.jsonl"), "no.jsonl does not exist"),
+        (dict(reference="OTHER"), "vocabulary of 300.*one of 257"),
+        (dict(reference="none"), "is for --loss_type=simpo"),
+        (dict(reference="off"), "tune=full has neither"),
+        (dict(data="KWISE"), "DPO wants chosen and rejected"),
+        (dict(loss_type="ipo", label_smoothing=0.1), "label_smoothing"),
+        (dict(patience=1), "watch=val_rewards/accuracies is not among what is measured"),
+        (dict(ctx_len=5), "holds nothing to train on"),
+    ],
+)
 def test_bad_input(over, words, base, tmp_path):
     RWKV(RWKVConfig("x070", 1, 64, 300)).save_pretrained(tmp_path / "OTHER")
     write(tmp_path / "KWISE", {"prompt": "x", "responses": ["a", "b"], "scores": [1, 2]})

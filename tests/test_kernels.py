@@ -3,6 +3,7 @@
 Without a GPU the kernels' own source runs on the CPU (cuda_on_cpu.h): the same indexing, fragments and rounding to fp16.
 Where there is a GPU every comparison runs there as well.
 """
+
 import functools
 import random
 import re
@@ -19,9 +20,14 @@ from conftest import ROOT
 from wkv_cuda import cuda, cuda_seq
 
 N = 64
-NAMES = {6: ["y", "state", "dr", "dlogw", "dk", "dv", "du", "dstate"],
-         7: ["y", "state", "dr", "dlogw", "dk", "dv", "da", "db", "dstate"]}
-OPS = {6: functools.partial(wkv_cuda.wkv6, backend="cuda"), 7: functools.partial(wkv_cuda.wkv7, backend="cuda")}
+NAMES = {
+    6: ["y", "state", "dr", "dlogw", "dk", "dv", "du", "dstate"],
+    7: ["y", "state", "dr", "dlogw", "dk", "dv", "da", "db", "dstate"],
+}
+OPS = {
+    6: functools.partial(wkv_cuda.wkv6, backend="cuda"),
+    7: functools.partial(wkv_cuda.wkv7, backend="cuda"),
+}
 KINDS = ["plain", "repeated", "fastest", "slowest"]
 both = pytest.mark.parametrize("version", [6, 7])
 
@@ -37,7 +43,18 @@ def device(request):
     return request.param
 
 
-def make(version, T, kind="plain", B=1, H=2, seed=0, logw_dtype=torch.float32, values=1.0, grads=1.0, sequences=None):
+def make(
+    version,
+    T,
+    kind="plain",
+    B=1,
+    H=2,
+    seed=0,
+    logw_dtype=torch.float32,
+    values=1.0,
+    grads=1.0,
+    sequences=None,
+):
     """Inputs with the state last, dy, dstate. As the networks feed them, and as badly as they could."""
     g = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=g)
@@ -50,10 +67,16 @@ def make(version, T, kind="plain", B=1, H=2, seed=0, logw_dtype=torch.float32, v
             logw = torch.full_like(logw, -torch.tensor(5.0).exp().item())
         rest = [randn(H, N)]
     else:
-        kappa, iclr = torch.nn.functional.normalize(randn(B, T, H, N), dim=-1), torch.sigmoid(randn(B, T, H, N))
+        kappa, iclr = (
+            torch.nn.functional.normalize(randn(B, T, H, N), dim=-1),
+            torch.sigmoid(randn(B, T, H, N)),
+        )
         logw = -0.6065306597 * torch.sigmoid(randn(B, T, H, N) * 3)
         if kind != "plain":
-            kappa, iclr = kappa[:, :1].expand_as(kappa), 0.99 + 0.01 * iclr  # one key, removed again and again
+            kappa, iclr = (
+                kappa[:, :1].expand_as(kappa),
+                0.99 + 0.01 * iclr,
+            )  # one key, removed again and again
             k = kappa * 0.5 + 0.01 * k
         rest = [-kappa.bfloat16(), (kappa * iclr).bfloat16()]
         if kind == "fastest":
@@ -63,7 +86,11 @@ def make(version, T, kind="plain", B=1, H=2, seed=0, logw_dtype=torch.float32, v
     S = sequences or B
     state, dstate = randn(S, H, N, N) * 0.3 * values, randn(S, H, N, N) * 0.3 * grads
     half = [x.bfloat16() for x in (r, k, v)]
-    return [half[0], logw.to(logw_dtype), *half[1:], *rest, state], (randn(B, T, H, N) * grads).bfloat16(), dstate
+    return (
+        [half[0], logw.to(logw_dtype), *half[1:], *rest, state],
+        (randn(B, T, H, N) * grads).bfloat16(),
+        dstate,
+    )
 
 
 def run(version, inputs, dy, dstate, device="cpu", fn=None, **kw):
@@ -75,7 +102,14 @@ def run(version, inputs, dy, dstate, device="cpu", fn=None, **kw):
 
 def exact(version, inputs, dy, dstate, cu_seqlens=None):
     naive = lambda *x, cu_seqlens: wkv_cuda.naive(version, x[:-1], x[-1], cu_seqlens)
-    return run(version, [x.double() for x in inputs], dy.double(), dstate.double(), fn=naive, cu_seqlens=cu_seqlens)
+    return run(
+        version,
+        [x.double() for x in inputs],
+        dy.double(),
+        dstate.double(),
+        fn=naive,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def error(got, want):
@@ -89,11 +123,18 @@ def check(version, case, kind, device, **kw):
     few = case[1].numel() < 2000
     for name, want in exact(version, *case, **kw).items():
         bar = 2e-3 if name in ("y", "state", "dstate") else 3e-3
-        if kind == "slowest" and version == 7:  # the gradients are small differences, of size 0.01 of what is subtracted
+        if (
+            kind == "slowest" and version == 7
+        ):  # the gradients are small differences, of size 0.01 of what is subtracted
             bar *= 1.2
         assert error(got[name], want) <= bar * (1.3 if few else 1), name
-        assert got[name].dtype == (torch.float32 if "state" in name or name == "du" else
-                                   case[0][1].dtype if name == "dlogw" else torch.bfloat16)
+        assert got[name].dtype == (
+            torch.float32
+            if "state" in name or name == "du"
+            else case[0][1].dtype
+            if name == "dlogw"
+            else torch.bfloat16
+        )
 
 
 @both
@@ -117,8 +158,13 @@ def test_every_length(version, kind, device):
     for T in range(1, 201):
         if T % 2:
             borders = sorted([0, T] + [cut.randint(0, T) for _ in range(T % 5)])
-            check(version, make(version, T, kind, H=1, seed=T, sequences=len(borders) - 1), kind, device,
-                  cu_seqlens=torch.tensor(borders))
+            check(
+                version,
+                make(version, T, kind, H=1, seed=T, sequences=len(borders) - 1),
+                kind,
+                device,
+                cu_seqlens=torch.tensor(borders),
+            )
         else:
             check(version, make(version, T, kind, H=1, seed=T), kind, device)
 
@@ -160,16 +206,27 @@ def test_every_token_forgets(device):
 def test_documents_equal_each_alone(version, device):
     borders = [0, 5, 5, 38, 39, 103, 103]
     inputs, dy, dstate = make(version, 103, sequences=6)
-    packed = run(version, inputs, dy, dstate, device, cu_seqlens=torch.tensor(borders, device=device))
+    packed = run(
+        version, inputs, dy, dstate, device, cu_seqlens=torch.tensor(borders, device=device)
+    )
     du = 0
     for d, (p, q) in enumerate(zip(borders, borders[1:])):
-        alone = run(version, [*(x[:, p:q] if x.dim() == 4 else x for x in inputs[:-1]), inputs[-1][d:d + 1]],
-                    dy[:, p:q], dstate[d:d + 1], device)
+        alone = run(
+            version,
+            [*(x[:, p:q] if x.dim() == 4 else x for x in inputs[:-1]), inputs[-1][d : d + 1]],
+            dy[:, p:q],
+            dstate[d : d + 1],
+            device,
+        )
         du += alone.pop("du", 0)
         for name, x in alone.items():  # to the last bit
-            assert torch.equal(packed[name][d:d + 1] if "state" in name else packed[name][:, p:q], x), (name, d)
+            assert torch.equal(
+                packed[name][d : d + 1] if "state" in name else packed[name][:, p:q], x
+            ), (name, d)
         if p == q:
-            assert torch.equal(alone["state"], inputs[-1][d:d + 1]) and torch.equal(alone["dstate"], dstate[d:d + 1])
+            assert torch.equal(alone["state"], inputs[-1][d : d + 1]) and torch.equal(
+                alone["dstate"], dstate[d : d + 1]
+            )
     if version == 6:
         torch.testing.assert_close(packed["du"], du, rtol=1e-5, atol=1e-4)
 
@@ -182,7 +239,13 @@ def test_spans(version, kind, device, monkeypatch):
     monkeypatch.setattr(cuda, "span", lambda *sizes: 32)
     check(version, make(version, 100, kind, B=2, H=1), kind, device)
     borders = [0, 5, 5, 69, 133, 140]
-    check(version, make(version, 140, kind, H=1, sequences=5), kind, device, cu_seqlens=torch.tensor(borders))
+    check(
+        version,
+        make(version, 140, kind, H=1, sequences=5),
+        kind,
+        device,
+        cu_seqlens=torch.tensor(borders),
+    )
 
 
 @both
@@ -214,7 +277,14 @@ def test_what_is_not_a_number_stays_so(version, device):
 def test_long(version):
     inputs, dy, dstate = make(version, 8192, B=2, H=4)
     got, again = (run(version, inputs, dy, dstate, "cuda") for _ in range(2))
-    want = run(version, inputs, dy, dstate, "cuda", fn=functools.partial(wkv_cuda.wkv7 if version == 7 else wkv_cuda.wkv6, backend="cuda_seq"))
+    want = run(
+        version,
+        inputs,
+        dy,
+        dstate,
+        "cuda",
+        fn=functools.partial(wkv_cuda.wkv7 if version == 7 else wkv_cuda.wkv6, backend="cuda_seq"),
+    )
     for name, x in got.items():
         assert torch.equal(x, again[name]) and error(x, want[name].double()) < 3e-3, name
 
@@ -222,27 +292,42 @@ def test_long(version):
 # ---------------------------------------------------------------------------------------------------------------------
 # a good citizen of PyTorch
 
+
 @both
 def test_op(version, device):
     inputs, dy, dstate = make(version, 40, B=2)
     flat = [x.flatten(0, 1) if x.dim() == 4 else x for x in inputs[:-1]] + [inputs[-1]]
     flat = [x.to(device) for x in (*flat, torch.tensor([0, 40, 80], dtype=torch.int32))]
     name = f"wkv{version}_chunk"
-    forward, backward = getattr(torch.ops.gosling, name), getattr(torch.ops.gosling, name + "_backward")
+    forward, backward = (
+        getattr(torch.ops.gosling, name),
+        getattr(torch.ops.gosling, name + "_backward"),
+    )
     assert all(x.numel() == 0 for x in forward(*flat, False)[2:])  # nothing is kept
     torch.library.opcheck(forward.default, (*flat, False))
-    torch.library.opcheck(backward.default, (*flat, *forward(*flat, True)[2:], dy.flatten(0, 1).to(device), None))
-    torch.library.opcheck(forward.default, (*[x.requires_grad_(x.is_floating_point()) for x in flat], True))
+    torch.library.opcheck(
+        backward.default, (*flat, *forward(*flat, True)[2:], dy.flatten(0, 1).to(device), None)
+    )
+    torch.library.opcheck(
+        forward.default, (*[x.requires_grad_(x.is_floating_point()) for x in flat], True)
+    )
 
 
 @both
 def test_compile_checkpoint_and_layout(version, device):
     case = make(version, 20, B=2)
     eager = run(version, *case, device)
-    compiled = torch.compile(OPS[version], fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    compiled = torch.compile(
+        OPS[version], fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
+    )
     strided = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in case[0]]
-    for again in (run(version, *case, device, fn=compiled), run(version, strided, *case[1:], device),
-                  run(version, *case, device, fn=lambda *x: checkpoint(OPS[version], *x, use_reentrant=False))):
+    for again in (
+        run(version, *case, device, fn=compiled),
+        run(version, strided, *case[1:], device),
+        run(
+            version, *case, device, fn=lambda *x: checkpoint(OPS[version], *x, use_reentrant=False)
+        ),
+    ):
         assert all(torch.equal(x, again[name]) for name, x in eager.items())
 
 
@@ -263,8 +348,13 @@ def test_what_is_saved(version):
 def test_a_card_that_computes_wrong_is_not_used(emulated, monkeypatch):
     assert cuda.trial.__wrapped__("cpu") is None
     right = cuda.wkv
-    monkeypatch.setattr(cuda, "wkv", lambda version, x, state, cu_seqlens: right(
-        version, [x[0], x[1], x[3], x[2], *x[4:]] if version == 6 else x, state, cu_seqlens))
+    monkeypatch.setattr(
+        cuda,
+        "wkv",
+        lambda version, x, state, cu_seqlens: right(
+            version, [x[0], x[1], x[3], x[2], *x[4:]] if version == 6 else x, state, cu_seqlens
+        ),
+    )
     assert "wkv6 is off by" in cuda.trial.__wrapped__("cpu")
 
 
@@ -281,16 +371,26 @@ def test_wrong_arguments(emulated):
     with pytest.raises(ValueError, match="u is .*expected floats"):
         OPS[6](r, logw, k, v, state)
     half = state.bfloat16()  # a state is used in fp32 whatever it comes in
-    assert all(torch.equal(x, y) for x, y in zip(OPS[7](*inputs[:-1], half), OPS[7](*inputs[:-1], half.float())))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(OPS[7](*inputs[:-1], half), OPS[7](*inputs[:-1], half.float()))
+    )
 
 
 def test_what_takes_over(monkeypatch):
     """The choice of backend None, with tensors that say they are on a GPU."""
+
     class OnCuda:
         is_cuda = True
 
         def __init__(self, x):
-            self.shape, self.dtype, self.dim, self.device = x.shape, x.dtype, x.dim, torch.device("cuda")
+            self.shape, self.dtype, self.dim, self.device = (
+                x.shape,
+                x.dtype,
+                x.dim,
+                torch.device("cuda"),
+            )
+
     inputs = make(7, 3)[0][:-1]
     fastest = lambda xs: wkv_cuda._fastest([OnCuda(x) for x in xs], None)
     monkeypatch.setattr(cuda_seq, "unavailable", lambda: None)
@@ -298,7 +398,9 @@ def test_what_takes_over(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
     monkeypatch.setattr(cuda, "trial", lambda device: None)
     assert fastest(inputs) == "cuda" and fastest([x[:, :1] for x in inputs]) == "cuda_seq"
-    with pytest.warns(UserWarning, match="float32, not torch.bfloat16.*sequential kernel takes over"):
+    with pytest.warns(
+        UserWarning, match="float32, not torch.bfloat16.*sequential kernel takes over"
+    ):
         assert fastest([x.float() for x in inputs]) == "cuda_seq"
     with pytest.warns(UserWarning, match="head size 32.*PyTorch form takes over"):
         assert fastest([x[..., :32] for x in inputs]) == "chunked"
@@ -306,7 +408,9 @@ def test_what_takes_over(monkeypatch):
     with pytest.warns(UserWarning, match="off by 1.*sequential kernel takes over"):
         assert fastest(inputs) == "cuda_seq"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    with pytest.warns(UserWarning, match="Card has compute capability 7.5.*sequential kernel takes over"):
+    with pytest.warns(
+        UserWarning, match="Card has compute capability 7.5.*sequential kernel takes over"
+    ):
         assert fastest(inputs) == "cuda_seq"
     monkeypatch.setattr(cuda_seq, "unavailable", lambda: "no nvcc")
     with pytest.warns(UserWarning, match="no nvcc.*PyTorch form takes over"):
@@ -316,14 +420,24 @@ def test_what_takes_over(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # nvcc
 
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 @both
 def test_nvcc_compiles(version):
     """For sm_80 and sm_90: four blocks of 128 threads fit an SM, in registers and in its 227 KB of shared memory."""
-    done = subprocess.run([sys.executable, str(ROOT / "bench/kernels.py"), "--compile", f"--version={version}"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench/kernels.py"), "--compile", f"--version={version}"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r'"registers": (\d+)', done.stdout)) == 16, done.stdout
-    for kind, most in (("registers", 128), ("shared_bytes", 227 * 1024 // 4 - 1024), ("spill_store_bytes", 500)):
-        assert all(int(x) <= most for x in re.findall(rf'"{kind}": (\d+)', done.stdout)), done.stdout
+    for kind, most in (
+        ("registers", 128),
+        ("shared_bytes", 227 * 1024 // 4 - 1024),
+        ("spill_store_bytes", 500),
+    ):
+        assert all(int(x) <= most for x in re.findall(rf'"{kind}": (\d+)', done.stdout)), (
+            done.stdout
+        )

@@ -1,4 +1,5 @@
 """The network against the official `rwkv` package, and against itself in pieces."""
+
 import copy
 import os
 import re
@@ -14,7 +15,10 @@ import wkv_cuda
 from model import RWKV, RWKVConfig, config_of
 
 SMALL = dict(n_layer=3, n_embd=128, vocab_size=320)
-RANKS = {"x070": dict(decay_rank=24, iclr_rank=40, value_rank=8, gate_rank=56), "x060": dict(mix_rank=16, decay_rank=48)}
+RANKS = {
+    "x070": dict(decay_rank=24, iclr_rank=40, value_rank=8, gate_rank=56),
+    "x060": dict(mix_rank=16, decay_rank=48),
+}
 
 
 def random_model(version, seed=0, scale=0.1, **sizes):
@@ -56,7 +60,7 @@ def test_logits_equal_the_official_package(version, layer0, official, tmp_path):
             pieces.append(logits)
         single, s1 = [], None
         for t in range(70):
-            logits, s1 = ours(idx[None, t:t + 1], s1)
+            logits, s1 = ours(idx[None, t : t + 1], s1)
             single.append(logits)
         for got in (whole, torch.cat(pieces, 1), torch.cat(single, 1)):
             assert (got[0] - reference).abs().max() < bound
@@ -73,12 +77,12 @@ def test_packed_documents_equal_each_alone(version):
     start = {k: torch.randn_like(v) for k, v in model.zero_state(5).items()}
     packed, end = model(idx, start, cu_seqlens=borders)
     for d, (i, j) in enumerate(zip(borders, borders[1:])):
-        one = {k: v[:, d:d + 1] for k, v in start.items()}
+        one = {k: v[:, d : d + 1] for k, v in start.items()}
         if i < j:
             alone, one = model(idx[:, i:j], one)
             torch.testing.assert_close(packed[:, i:j], alone, atol=1e-11, rtol=1e-9)
         for key in end:  # an empty document hands its state through
-            torch.testing.assert_close(end[key][:, d:d + 1], one[key], atol=1e-11, rtol=1e-9)
+            torch.testing.assert_close(end[key][:, d : d + 1], one[key], atol=1e-11, rtol=1e-9)
 
 
 @pytest.mark.parametrize("version", ["x060", "x070"])
@@ -96,7 +100,10 @@ def test_batch_mates_and_later_tokens_change_nothing(version):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_scores_equal_log_softmax_and_its_gradients(temperature, monkeypatch):
     import model as m
-    monkeypatch.setattr(m.ScoreTokens, "rows", staticmethod(lambda h, w: 7))  # several pieces, the last one short
+
+    monkeypatch.setattr(
+        m.ScoreTokens, "rows", staticmethod(lambda h, w: 7)
+    )  # several pieces, the last one short
     model = random_model("x070").double()
     idx = torch.randint(0, 320, (2, 31))
     weight = torch.randn(2, 2, 30, dtype=torch.float64)
@@ -104,6 +111,7 @@ def test_token_scores_equal_log_softmax_and_its_gradients(temperature, monkeypat
     def grads(scores):
         loss = (scores[0] * weight[0]).sum() + (scores[1] * weight[1]).sum()
         return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
     logp = (model(idx[:, :-1])[0] / temperature).log_softmax(-1)
     want = logp.gather(-1, idx[:, 1:, None])[..., 0], -(logp.exp() * logp).sum(-1)
     got, _ = model(idx[:, :-1], targets=idx[:, 1:], temperature=temperature)
@@ -112,7 +120,9 @@ def test_token_scores_equal_log_softmax_and_its_gradients(temperature, monkeypat
     assert torch.equal(got.hits, logp.argmax(-1) == idx[:, 1:])
     for a, b in zip(grads(got), grads(want)):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
-    assert torch.equal(model.token_logprobs(idx[:, :-1], idx[:, 1:], temperature=temperature), got.logps)
+    assert torch.equal(
+        model.token_logprobs(idx[:, :-1], idx[:, 1:], temperature=temperature), got.logps
+    )
 
 
 def test_l2wrap_adds_upstreams_gradient_and_leaves_the_loss():
@@ -126,7 +136,9 @@ def test_l2wrap_adds_upstreams_gradient_and_leaves_the_loss():
     # 0.5e-4 max^2 / (B T) has exactly that gradient
     explicit = plain + (0.5e-4 * logits.max(-1).values ** 2).mean()
     params = [p for p in model.parameters() if p.requires_grad]
-    for a, b in zip(torch.autograd.grad(0.25 * wrapped, params), torch.autograd.grad(0.25 * explicit, params)):
+    for a, b in zip(
+        torch.autograd.grad(0.25 * wrapped, params), torch.autograd.grad(0.25 * explicit, params)
+    ):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-8)
 
 
@@ -138,6 +150,7 @@ def test_gradient_checkpointing_changes_no_gradient(version):
     def grads():
         loss = -model(idx[:, :-1], targets=idx[:, 1:])[0].logps.mean()
         return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
     plain = grads()
     model.grad_cp = True
     for a, b in zip(plain, grads()):
@@ -152,6 +165,7 @@ def test_gradient_through_the_state_equals_finite_differences():
     def loss(state):
         half, state = model(idx[:, :4], state)  # through a border between two pieces
         return half.square().mean() + model.token_logprobs(idx[:, 4:-1], idx[:, 5:], state).sum()
+
     grads = torch.autograd.grad(loss(state), list(state.values()))
     for (key, value), grad in zip(state.items(), grads):
         direction = torch.randn_like(value)
@@ -176,6 +190,7 @@ def test_bf16_compute_over_fp32_weights():
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
+
 @pytest.mark.parametrize("version", ["x060", "x070"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_save_and_load_is_exact_and_finds_every_dimension(version, suffix, tmp_path):
@@ -194,17 +209,31 @@ def test_save_and_load_is_exact_and_finds_every_dimension(version, suffix, tmp_p
 def test_squeezed_vectors_load(tmp_path):
     model = random_model("x070")
     torch.save({k: w.squeeze() for k, w in model.state_dict().items()}, tmp_path / "m.pth")
-    assert torch.equal(RWKV.from_pretrained(tmp_path / "m.pth").blocks[1].att.x_r, model.blocks[1].att.x_r)
+    assert torch.equal(
+        RWKV.from_pretrained(tmp_path / "m.pth").blocks[1].att.x_r, model.blocks[1].att.x_r
+    )
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda w: w.pop("blocks.1.att.w1"), ["missing", "blocks.1.att.w1"]),
-    (lambda w: w.update({"blocks.1.att.extra": torch.zeros(3)}), ["extra", "blocks.1.att.extra"]),
-    (lambda w: w.update({"blocks.2.ffn.key.weight": torch.zeros(7, 128)}), ["misshapen", "blocks.2.ffn.key.weight", "[7, 128]"]),
-    (lambda w: w.update({"blocks.2.att.w1": w["blocks.2.att.w1"].T.contiguous()}), ["misshapen", "blocks.2.att.w1"]),
-    (lambda w: w.pop("emb.weight"), ["emb.weight"]),
-    (lambda w: [w.pop(k) for k in list(w) if "att.r_k" in k], ["neither RWKV-7"]),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda w: w.pop("blocks.1.att.w1"), ["missing", "blocks.1.att.w1"]),
+        (
+            lambda w: w.update({"blocks.1.att.extra": torch.zeros(3)}),
+            ["extra", "blocks.1.att.extra"],
+        ),
+        (
+            lambda w: w.update({"blocks.2.ffn.key.weight": torch.zeros(7, 128)}),
+            ["misshapen", "blocks.2.ffn.key.weight", "[7, 128]"],
+        ),
+        (
+            lambda w: w.update({"blocks.2.att.w1": w["blocks.2.att.w1"].T.contiguous()}),
+            ["misshapen", "blocks.2.att.w1"],
+        ),
+        (lambda w: w.pop("emb.weight"), ["emb.weight"]),
+        (lambda w: [w.pop(k) for k in list(w) if "att.r_k" in k], ["neither RWKV-7"]),
+    ],
+)
 def test_damaged_files_are_named(damage, words, tmp_path):
     weights = random_model("x070").state_dict()
     damage(weights)
@@ -234,8 +263,15 @@ def test_width_must_be_whole_heads():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-@pytest.mark.parametrize("suffix, dtype", [(".pth", "float32"), (".pth", "bfloat16"), (".safetensors", "float32"),
-                                           (".safetensors", "bfloat16")])
+@pytest.mark.parametrize(
+    "suffix, dtype",
+    [
+        (".pth", "float32"),
+        (".pth", "bfloat16"),
+        (".safetensors", "float32"),
+        (".safetensors", "bfloat16"),
+    ],
+)
 def test_loading_peaks_below_1_6_times_the_model(suffix, dtype, tmp_path):
     """In a fresh process: growth of its peak resident memory over the model's size in float32."""
     torch.manual_seed(0)
@@ -250,17 +286,23 @@ def peak():  # VmHWM, not ru_maxrss: the latter starts at the parent's
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 torch.zeros(10) @ torch.zeros(10)
 before = peak()
-m = RWKV.from_pretrained({str(tmp_path / f'm{suffix}')!r})
+m = RWKV.from_pretrained({str(tmp_path / f"m{suffix}")!r})
 total = sum(float(p.sum()) for p in m.parameters())  # touch everything
 print(peak() - before)
 """
-    grown = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    grown = int(
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+    )
     print(f"{suffix} {dtype}: {grown / size:.2f} x the model")
     assert 0.5 * size < grown < 1.6 * size
 
 
 def test_official_sizes_follow_the_rule_for_new_models():
-    assert (lambda c: (c.decay_rank, c.iclr_rank, c.value_rank, c.gate_rank, c.dim_ffn))(RWKVConfig()) == (64, 64, 32, 128, 3072)
+    assert (lambda c: (c.decay_rank, c.iclr_rank, c.value_rank, c.gate_rank, c.dim_ffn))(
+        RWKVConfig()
+    ) == (64, 64, 32, 128, 3072)
     c = RWKVConfig("x070", 1, 2048)
     assert (c.decay_rank, c.iclr_rank, c.value_rank, c.gate_rank) == (128, 128, 64, 224)
     assert RWKVConfig("x060", 1, 2560).dim_ffn == 8960
@@ -270,6 +312,7 @@ def test_official_sizes_follow_the_rule_for_new_models():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # initial values: RWKV-LM's formulas, number by number, for layer 1 of 3, width 128
+
 
 def test_initial_values_are_upstreams():
     C, L, l, N = 128, 3, 1, 64
@@ -281,32 +324,71 @@ def test_initial_values_are_upstreams():
         d, lin = i / C, i / (C - 1) - 0.5
         z = (i % N - 31.5) / 31.5
         z *= abs(z)
-        want7 = {"att.x_r": 1 - d ** (0.2 * q), "att.x_w": 1 - d ** (0.9 * q), "att.x_k": 1 - d ** (0.7 * q),
-                 "att.x_v": 1 - d ** (0.7 * q), "att.x_a": 1 - d ** (0.9 * q), "att.x_g": 1 - d ** (0.2 * q),
-                 "att.w0": -5.5 + 6 * (i / (C - 1)) ** (1 + s ** 0.3) + 2.5 * z, "att.a0": -0.19 + 0.3 * z + 0.4 * lin,
-                 "att.v0": 0.73 - 0.4 * lin, "att.k_k": 0.71 - 0.1 * lin, "att.k_a": 1.02, "att.r_k": -0.04,
-                 "ffn.x_k": 1 - d ** q ** 4, "att.ln_x.weight": (2 / 3) ** 0.7, "att.ln_x.bias": 0, "ln1.weight": 1}
-        want6 = {"att.time_maa_x": 1 - d ** q, "att.time_maa_w": 1 - d ** q, "att.time_maa_k": 1 - d ** q,
-                 "att.time_maa_v": 1 - (d ** q + 0.3 * s), "att.time_maa_r": 1 - d ** (0.5 * q),
-                 "att.time_maa_g": 1 - d ** (0.5 * q), "att.time_decay": -6 + 5 * (i / (C - 1)) ** (0.7 + 1.3 * s),
-                 "att.time_faaaa": s * (1 - i / (C - 1)) + 0.1 * ((i + 1) % 3 - 1), "ffn.time_maa_k": 1 - d ** q ** 3,
-                 "ffn.time_maa_r": 1 - d ** q ** 3}
+        want7 = {
+            "att.x_r": 1 - d ** (0.2 * q),
+            "att.x_w": 1 - d ** (0.9 * q),
+            "att.x_k": 1 - d ** (0.7 * q),
+            "att.x_v": 1 - d ** (0.7 * q),
+            "att.x_a": 1 - d ** (0.9 * q),
+            "att.x_g": 1 - d ** (0.2 * q),
+            "att.w0": -5.5 + 6 * (i / (C - 1)) ** (1 + s**0.3) + 2.5 * z,
+            "att.a0": -0.19 + 0.3 * z + 0.4 * lin,
+            "att.v0": 0.73 - 0.4 * lin,
+            "att.k_k": 0.71 - 0.1 * lin,
+            "att.k_a": 1.02,
+            "att.r_k": -0.04,
+            "ffn.x_k": 1 - d**q**4,
+            "att.ln_x.weight": (2 / 3) ** 0.7,
+            "att.ln_x.bias": 0,
+            "ln1.weight": 1,
+        }
+        want6 = {
+            "att.time_maa_x": 1 - d**q,
+            "att.time_maa_w": 1 - d**q,
+            "att.time_maa_k": 1 - d**q,
+            "att.time_maa_v": 1 - (d**q + 0.3 * s),
+            "att.time_maa_r": 1 - d ** (0.5 * q),
+            "att.time_maa_g": 1 - d ** (0.5 * q),
+            "att.time_decay": -6 + 5 * (i / (C - 1)) ** (0.7 + 1.3 * s),
+            "att.time_faaaa": s * (1 - i / (C - 1)) + 0.1 * ((i + 1) % 3 - 1),
+            "ffn.time_maa_k": 1 - d**q**3,
+            "ffn.time_maa_r": 1 - d**q**3,
+        }
         for got, want in ((v7, want7), (v6, want6)):
             for name, value in want.items():
-                assert got[f"blocks.1.{name}"].flatten()[i].item() == pytest.approx(value, abs=2e-6), (name, i)
+                assert got[f"blocks.1.{name}"].flatten()[i].item() == pytest.approx(
+                    value, abs=2e-6
+                ), (name, i)
     eye = torch.eye(C)
-    for got, name, gain in ((v7, "receptance", 1), (v7, "key", 0.1), (v7, "value", 1), (v6, "gate", 0.1)):
+    for got, name, gain in (
+        (v7, "receptance", 1),
+        (v7, "key", 0.1),
+        (v7, "value", 1),
+        (v6, "gate", 0.1),
+    ):
         w = got[f"blocks.1.att.{name}.weight"]
-        torch.testing.assert_close(w @ w.T, gain ** 2 * eye, atol=1e-5, rtol=0)
+        torch.testing.assert_close(w @ w.T, gain**2 * eye, atol=1e-5, rtol=0)
     head, ffn, w2 = v7["head.weight"], v7["blocks.1.ffn.key.weight"], v7["blocks.1.att.w2"]
     torch.testing.assert_close(head.T @ head, 0.25 * 320 / C * eye, atol=1e-5, rtol=0)
     torch.testing.assert_close(ffn.T @ ffn, eye, atol=1e-5, rtol=0)
     torch.testing.assert_close(w2 @ w2.T, 0.01 * torch.eye(len(w2)), atol=1e-6, rtol=0)
-    for got, name in ((v7, "att.output.weight"), (v7, "ffn.value.weight"), (v7, "att.w1"), (v7, "att.g1"),
-                      (v6, "ffn.receptance.weight"), (v6, "att.time_maa_w1"), (v6, "att.time_decay_w1")):
+    for got, name in (
+        (v7, "att.output.weight"),
+        (v7, "ffn.value.weight"),
+        (v7, "att.w1"),
+        (v7, "att.g1"),
+        (v6, "ffn.receptance.weight"),
+        (v6, "att.time_maa_w1"),
+        (v6, "att.time_decay_w1"),
+    ):
         assert not got[f"blocks.1.{name}"].any(), name
     assert 0.9e-4 < v7["emb.weight"].abs().max() <= 1e-4
-    assert 0.009 < v6["blocks.1.att.time_maa_w2"].abs().max() <= 0.01 >= v6["blocks.1.att.time_decay_w2"].abs().max()
+    assert (
+        0.009
+        < v6["blocks.1.att.time_maa_w2"].abs().max()
+        <= 0.01
+        >= v6["blocks.1.att.time_decay_w2"].abs().max()
+    )
 
 
 def test_one_layer_has_no_division_by_zero():
@@ -360,8 +442,12 @@ def test_scores_in_cpp_equal_float64(temperature, l2wrap, V):
     if wkv_cuda.cpu.unavailable():
         pytest.skip(wkv_cuda.cpu.unavailable())
     from model import ScoreTokens
+
     torch.manual_seed(0)
-    xs, targets = [torch.randn(50, 24, dtype=torch.float64), torch.randn(V, 24, dtype=torch.float64)], torch.randint(0, V, (50,))
+    xs, targets = (
+        [torch.randn(50, 24, dtype=torch.float64), torch.randn(V, 24, dtype=torch.float64)],
+        torch.randint(0, V, (50,)),
+    )
     weight, out = torch.randn(2, 50, dtype=torch.float64), []
     for dtype in (torch.float64, torch.float32):
         leaves = [x.to(dtype).requires_grad_() for x in xs]

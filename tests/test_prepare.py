@@ -1,4 +1,5 @@
 """Corpora to token files: the bytes on disk read and written by hand, splits, memory, and every bad input."""
+
 import json
 import lzma
 import os
@@ -23,8 +24,12 @@ def run(*words):
 
 
 def cli(*words, **options):
-    return subprocess.run([sys.executable, str(ROOT / "prepare.py"), *map(str, words)], capture_output=True, text=True,
-                          **options)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "prepare.py"), *map(str, words)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
 
 
 def by_hand(prefix):
@@ -35,21 +40,35 @@ def by_hand(prefix):
     assert m == n + 1
     sizes = struct.unpack_from(f"<{n}i", idx, 34)
     offsets = struct.unpack_from(f"<{n}q", idx, 34 + 4 * n)
-    assert struct.unpack_from(f"<{m}q", idx, 34 + 12 * n) == tuple(range(m)) and len(idx) == 34 + 12 * n + 8 * m
+    assert (
+        struct.unpack_from(f"<{m}q", idx, 34 + 12 * n) == tuple(range(m))
+        and len(idx) == 34 + 12 * n + 8 * m
+    )
     width, letter = {8: (2, "H"), 9: (4, "I")}[code]
-    assert len(data) == width * sum(sizes) and offsets == tuple(width * sum(sizes[:i]) for i in range(n))
-    return code, [list(struct.unpack_from(f"<{size}{letter}", data, at)) for size, at in zip(sizes, offsets)]
+    assert len(data) == width * sum(sizes) and offsets == tuple(
+        width * sum(sizes[:i]) for i in range(n)
+    )
+    return code, [
+        list(struct.unpack_from(f"<{size}{letter}", data, at)) for size, at in zip(sizes, offsets)
+    ]
 
 
 def upstream_pair(prefix, documents, code=8, letter="H"):
     """A pair as RWKV-LM's own builder lays it out, packed here by hand."""
     n, width = len(documents), struct.calcsize(letter)
     sizes = [len(document) for document in documents]
-    Path(f"{prefix}.bin").write_bytes(b"".join(struct.pack(f"<{len(d)}{letter}", *d) for d in documents))
+    Path(f"{prefix}.bin").write_bytes(
+        b"".join(struct.pack(f"<{len(d)}{letter}", *d) for d in documents)
+    )
     Path(f"{prefix}.idx").write_bytes(
-        b"MMIDIDX\0\0" + struct.pack("<Q", 1) + bytes([code]) + struct.pack("<QQ", n, n + 1)
+        b"MMIDIDX\0\0"
+        + struct.pack("<Q", 1)
+        + bytes([code])
+        + struct.pack("<QQ", n, n + 1)
         + struct.pack(f"<{n}i", *sizes)
-        + struct.pack(f"<{n}q", *(width * sum(sizes[:i]) for i in range(n))) + struct.pack(f"<{n + 1}q", *range(n + 1)))
+        + struct.pack(f"<{n}q", *(width * sum(sizes[:i]) for i in range(n)))
+        + struct.pack(f"<{n + 1}q", *range(n + 1))
+    )
 
 
 def files_in(folder):
@@ -66,6 +85,7 @@ def b(text):
 
 
 # ---- token files
+
 
 def test_writer_by_hand(tmp_path):
     with TokenFileWriter(tmp_path / "x", np.uint16) as f:
@@ -84,14 +104,23 @@ def test_reader_of_an_upstream_pair(tmp_path, name):
     documents = [[5, 6, 0], [65535, 0], [1, 2, 3, 4, 0]]
     upstream_pair(tmp_path / "data.v2", documents)
     data = TokenFile(tmp_path / name)
-    assert len(data) == 3 and data.sizes.tolist() == [3, 2, 5] and data.meta == {} and data.tokenizer() is None
-    assert [data.doc(i).tolist() for i in range(3)] == documents and data.tokens.tolist() == sum(documents, [])
+    assert (
+        len(data) == 3
+        and data.sizes.tolist() == [3, 2, 5]
+        and data.meta == {}
+        and data.tokenizer() is None
+    )
+    assert [data.doc(i).tolist() for i in range(3)] == documents and data.tokens.tolist() == sum(
+        documents, []
+    )
     assert data.doc(-1).tolist() == documents[-1] and isinstance(data.tokens, np.memmap)
     with pytest.raises(IndexError):
         data.doc(3)
 
 
-@pytest.mark.parametrize("code, letter", [(1, "B"), (2, "b"), (3, "h"), (4, "i"), (5, "q"), (8, "H"), (9, "I")])
+@pytest.mark.parametrize(
+    "code, letter", [(1, "B"), (2, "b"), (3, "h"), (4, "i"), (5, "q"), (8, "H"), (9, "I")]
+)
 def test_all_integer_dtypes(tmp_path, code, letter):
     upstream_pair(tmp_path / "x", [[100, 0], [3, 0]], code, letter)
     assert TokenFile(tmp_path / "x").doc(1).tolist() == [3, 0]
@@ -100,7 +129,9 @@ def test_all_integer_dtypes(tmp_path, code, letter):
 def test_check_vocab(tmp_path):
     upstream_pair(tmp_path / "x", [[5, 6, 0], [9, 300, 0], [300, 0]])
     TokenFile(tmp_path / "x").check_vocab(301)
-    with pytest.raises(UserError, match=r"x.bin: id 300 at token 4 \(document 1\) .* vocab_size 300"):
+    with pytest.raises(
+        UserError, match=r"x.bin: id 300 at token 4 \(document 1\) .* vocab_size 300"
+    ):
         TokenFile(tmp_path / "x").check_vocab(300)
     upstream_pair(tmp_path / "x", [[5, 0], [0], [7, 0]])
     with pytest.raises(UserError, match=r"id 7 at token 3 \(document 2\)"):
@@ -128,19 +159,28 @@ def damage(path, change):
     path.write_bytes(change(data) or data)
 
 
-@pytest.mark.parametrize("file, change, message", [
-    ("x.idx", None, "x.idx does not exist"), ("x.bin", None, "x.bin does not exist"),
-    ("x.idx", lambda d: b"TNTIDX\0\0" + d[8:], "x.idx does not begin with MMIDIDX"),
-    ("x.idx", lambda d: b"\0" if d.clear() else b"", "does not begin"),
-    ("x.idx", lambda d: d.__setitem__(9, 2), "x.idx does not begin with MMIDIDX and version 1"),
-    ("x.idx", lambda d: d.__setitem__(17, 6), "code 6 is no integer type"),
-    ("x.idx", lambda d: d.__setitem__(17, 7), "code 7 is no integer type"),
-    ("x.idx", lambda d: d.__setitem__(17, 10), "code 10 is no integer type"),
-    ("x.idx", lambda d: d[:-1], "x.idx is cut off or damaged: 81 bytes, expected 82"),
-    ("x.idx", lambda d: d[:20], "x.idx is cut off or damaged: 20 bytes"),
-    ("x.idx", lambda d: d.__setitem__(17, 9), "x.bin is cut off, or not of this index: 10 bytes, expected 20"),
-    ("x.bin", lambda d: d[:-2], "x.bin is cut off, or not of this index: 8 bytes, expected 10"),
-    ("x.bin", lambda d: d + b"\0\0", "12 bytes, expected 10")])
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("x.idx", None, "x.idx does not exist"),
+        ("x.bin", None, "x.bin does not exist"),
+        ("x.idx", lambda d: b"TNTIDX\0\0" + d[8:], "x.idx does not begin with MMIDIDX"),
+        ("x.idx", lambda d: b"\0" if d.clear() else b"", "does not begin"),
+        ("x.idx", lambda d: d.__setitem__(9, 2), "x.idx does not begin with MMIDIDX and version 1"),
+        ("x.idx", lambda d: d.__setitem__(17, 6), "code 6 is no integer type"),
+        ("x.idx", lambda d: d.__setitem__(17, 7), "code 7 is no integer type"),
+        ("x.idx", lambda d: d.__setitem__(17, 10), "code 10 is no integer type"),
+        ("x.idx", lambda d: d[:-1], "x.idx is cut off or damaged: 81 bytes, expected 82"),
+        ("x.idx", lambda d: d[:20], "x.idx is cut off or damaged: 20 bytes"),
+        (
+            "x.idx",
+            lambda d: d.__setitem__(17, 9),
+            "x.bin is cut off, or not of this index: 10 bytes, expected 20",
+        ),
+        ("x.bin", lambda d: d[:-2], "x.bin is cut off, or not of this index: 8 bytes, expected 10"),
+        ("x.bin", lambda d: d + b"\0\0", "12 bytes, expected 10"),
+    ],
+)
 def test_damaged_pairs(tmp_path, file, change, message):
     upstream_pair(tmp_path / "x", [[5, 6, 0], [9, 0]])
     if change:
@@ -173,7 +213,10 @@ def test_interrupted_writer_leaves_nothing(tmp_path):
         with pytest.raises(UserError, match="outside 0..65535"):
             with TokenFileWriter(tmp_path / "new", np.uint16) as f:
                 f.add(ids)
-    assert sorted(os.listdir(tmp_path)) == ["old.bin", "old.idx"] and by_hand(tmp_path / "old") == (8, [[5, 0]])
+    assert sorted(os.listdir(tmp_path)) == ["old.bin", "old.idx"] and by_hand(tmp_path / "old") == (
+        8,
+        [[5, 0]],
+    )
 
 
 def test_failing_index_leaves_nothing(tmp_path, monkeypatch):
@@ -183,11 +226,13 @@ def test_failing_index_leaves_nothing(tmp_path, monkeypatch):
 
             def full(*_, **__):
                 raise OSError(28, "No space left on device")
+
             monkeypatch.setattr(np, "cumsum", full)
     assert os.listdir(tmp_path) == []
 
 
 # ---- corpora
+
 
 def test_jsonl(tmp_path, capsys):
     texts = [f"text {i} é👍\n\nmore" for i in range(100)]
@@ -195,19 +240,40 @@ def test_jsonl(tmp_path, capsys):
     run(tmp_path / "in.jsonl", f"--out={tmp_path}/d/x", "--tokenizer=bytes", "--val=0.1")
     (_, train), (_, val) = by_hand(tmp_path / "d/x_train"), by_hand(tmp_path / "d/x_val")
     assert len(train) == 90 and len(val) == 10
-    assert sorted(map(tuple, train + val)) == sorted(tuple(b(text) + [0]) for text in texts)  # each once, none lost
-    assert train == [b(text) + [0] for text in texts if b(text) + [0] in train]  # in the input's order
+    assert sorted(map(tuple, train + val)) == sorted(
+        tuple(b(text) + [0]) for text in texts
+    )  # each once, none lost
+    assert train == [
+        b(text) + [0] for text in texts if b(text) + [0] in train
+    ]  # in the input's order
     meta = TokenFile(tmp_path / "d/x_val").meta
     raw = b"".join(bytes(i - 1 for i in document[:-1]) for document in val)
     tokens = sum(map(len, val))
-    assert meta == {"tokenizer": "bytes", "vocab_size": 257, "documents": 10, "tokens": tokens, "bytes": len(raw),
-                    "bytes_per_token": len(raw) / tokens, "longest_document": max(map(len, val)),
-                    "xz_bits_per_byte": pytest.approx(8 * len(lzma.compress(raw, preset=9)) / len(raw), abs=1e-9)}
+    assert meta == {
+        "tokenizer": "bytes",
+        "vocab_size": 257,
+        "documents": 10,
+        "tokens": tokens,
+        "bytes": len(raw),
+        "bytes_per_token": len(raw) / tokens,
+        "longest_document": max(map(len, val)),
+        "xz_bits_per_byte": pytest.approx(
+            8 * len(lzma.compress(raw, preset=9)) / len(raw), abs=1e-9
+        ),
+    }
     assert "xz_bits_per_byte" not in TokenFile(tmp_path / "d/x_train").meta
     assert sorted(os.listdir(tmp_path / "d")) == [
-        "x_train.bin", "x_train.idx", "x_train.json", "x_val.bin", "x_val.idx", "x_val.json"]
+        "x_train.bin",
+        "x_train.idx",
+        "x_train.json",
+        "x_val.bin",
+        "x_val.idx",
+        "x_val.json",
+    ]
     out = capsys.readouterr().out
-    assert "x_train: 90 documents" in out and "x_val: 10 documents" in out and "bytes per token" in out
+    assert (
+        "x_train: 90 documents" in out and "x_val: 10 documents" in out and "bytes per token" in out
+    )
 
 
 def test_split_is_deterministic_and_follows_the_seed(tmp_path):
@@ -217,7 +283,9 @@ def test_split_is_deterministic_and_follows_the_seed(tmp_path):
         run(source, f"--out={tmp_path}/x", "--tokenizer=bytes", f"--seed={seed}", "--val=0.05")
         vals.append(by_hand(tmp_path / "x_val")[1])
     assert vals[0] == vals[1] != vals[2] and all(len(val) == 10 for val in vals)
-    run(jsonl(source, ["a", "b"]), f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.0001")  # at least one
+    run(
+        jsonl(source, ["a", "b"]), f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.0001"
+    )  # at least one
     assert len(by_hand(tmp_path / "x_val")[1]) == len(by_hand(tmp_path / "x_train")[1]) == 1
     run(source, f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.99")  # and not all
     assert len(by_hand(tmp_path / "x_val")[1]) == len(by_hand(tmp_path / "x_train")[1]) == 1
@@ -230,20 +298,27 @@ def test_one_document_is_cut_at_a_line(tmp_path):
     (_, [head]), (_, [tail]) = by_hand(tmp_path / "x_train"), by_hand(tmp_path / "x_val")
     assert head[:-1] + tail[:-1] == b(text) and head[-1] == tail[-1] == 0
     assert bytes(i - 1 for i in tail[:6]) == b"line n" and abs(len(tail) / len(text) - 0.1) < 0.02
-    (tmp_path / "in.txt").write_text("1 2 3 4 5 6 7 8 9 10")  # no lines: between words, no word in two
+    (tmp_path / "in.txt").write_text(
+        "1 2 3 4 5 6 7 8 9 10"
+    )  # no lines: between words, no word in two
     run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=integers:10", "--val=0.3")
     assert sum(by_hand(tmp_path / "x_train")[1] + by_hand(tmp_path / "x_val")[1], []) in [
-        [*range(2, k), 0, *range(k, 12), 0] for k in (8, 9, 10)]
+        [*range(2, k), 0, *range(k, 12), 0] for k in (8, 9, 10)
+    ]
     (tmp_path / "in.txt").write_text("0123456789")
     run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.3")
     assert by_hand(tmp_path / "x_val")[1] == [b("789") + [0]]
-    (tmp_path / "in.txt").write_text("a title\n" + "x" * 1000)  # a border far from the place is none
+    (tmp_path / "in.txt").write_text(
+        "a title\n" + "x" * 1000
+    )  # a border far from the place is none
     run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.1")
     assert by_hand(tmp_path / "x_val")[1] == [b("x" * 101) + [0]]
 
 
 def test_a_giant_document_is_not_validation(tmp_path):
-    texts = ["x" * 10_000] + [f"document {i}" for i in range(20)]  # half of 10 % of the text are 500 characters
+    texts = ["x" * 10_000] + [
+        f"document {i}" for i in range(20)
+    ]  # half of 10 % of the text are 500 characters
     source = jsonl(tmp_path / "in.jsonl", texts)
     for seed in range(10):
         run(source, f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0.1", f"--seed={seed}")
@@ -254,7 +329,10 @@ def test_a_giant_document_is_not_validation(tmp_path):
 def test_no_validation(tmp_path):
     (tmp_path / "in.txt").write_text("one document")
     run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0")
-    assert by_hand(tmp_path / "x_train")[1] == [b("one document") + [0]] and not (tmp_path / "x_val.bin").exists()
+    assert (
+        by_hand(tmp_path / "x_train")[1] == [b("one document") + [0]]
+        and not (tmp_path / "x_val.bin").exists()
+    )
 
 
 def test_folder(tmp_path, capsys):
@@ -285,7 +363,9 @@ def test_integers(tmp_path):
         assert by_hand(tmp_path / "x_train")[1] == expected
     meta = TokenFile(tmp_path / "x_train").meta
     assert (meta["tokenizer"], meta["vocab_size"]) == ("integers:359", 361)
-    run(tmp_path / "one.npy", f"--out={tmp_path}/x", "--tokenizer=integers:359", "--val=0.2")  # one document, cut
+    run(
+        tmp_path / "one.npy", f"--out={tmp_path}/x", "--tokenizer=integers:359", "--val=0.2"
+    )  # one document, cut
     ids = [int(v) + 1 for v in rows[0].astype(np.uint8)]
     [head], [tail] = by_hand(tmp_path / "x_train")[1], by_hand(tmp_path / "x_val")[1]
     assert head[:-1] + tail[:-1] == ids and head[-1] == tail[-1] == 0 and 7 <= len(tail[:-1]) <= 13
@@ -303,21 +383,35 @@ def test_uint32(tmp_path):
 
 
 def test_bpe_learns_from_training_documents_only(tmp_path):
-    source = jsonl(tmp_path / "in.jsonl", [f"document{i:03} " + f"word{i:03} " * 30 for i in range(40)])
+    source = jsonl(
+        tmp_path / "in.jsonl", [f"document{i:03} " + f"word{i:03} " * 30 for i in range(40)]
+    )
     run(source, f"--out={tmp_path}/d/x", "--tokenizer=bpe:600", "--val=0.1")
     assert (tmp_path / "d/x.tokenizer.json").exists()
     train, val = TokenFile(tmp_path / "d/x_train"), TokenFile(tmp_path / "d/x_val")
     t = train.tokenizer()
     texts = {json.loads(line)["text"] for line in source.open()}
-    decoded = {split: {t.decode(data.doc(i).tolist()) for i in range(len(data))} for split, data in
-               (("train", train), ("val", val))}
-    assert decoded["train"] | decoded["val"] == texts and not decoded["train"] & decoded["val"] and len(val) == 4
+    decoded = {
+        split: {t.decode(data.doc(i).tolist()) for i in range(len(data))}
+        for split, data in (("train", train), ("val", val))
+    }
+    assert (
+        decoded["train"] | decoded["val"] == texts
+        and not decoded["train"] & decoded["val"]
+        and len(val) == 4
+    )
     words = {split: [text.split()[1] for text in decoded[split]] for split in decoded}
-    assert max(len(t.encode(word)) for word in words["train"]) < min(len(t.encode(word)) for word in words["val"])
-    assert train.meta["tokenizer"] == "x.tokenizer.json" and train.meta["vocab_size"] == t.vocab_size
+    assert max(len(t.encode(word)) for word in words["train"]) < min(
+        len(t.encode(word)) for word in words["val"]
+    )
+    assert (
+        train.meta["tokenizer"] == "x.tokenizer.json" and train.meta["vocab_size"] == t.vocab_size
+    )
     assert load_tokenizer(tmp_path / "d/x.tokenizer.json").encode("word") == t.encode("word")
     train.check_vocab(t.vocab_size)
-    run(source, f"--out={tmp_path}/e/y", f"--tokenizer={tmp_path}/d/x.tokenizer.json", "--val=0.1")  # used again
+    run(
+        source, f"--out={tmp_path}/e/y", f"--tokenizer={tmp_path}/d/x.tokenizer.json", "--val=0.1"
+    )  # used again
     assert (tmp_path / "e/y_train.bin").read_bytes() == (tmp_path / "d/x_train.bin").read_bytes()
     assert TokenFile(tmp_path / "e/y_train").tokenizer().text == t.text
 
@@ -326,7 +420,11 @@ def test_stdlib(tmp_path):
     run("stdlib", f"--out={tmp_path}/s", "--tokenizer=world")
     train, val = TokenFile(tmp_path / "s_train"), TokenFile(tmp_path / "s_val")
     assert len(train) > 300 and len(val) == round(0.01 * (len(train) + len(val)))
-    assert train.meta["bytes"] > 5e6 and 2 < train.meta["bytes_per_token"] < 5 and val.meta["xz_bits_per_byte"] < 4
+    assert (
+        train.meta["bytes"] > 5e6
+        and 2 < train.meta["bytes_per_token"] < 5
+        and val.meta["xz_bits_per_byte"] < 4
+    )
     assert val.sizes.max() < 0.6 * len(val.tokens)
     t = train.tokenizer()
     texts = {t.decode(d.doc(i).tolist()) for d in (train, val) for i in range(len(d))}
@@ -335,16 +433,24 @@ def test_stdlib(tmp_path):
     train.check_vocab(65536)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of a process from /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="reads the peak of a process from /proc"
+)
 def test_memory_stays_below_the_corpus(tmp_path):
     line = json.dumps({"text": "The quick brown fox jumps over the lazy dog. " * 22}) + "\n"
     peaks = []
     for name, count in (("small", 10), ("big", 60_000)):
         (tmp_path / name).with_suffix(".jsonl").write_text(line * count)
-        code = (f"import prepare; prepare.main(['{tmp_path}/{name}.jsonl', '--out={tmp_path}/{name}', "
-                "'--tokenizer=bytes'])\nprint(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.split()[-1]) * 1024)  # getrusage's maximum would count the parent before exec
+        code = (
+            f"import prepare; prepare.main(['{tmp_path}/{name}.jsonl', '--out={tmp_path}/{name}', "
+            "'--tokenizer=bytes'])\nprint(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        peaks.append(
+            int(done.stdout.split()[-1]) * 1024
+        )  # getrusage's maximum would count the parent before exec
     size = (tmp_path / "big.jsonl").stat().st_size
     assert size > 58e6 and TokenFile(tmp_path / "big_train").meta["documents"] == 59400
     assert peaks[1] - peaks[0] < 0.5 * size, [p // 2**20 for p in peaks]
@@ -352,9 +458,15 @@ def test_memory_stays_below_the_corpus(tmp_path):
 
 # ---- what can go wrong
 
-BAD_LINES = [("{oops", "not JSON .*property name"), ("[1]", "expected a JSON object"), ('{"text": 5}', "got {'text': 5}"),
-             ('{"txt": "x"}', "txt"), ('{"text": null}', "got {'text': None}"),
-             ('{"text": "\\ud83d"}', "surrogates not allowed"), ("[" * 100_000, "recursion|Expecting value")]
+BAD_LINES = [
+    ("{oops", "not JSON .*property name"),
+    ("[1]", "expected a JSON object"),
+    ('{"text": 5}', "got {'text': 5}"),
+    ('{"txt": "x"}', "txt"),
+    ('{"text": null}', "got {'text': None}"),
+    ('{"text": "\\ud83d"}', "surrogates not allowed"),
+    ("[" * 100_000, "recursion|Expecting value"),
+]
 
 
 @pytest.mark.parametrize("line, message", BAD_LINES)
@@ -365,12 +477,17 @@ def test_bad_jsonl_lines(tmp_path, capsys, line, message):
         run(path, f"--out={out}", "--tokenizer=bytes")
     assert "\n" not in str(e.value) and not out.parent.exists()
     run(path, f"--out={out}", "--tokenizer=bytes", "--val=0", "--skip_bad")
-    assert len(by_hand(f"{out}_train")[1]) == 2 and "left out 1 bad JSONL lines" in capsys.readouterr().out
+    assert (
+        len(by_hand(f"{out}_train")[1]) == 2
+        and "left out 1 bad JSONL lines" in capsys.readouterr().out
+    )
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    with pytest.raises(UserError, match="in.jsonl:1: not UTF-8 text .invalid start byte.*--skip_bad"):
+    with pytest.raises(
+        UserError, match="in.jsonl:1: not UTF-8 text .invalid start byte.*--skip_bad"
+    ):
         run(tmp_path / "in.jsonl", f"--out={tmp_path}/x", "--tokenizer=bytes")
     (tmp_path / "in.txt").write_bytes(b"ok\xe9")
     with pytest.raises(UserError, match="in.txt is not UTF-8 text .byte 2 is 0xe9"):
@@ -378,13 +495,22 @@ def test_bytes_that_are_not_utf8(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "in.txt"]
 
 
-@pytest.mark.parametrize("values, tokenizer, message", [
-    ([[1, 2], [3, 360]], "integers:359", "a.npy, row 1: token 1, '360', is not in integers:359"),
-    ([1, -5, 3], "integers:359", "a.npy, row 0: token 1, '-5', is not in"),
-    ([1.0, 2.0], "integers:359", "a.npy, row 0: token 0, '1.0', is not in"),
-    ([[[1]]], "integers:359", r"a.npy, row 0: .*'\[1\]'"),
-    ([1, 2], "world", "a.npy: integer arrays need --tokenizer=integers:MAX"),
-    ([1, 2], "bpe:300", "a.npy: integer arrays need"), ([], "integers:3", "no documents in .*a.npy")])
+@pytest.mark.parametrize(
+    "values, tokenizer, message",
+    [
+        (
+            [[1, 2], [3, 360]],
+            "integers:359",
+            "a.npy, row 1: token 1, '360', is not in integers:359",
+        ),
+        ([1, -5, 3], "integers:359", "a.npy, row 0: token 1, '-5', is not in"),
+        ([1.0, 2.0], "integers:359", "a.npy, row 0: token 0, '1.0', is not in"),
+        ([[[1]]], "integers:359", r"a.npy, row 0: .*'\[1\]'"),
+        ([1, 2], "world", "a.npy: integer arrays need --tokenizer=integers:MAX"),
+        ([1, 2], "bpe:300", "a.npy: integer arrays need"),
+        ([], "integers:3", "no documents in .*a.npy"),
+    ],
+)
 def test_bad_arrays(tmp_path, values, tokenizer, message):
     np.save(tmp_path / "a.npy", np.array(values))
     with pytest.raises(UserError, match=message):
@@ -394,22 +520,37 @@ def test_bad_arrays(tmp_path, values, tokenizer, message):
 
 def test_value_that_does_not_fit_is_found_after_many_good_ones(tmp_path):
     """The first batches are already written by then; nothing of them is left, and what was there before is."""
-    run(jsonl(tmp_path / "in.jsonl", ["7 8"]), f"--out={tmp_path}/x", "--tokenizer=integers:359", "--val=0")
+    run(
+        jsonl(tmp_path / "in.jsonl", ["7 8"]),
+        f"--out={tmp_path}/x",
+        "--tokenizer=integers:359",
+        "--val=0",
+    )
     before = {path: path.read_bytes() for path in tmp_path.glob("x*")}
     jsonl(tmp_path / "in.jsonl", ["1 2 3 " * 1000] * 400 + ["4 360"])
     with pytest.raises(UserError, match="in.jsonl:401: token 1, '360'"):
         run(tmp_path / "in.jsonl", f"--out={tmp_path}/x", "--tokenizer=integers:359", "--val=0")
-    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "in.jsonl"} == before
+    assert {
+        path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "in.jsonl"
+    } == before
 
 
-@pytest.mark.parametrize("words, message", [
-    (["gone.txt"], "gone.txt does not exist; INPUT is"), ([], "no documents in no INPUT"),
-    (["empty.txt"], "no documents in empty.txt; left out 1 empty documents"), (["folder"], "no documents in folder"),
-    (["in.txt", "--tokenizer=wolrd"], "'wolrd': no such name or file; choose world"),
-    (["in.txt", "--val=1"], "--val=1.0"), (["in.txt", "--val=-0.1"], "--val=-0.1"),
-    (["in.txt", "--tokenizer=bpe:100"], "SIZE >= 257"), (["in.txt", "--tokenizer=bpe:"], "expected bpe:SIZE"),
-    (["in.txt", "--tokenizer=integers:9"], "in.txt: .*'hello'"),
-    (["text.npy", "--tokenizer=integers:9"], "text.npy cannot be read: ")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["gone.txt"], "gone.txt does not exist; INPUT is"),
+        ([], "no documents in no INPUT"),
+        (["empty.txt"], "no documents in empty.txt; left out 1 empty documents"),
+        (["folder"], "no documents in folder"),
+        (["in.txt", "--tokenizer=wolrd"], "'wolrd': no such name or file; choose world"),
+        (["in.txt", "--val=1"], "--val=1.0"),
+        (["in.txt", "--val=-0.1"], "--val=-0.1"),
+        (["in.txt", "--tokenizer=bpe:100"], "SIZE >= 257"),
+        (["in.txt", "--tokenizer=bpe:"], "expected bpe:SIZE"),
+        (["in.txt", "--tokenizer=integers:9"], "in.txt: .*'hello'"),
+        (["text.npy", "--tokenizer=integers:9"], "text.npy cannot be read: "),
+    ],
+)
 def test_bad_commands(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -426,6 +567,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
 
     def denied(self):
         raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(UserError, match="in.txt cannot be read: Permission denied"):
         run(tmp_path / "in.txt", f"--out={tmp_path}/x", "--tokenizer=bytes")
@@ -443,6 +585,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
 
     def interrupted(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(prepare.VocabTokenizer, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(source, f"--out={tmp_path}/new/x", "--tokenizer=integers:3")
@@ -456,13 +599,21 @@ def test_no_sidecar_of_an_earlier_run_beside_new_tokens(tmp_path, monkeypatch):
 
     def killed(*_, **__):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(prepare, "save_tokenizer", killed)
     with pytest.raises(KeyboardInterrupt):
         run(source, f"--out={tmp_path}/x", "--tokenizer=world")
-    assert files_in(tmp_path) == ["in.jsonl", "x_train.bin", "x_train.idx", "x_val.bin", "x_val.idx"]
+    assert files_in(tmp_path) == [
+        "in.jsonl",
+        "x_train.bin",
+        "x_train.idx",
+        "x_val.bin",
+        "x_val.idx",
+    ]
 
 
 # ---- the command line
+
 
 def test_inspect(tmp_path, capsys):
     jsonl(tmp_path / "in.jsonl", ["Hello\nthere", "B" * 500])
@@ -473,7 +624,10 @@ def test_inspect(tmp_path, capsys):
         out = capsys.readouterr().out
         assert "uint16, 2 documents, 513 tokens" in out and "12 to 501, on average 256.5" in out
         assert "largest id: 117, at token 6" in out  # the 't' of 'there', 116 + 1
-        assert '"tokenizer": "bytes", "vocab_size": 257' in out and f'"bytes_per_token": {511 / 513}' in out
+        assert (
+            '"tokenizer": "bytes", "vocab_size": 257' in out
+            and f'"bytes_per_token": {511 / 513}' in out
+        )
         assert r"document 0: 'Hello\nthere'" in out and f"document 1: '{'B' * 200}'\n" in out
     (tmp_path / "x_train.json").unlink()
     run("inspect", tmp_path / "x_train")
@@ -489,16 +643,26 @@ def test_command_line(tmp_path):
     assert done.returncode == 0 and "x_train: 1 documents" in done.stdout and done.stderr == ""
     for words in (["gone.txt", "--out=x"], ["inspect", "gone"], ["vocab", "gone.txt"]):
         done = cli(*words, cwd=tmp_path)
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert (
+            done.returncode == 1
+            and done.stderr.startswith("error: ")
+            and done.stderr.count("\n") == 1
+        ), done.stderr
         assert "gone" in done.stderr and done.stdout == ""
     assert sorted(os.listdir(tmp_path)) == ["d", "in.txt"]
 
 
-@pytest.mark.parametrize("words, field", [([], "--skip_bad"), (["inspect"], "prefix, its .bin"),
-                                          (["vocab"], "one token per line")])
+@pytest.mark.parametrize(
+    "words, field",
+    [([], "--skip_bad"), (["inspect"], "prefix, its .bin"), (["vocab"], "one token per line")],
+)
 def test_help(words, field):
     done = cli(*words, "--help")
-    assert done.returncode == 0 and field in " ".join(done.stdout.split()) and "python prepare.py INPUT" in done.stdout
+    assert (
+        done.returncode == 0
+        and field in " ".join(done.stdout.split())
+        and "python prepare.py INPUT" in done.stdout
+    )
 
 
 @pytest.fixture
@@ -507,10 +671,24 @@ def hub(tmp_path, monkeypatch):
     pytest.importorskip("datasets", reason="pip install datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    for name, rows in (("texts", [{"text": f"line {i}"} for i in range(5)]), ("chats", [{"messages": chat}]),
-                       ("prefs", [{"prompt": "hi", "chosen": chat, "rejected": [chat[0], {"role": "assistant", "content": "no"}]}])):
+    for name, rows in (
+        ("texts", [{"text": f"line {i}"} for i in range(5)]),
+        ("chats", [{"messages": chat}]),
+        (
+            "prefs",
+            [
+                {
+                    "prompt": "hi",
+                    "chosen": chat,
+                    "rejected": [chat[0], {"role": "assistant", "content": "no"}],
+                }
+            ],
+        ),
+    ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name / "train.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     return tmp_path
 
 
@@ -518,10 +696,17 @@ def test_hugging_face_names_go_where_a_file_goes(hub):
     tokenizer = prepare.load_tokenizer("bytes")
     prepare.main([f"hf:{hub}/texts:train", f"--out={hub}/t", "--tokenizer=bytes", "--val=0"])
     data = prepare.TokenFile(hub / "t_train")
-    assert [tokenizer.decode(data.doc(i)) for i in range(len(data))] == [f"line {i}" for i in range(5)]
-    assert prepare.read_examples(f"hf:{hub}/chats:train", tokenizer, 99) == [prepare.render_chat(
-        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}], tokenizer)]
-    (pair,) = prepare.read_preferences(f"hf:{hub}/prefs:train", tokenizer, 99)  # whole conversations bring their prompt along
+    assert [tokenizer.decode(data.doc(i)) for i in range(len(data))] == [
+        f"line {i}" for i in range(5)
+    ]
+    assert prepare.read_examples(f"hf:{hub}/chats:train", tokenizer, 99) == [
+        prepare.render_chat(
+            [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}], tokenizer
+        )
+    ]
+    (pair,) = prepare.read_preferences(
+        f"hf:{hub}/prefs:train", tokenizer, 99
+    )  # whole conversations bring their prompt along
     assert tokenizer.decode(pair.prompt) == "User: hi\n\nAssistant:"
     assert [tokenizer.decode(ids) for ids in pair.answers] == [" yes", " no"]
     with pytest.raises(UserError, match="chats:tset: .*expected hf:DATASET:SPLIT"):

@@ -1,4 +1,5 @@
 """train_pretrain.py: upstream's steps, the same numbers however it is run, resume, and errors before anything is lost."""
+
 import json
 import math
 import os
@@ -21,8 +22,24 @@ from train_pretrain import Config, magic_prime, window_starts
 
 
 def tiny(prefix, out, **over):
-    base = dict(data=str(prefix), out_dir=str(out), tokenizer="bytes", n_layer=2, n_embd=64, ctx_len=16, micro_bsz=8, global_bsz=8,
-                lr=1e-3, lr_final=1e-4, warmup_steps=3, max_steps=6, eval_every=0, save_every=0, log_every=1, device="cpu")
+    base = dict(
+        data=str(prefix),
+        out_dir=str(out),
+        tokenizer="bytes",
+        n_layer=2,
+        n_embd=64,
+        ctx_len=16,
+        micro_bsz=8,
+        global_bsz=8,
+        lr=1e-3,
+        lr_final=1e-4,
+        warmup_steps=3,
+        max_steps=6,
+        eval_every=0,
+        save_every=0,
+        log_every=1,
+        device="cpu",
+    )
     return Config(**{**base, **over})
 
 
@@ -33,7 +50,9 @@ def data(tmp_path_factory):
     rng = np.random.default_rng(0)
     with prepare.TokenFileWriter(prefix, np.uint16) as f:
         for _ in range(12):
-            words = [w + 1 for i in rng.integers(0, 5, 33) for w in b"the a of in to".split()[i] + b" "]
+            words = [
+                w + 1 for i in rng.integers(0, 5, 33) for w in b"the a of in to".split()[i] + b" "
+            ]
             f.add([*words[:199], 0][:200] + [0] * max(0, 200 - len([*words[:199], 0])))
     return prefix
 
@@ -48,19 +67,40 @@ def weights(out, name="rwkv-final.pth"):
 
 def command(cfg, *extra, nproc=1):
     flags = [f"--{k}={v}" for k, v in common.config_dict(cfg).items() if v is not None]
-    launch = [sys.executable] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}",
-                                                  "--master_port", str(29500 + os.getpid() % 1000), "--"]  # else its parser takes --log for its own
+    launch = (
+        [sys.executable]
+        if nproc == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={nproc}",
+            "--master_port",
+            str(29500 + os.getpid() % 1000),
+            "--",
+        ]
+    )  # else its parser takes --log for its own
     return [*launch, "train_pretrain.py", *flags, *extra]
 
 
 def run(cfg, *extra, nproc=1):
-    return subprocess.run(command(cfg, *extra, nproc=nproc), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(cfg, *extra, nproc=nproc), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the optimiser: eight steps as upstream's formulas give them, written out by hand
 
-MISTAKES = ["none", "one learning rate", "no weight decay", "decay on everything", "eps 1e-8", "no clipping", "no warm-up"]
+MISTAKES = [
+    "none",
+    "one learning rate",
+    "no weight decay",
+    "decay on everything",
+    "eps 1e-8",
+    "no clipping",
+    "no warm-up",
+]
 
 
 def upstreams_steps(version, data, cfg, mistake="none"):
@@ -70,9 +110,18 @@ def upstreams_steps(version, data, cfg, mistake="none"):
     tokens = prepare.TokenFile(data).tokens
     m, v = {}, {}
     for step in range(cfg.max_steps):
-        starts = window_starts(range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz), len(tokens), cfg.ctx_len, seed=cfg.seed)
-        x = torch.from_numpy(np.stack([tokens[s:s + cfg.ctx_len + 1].astype(np.int64) for s in starts]))
-        loss = torch.nn.functional.cross_entropy(model(x[:, :-1])[0].flatten(0, 1), x[:, 1:].flatten())
+        starts = window_starts(
+            range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz),
+            len(tokens),
+            cfg.ctx_len,
+            seed=cfg.seed,
+        )
+        x = torch.from_numpy(
+            np.stack([tokens[s : s + cfg.ctx_len + 1].astype(np.int64) for s in starts])
+        )
+        loss = torch.nn.functional.cross_entropy(
+            model(x[:, :-1])[0].flatten(0, 1), x[:, 1:].flatten()
+        )
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         grads = dict(zip(named, torch.autograd.grad(loss, list(named.values()))))
         norm = math.sqrt(sum(g.double().square().sum().item() for g in grads.values()))
@@ -85,16 +134,34 @@ def upstreams_steps(version, data, cfg, mistake="none"):
         eps = 1e-8 if mistake == "eps 1e-8" else 1e-18
         with torch.no_grad():
             for n, p in named.items():
-                twice = n.endswith("att.w0" if version == "x070" else "att.time_decay") and mistake != "one learning rate"
+                twice = (
+                    n.endswith("att.w0" if version == "x070" else "att.time_decay")
+                    and mistake != "one learning rate"
+                )
                 decays = mistake == "decay on everything" or (
-                    n.endswith((".receptance.weight", ".key.weight", ".value.weight", ".gate.weight", ".output.weight",
-                                "emb.weight", "head.weight")) and mistake != "no weight decay")
+                    n.endswith(
+                        (
+                            ".receptance.weight",
+                            ".key.weight",
+                            ".value.weight",
+                            ".gate.weight",
+                            ".output.weight",
+                            "emb.weight",
+                            "head.weight",
+                        )
+                    )
+                    and mistake != "no weight decay"
+                )
                 g = grads[n].double() * scale
                 m[n] = 0.9 * m.get(n, 0) + 0.1 * g
                 v[n] = 0.99 * v.get(n, 0) + 0.01 * g * g
-                update = (m[n] / (1 - 0.9 ** (step + 1))) / ((v[n] / (1 - 0.99 ** (step + 1))).sqrt() + eps)
+                update = (m[n] / (1 - 0.9 ** (step + 1))) / (
+                    (v[n] / (1 - 0.99 ** (step + 1))).sqrt() + eps
+                )
                 rate = lr * (2 if twice else 1)
-                p.copy_(p.double() * (1 - rate * (cfg.weight_decay if decays else 0)) - rate * update)
+                p.copy_(
+                    p.double() * (1 - rate * (cfg.weight_decay if decays else 0)) - rate * update
+                )
     return {n: p.detach().double() for n, p in model.named_parameters()}
 
 
@@ -104,15 +171,25 @@ def test_eight_steps_end_where_upstreams_would(version, data, tmp_path):
     train_pretrain.main(cfg)
     ours = {n: w.double() for n, w in weights(tmp_path / "run").items()}
     torch.manual_seed(cfg.seed)
-    start = {n: p.detach().double() for n, p in RWKV(RWKVConfig(version, cfg.n_layer, cfg.n_embd, 257)).named_parameters()}
+    start = {
+        n: p.detach().double()
+        for n, p in RWKV(RWKVConfig(version, cfg.n_layer, cfg.n_embd, 257)).named_parameters()
+    }
 
     def distance(other):
         """of each tensor, as a share of the way it went; a tensor that did not move has gone no way"""
-        return {n: ((ours[n] - other[n]).norm() / way).item() for n in ours if (way := (other[n] - start[n]).norm()) > 0}
+        return {
+            n: ((ours[n] - other[n]).norm() / way).item()
+            for n in ours
+            if (way := (other[n] - start[n]).norm()) > 0
+        }
+
     right = distance(upstreams_steps(version, data, cfg))
     # Adam with eps = 1e-18 turns the last bit of a tiny gradient into a full step, so a few numbers may differ
     assert np.median(list(right.values())) < 1e-3 and max(right.values()) < 0.05, right
-    seen = {mistake: distance(upstreams_steps(version, data, cfg, mistake)) for mistake in MISTAKES[1:]}
+    seen = {
+        mistake: distance(upstreams_steps(version, data, cfg, mistake)) for mistake in MISTAKES[1:]
+    }
     for mistake, far in seen.items():
         worst = max(far[n] / max(right[n], 1e-3) for n in far)
         assert worst > 10, f"this test would not see: {mistake}"
@@ -130,13 +207,18 @@ def test_every_parameter_is_in_one_group():
         groups = {g["name"]: g for g in model.param_groups(1e-3, 0.1)}
         ids = [id(p) for g in groups.values() for p in g["params"]]
         assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-        assert groups["2x"]["lr"] == 2e-3 and len(groups["2x"]["params"]) == 2 and groups["decay"]["weight_decay"] == 0.1
+        assert (
+            groups["2x"]["lr"] == 2e-3
+            and len(groups["2x"]["params"]) == 2
+            and groups["decay"]["weight_decay"] == 0.1
+        )
         assert groups["1x"]["weight_decay"] == 0 == groups["2x"]["weight_decay"]
         assert "decay" not in {g["name"] for g in model.param_groups(1e-3, 0.0)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data order
+
 
 def test_every_window_once_an_epoch():
     n_tokens, ctx = 1000, 16
@@ -149,13 +231,22 @@ def test_every_window_once_an_epoch():
 
 
 def test_magic_prime_order_is_upstreams():
-    for tokens, ctx, p in ((1600, 32, 47), (40000, 32, 1229), (40000, 512, 71), (1498226207, 512, 2926181),
-                           (332115325534, 4096, 81082817)):
+    for tokens, ctx, p in (
+        (1600, 32, 47),
+        (40000, 32, 1229),
+        (40000, 512, 71),
+        (1498226207, 512, 2926181),
+        (332115325534, 4096, 81082817),
+    ):
         assert magic_prime(tokens, ctx) == p
     with pytest.raises(UserError, match="1,500 tokens are too few.*order=shuffle"):
         magic_prime(1500, 32)
     # ((phi n^3) mod p) ctx for n = 1, 2, 3 by hand: p = 71, phi = int(71 * 0.6180339887) = 43
-    assert window_starts(range(3), 40000, 512, "magic_prime") == [43 * 512, 43 * 8 % 71 * 512, 43 * 27 % 71 * 512]
+    assert window_starts(range(3), 40000, 512, "magic_prime") == [
+        43 * 512,
+        43 * 8 % 71 * 512,
+        43 * 27 % 71 * 512,
+    ]
     starts = window_starts(range(1229), 40000, 32, "magic_prime")
     assert sorted(starts) == [i * 32 for i in range(1229)]
 
@@ -163,10 +254,13 @@ def test_magic_prime_order_is_upstreams():
 # ---------------------------------------------------------------------------------------------------------------------
 # the same numbers however it is run
 
+
 def test_loss_and_weights_do_not_depend_on_micro_batch_or_processes(data, tmp_path):
     """One process x 8, 1 x 2, and two processes x 2: losses and gradient norms of every step, and the weights."""
-    cfgs = {name: tiny(data, tmp_path / name, micro_bsz=m, val_data=str(data)) for name, m in
-            (("1x8", 8), ("1x2", 2), ("2x2", 2))}
+    cfgs = {
+        name: tiny(data, tmp_path / name, micro_bsz=m, val_data=str(data))
+        for name, m in (("1x8", 8), ("1x2", 2), ("2x2", 2))
+    }
     train_pretrain.main(cfgs["1x8"])
     train_pretrain.main(cfgs["1x2"])
     done = run(cfgs["2x2"], nproc=2)
@@ -193,8 +287,9 @@ def test_gradients_do_not_depend_on_the_micro_batch(data):
     def grads(size):
         model.zero_grad()
         for i in range(0, 8, size):
-            (-model(x[i:i + size], targets=y[i:i + size])[0].logps.sum() / (8 * 16)).backward()
+            (-model(x[i : i + size], targets=y[i : i + size])[0].logps.sum() / (8 * 16)).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
     whole = grads(8)
     for size in (1, 2):
         assert (grads(size) - whole).norm() < 1e-5 * whole.norm()
@@ -202,8 +297,10 @@ def test_gradients_do_not_depend_on_the_micro_batch(data):
 
 @pytest.mark.parametrize("version", ["x070", "x060"])
 def test_resume_is_bit_for_bit(version, data, tmp_path):
-    whole, parts = (tiny(data, tmp_path / name, version=version, val_data=str(data), eval_every=2, save_every=2)
-                    for name in ("whole", "parts"))
+    whole, parts = (
+        tiny(data, tmp_path / name, version=version, val_data=str(data), eval_every=2, save_every=2)
+        for name in ("whole", "parts")
+    )
     train_pretrain.main(whole)
     kill_after(parts, steps=4)
     train_pretrain.main(Config(**{**common.config_dict(parts), "resume": True}))
@@ -213,16 +310,23 @@ def test_resume_is_bit_for_bit(version, data, tmp_path):
     assert a["best"] == b["best"] and a["step"] == b["step"] == 6
     for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
         assert all(torch.equal(x[k], y[k]) for k in x)
-    strip = [[{k: v for k, v in row.items() if k not in ("time", "tokens_per_s")} for row in rows(tmp_path / n)]
-             for n in ("whole", "parts")]
+    strip = [
+        [
+            {k: v for k, v in row.items() if k not in ("time", "tokens_per_s")}
+            for row in rows(tmp_path / n)
+        ]
+        for n in ("whole", "parts")
+    ]
     assert strip[0] == strip[1]
 
 
 def kill_after(cfg, steps, main=train_pretrain.main):
     """Run cfg in this process and stop it, as SIGTERM does, once so many steps are done."""
+
     def at(step):
         if step == steps:
             os.kill(os.getpid(), signal.SIGTERM)
+
     real = common.Metrics.log
     common.Metrics.log = lambda self, step, **values: (real(self, step, **values), at(step))
     try:
@@ -234,7 +338,10 @@ def kill_after(cfg, steps, main=train_pretrain.main):
 
 
 def test_resume_on_another_number_of_processes_and_with_more_steps(data, tmp_path):
-    whole, parts = tiny(data, tmp_path / "whole", micro_bsz=4), tiny(data, tmp_path / "parts", micro_bsz=4)
+    whole, parts = (
+        tiny(data, tmp_path / "whole", micro_bsz=4),
+        tiny(data, tmp_path / "parts", micro_bsz=4),
+    )
     train_pretrain.main(whole)
     kill_after(parts, steps=3)
     done = run(parts, "--resume", nproc=2)
@@ -248,7 +355,15 @@ def test_resume_on_another_number_of_processes_and_with_more_steps(data, tmp_pat
 
 def test_continued_pretraining_starts_from_the_file(data, tmp_path):
     train_pretrain.main(tiny(data, tmp_path / "a"))
-    train_pretrain.main(tiny(data, tmp_path / "b", init_from=str(tmp_path / "a/rwkv-final.pth"), max_steps=1, n_layer=7))
+    train_pretrain.main(
+        tiny(
+            data,
+            tmp_path / "b",
+            init_from=str(tmp_path / "a/rwkv-final.pth"),
+            max_steps=1,
+            n_layer=7,
+        )
+    )
     config = json.loads((tmp_path / "b/config.json").read_text())
     assert config["arch"]["n_layer"] == 2  # the file's, not the flag's
     assert rows(tmp_path / "b")[0]["loss"] < rows(tmp_path / "a")[0]["loss"]
@@ -258,18 +373,28 @@ def test_sigterm_and_sigkill_leave_a_whole_checkpoint(data, tmp_path):
     """A second process: SIGTERM saves and says how to go on; SIGKILL at some moment leaves the last one."""
     cfg = tiny(data, tmp_path / "run", max_steps=100000, save_every=1)
     for sig in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
-        p = subprocess.Popen(command(cfg, *(["--resume"] if (tmp_path / "run").exists() else [])), cwd=ROOT,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        p = subprocess.Popen(
+            command(cfg, *(["--resume"] if (tmp_path / "run").exists() else [])),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         until = time.time() + 120
         seen = len(rows(tmp_path / "run")) if (tmp_path / "run/metrics.jsonl").exists() else 0
-        while time.time() < until and not ((tmp_path / "run/metrics.jsonl").exists() and len(rows_safe(tmp_path / "run")) > seen + 3):
+        while time.time() < until and not (
+            (tmp_path / "run/metrics.jsonl").exists()
+            and len(rows_safe(tmp_path / "run")) > seen + 3
+        ):
             assert p.poll() is None, p.stderr.read()
             time.sleep(0.05)
         p.send_signal(sig)
         out, err = p.communicate(timeout=60)
         last = torch.load(tmp_path / "run/last.pt", weights_only=True)
         assert last["step"] >= seen
-        RWKV.from_pretrained(max((tmp_path / "run").glob("rwkv-*.pth"), key=lambda f: int(f.stem[5:])))
+        RWKV.from_pretrained(
+            max((tmp_path / "run").glob("rwkv-*.pth"), key=lambda f: int(f.stem[5:]))
+        )
         if sig == signal.SIGTERM:
             assert p.returncode == 130 and "--resume" in out
     assert len(list((tmp_path / "run").glob("rwkv-*.pth"))) <= cfg.keep_last + 1
@@ -283,21 +408,25 @@ def rows_safe(out):
 # ---------------------------------------------------------------------------------------------------------------------
 # bad input: one line, the thing and the remedy
 
-@pytest.mark.parametrize("over, words", [
-    (dict(n_embd=100), "n_embd=100 is not a multiple of head_size=64; try n_embd=128"),
-    (dict(ctx_len=5000), "holds 2,400 tokens, fewer than ctx_len \\+ 1 = 5001"),
-    (dict(data="nowhere/x"), "nowhere/x.bin does not exist"),
-    (dict(device="cuda"), "device=cuda: .* sees no CUDA device"),
-    (dict(device="tpu9"), "device=tpu9 is not a device"),
-    (dict(tokenizer="integers:20"), "id \\d+ .*vocab_size 22"),
-    (dict(tokenizer=""), "no note of its tokenizer"),
-    (dict(micro_bsz=3), "global_bsz=8 is not a multiple of micro_bsz x processes = 3 x 1"),
-    (dict(epochs=1.0), "max_steps and epochs are both given"),
-    (dict(resume=True), "last.pt does not exist"),
-    (dict(init_from="nowhere.pth"), "nowhere.pth does not exist"),
-    (dict(order="magic_prime", ctx_len=64), "too few for ctx_len=64"),
-    (dict(log="wandb"), "pip install wandb"),
-])
+
+@pytest.mark.parametrize(
+    "over, words",
+    [
+        (dict(n_embd=100), "n_embd=100 is not a multiple of head_size=64; try n_embd=128"),
+        (dict(ctx_len=5000), "holds 2,400 tokens, fewer than ctx_len \\+ 1 = 5001"),
+        (dict(data="nowhere/x"), "nowhere/x.bin does not exist"),
+        (dict(device="cuda"), "device=cuda: .* sees no CUDA device"),
+        (dict(device="tpu9"), "device=tpu9 is not a device"),
+        (dict(tokenizer="integers:20"), "id \\d+ .*vocab_size 22"),
+        (dict(tokenizer=""), "no note of its tokenizer"),
+        (dict(micro_bsz=3), "global_bsz=8 is not a multiple of micro_bsz x processes = 3 x 1"),
+        (dict(epochs=1.0), "max_steps and epochs are both given"),
+        (dict(resume=True), "last.pt does not exist"),
+        (dict(init_from="nowhere.pth"), "nowhere.pth does not exist"),
+        (dict(order="magic_prime", ctx_len=64), "too few for ctx_len=64"),
+        (dict(log="wandb"), "pip install wandb"),
+    ],
+)
 def test_bad_input(over, words, data, tmp_path, monkeypatch):
     if torch.cuda.is_available() and over.get("device") == "cuda":
         pytest.skip("there is one")
@@ -312,15 +441,23 @@ def test_resume_with_another_architecture_or_order(data, tmp_path):
     train_pretrain.main(cfg)
     with pytest.raises(UserError, match="already holds a run; --resume"):
         train_pretrain.main(cfg)
-    for over, words in ((dict(n_layer=3), "architecture: n_layer was 2, is 3"), (dict(version="x060"), "architecture"),
-                        (dict(seed=7), "data order: seed was 42, is 7"), (dict(ctx_len=8), "ctx_len was 16, is 8")):
+    for over, words in (
+        (dict(n_layer=3), "architecture: n_layer was 2, is 3"),
+        (dict(version="x060"), "architecture"),
+        (dict(seed=7), "data order: seed was 42, is 7"),
+        (dict(ctx_len=8), "ctx_len was 16, is 8"),
+    ):
         with pytest.raises(UserError, match=words):
-            train_pretrain.main(Config(**{**common.config_dict(cfg), "resume": True, "max_steps": 4, **over}))
+            train_pretrain.main(
+                Config(**{**common.config_dict(cfg), "resume": True, "max_steps": 4, **over})
+            )
 
 
 def test_a_tokenizer_larger_than_the_model(data, tmp_path):
     RWKV(RWKVConfig("x070", 1, 64, 100)).save_pretrained(tmp_path / "small.pth")
-    with pytest.raises(UserError, match="tokenizer has 257 ids, but .*small.pth has a vocabulary of 100"):
+    with pytest.raises(
+        UserError, match="tokenizer has 257 ids, but .*small.pth has a vocabulary of 100"
+    ):
         train_pretrain.main(tiny(data, tmp_path / "run", init_from=str(tmp_path / "small.pth")))
 
 
@@ -342,18 +479,28 @@ import resource, signal, sys, torch, common
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 sys.excepthook = common._one_line_errors
-common.save_torch({{"a": torch.ones(1000_000)}}, {str(tmp_path / 'last.pt')!r})
+common.save_torch({{"a": torch.ones(1000_000)}}, {str(tmp_path / "last.pt")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: cannot write") and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: cannot write")
+        and done.stderr.count("\n") == 1
+    ), done.stderr
     assert torch.equal(torch.load(tmp_path / "last.pt", weights_only=True)["a"], torch.zeros(1000))
     assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_command_line_errors_are_one_line_and_status_1(data, tmp_path):
     done = run(tiny(data, tmp_path / "run", n_embd=100))
-    assert done.returncode == 1 and done.stderr.startswith("error: n_embd=100") and done.stderr.count("\n") == 1
-    done = subprocess.run([sys.executable, "train_pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: n_embd=100")
+        and done.stderr.count("\n") == 1
+    )
+    done = subprocess.run(
+        [sys.executable, "train_pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0
     for field in Config.__dataclass_fields__:
         assert f"--{field}" in done.stdout

@@ -1,4 +1,5 @@
 """The generation engine against a plain loop over the network, and the command line."""
+
 import io
 import json
 import math
@@ -36,17 +37,24 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [3, 3]]
 
 
 def test_greedy_equals_a_plain_loop(model):
-    for prompt, c in zip(PROMPTS, sample.generate(model, PROMPTS, max_new_tokens=12, temperature=0)):
+    for prompt, c in zip(
+        PROMPTS, sample.generate(model, PROMPTS, max_new_tokens=12, temperature=0)
+    ):
         ids = list(prompt)
         for _ in range(12):
             ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
-        assert c.tokens == ids[len(prompt):] and c.finish_reason == "length"
+        assert c.tokens == ids[len(prompt) :] and c.finish_reason == "length"
 
 
 def test_logprobs_are_what_training_computes_at_the_same_temperature(model):
-    for c, prompt in zip(sample.generate(model, PROMPTS, max_new_tokens=20, temperature=0.7, top_p=0.8, top_k=50, seed=1), PROMPTS):
+    for c, prompt in zip(
+        sample.generate(
+            model, PROMPTS, max_new_tokens=20, temperature=0.7, top_p=0.8, top_k=50, seed=1
+        ),
+        PROMPTS,
+    ):
         ids = torch.tensor([prompt + c.tokens])
-        want = model.token_logprobs(ids[:, :-1], ids[:, 1:], temperature=0.7)[0, len(prompt) - 1:]
+        want = model.token_logprobs(ids[:, :-1], ids[:, 1:], temperature=0.7)[0, len(prompt) - 1 :]
         torch.testing.assert_close(torch.tensor(c.logprobs), want, atol=1e-5, rtol=1e-5)
 
 
@@ -54,11 +62,17 @@ def test_a_completion_depends_on_seed_prompt_and_sample_index_alone(model):
     whole = sample.generate(model, PROMPTS, n=3, max_new_tokens=10, seed=7)
     assert len(whole) == 12
     for batch_size in (1, 2, 5):
-        assert [c.tokens for c in sample.generate(model, PROMPTS, n=3, max_new_tokens=10, seed=7, batch_size=batch_size)] == \
-            [c.tokens for c in whole]
+        assert [
+            c.tokens
+            for c in sample.generate(
+                model, PROMPTS, n=3, max_new_tokens=10, seed=7, batch_size=batch_size
+            )
+        ] == [c.tokens for c in whole]
     fewer = sample.generate(model, PROMPTS[:2], n=2, max_new_tokens=10, seed=7)
     assert [c.tokens for c in fewer] == [whole[i].tokens for i in (0, 1, 3, 4)]
-    assert [c.tokens for c in sample.generate(model, PROMPTS, n=3, max_new_tokens=10, seed=8)] != [c.tokens for c in whole]
+    assert [c.tokens for c in sample.generate(model, PROMPTS, n=3, max_new_tokens=10, seed=8)] != [
+        c.tokens for c in whole
+    ]
     assert len({tuple(c.tokens) for c in whole[:3]}) == 3
 
 
@@ -66,15 +80,26 @@ def test_sampling_follows_the_distribution():
     """Frequencies of 40,000 draws against the filtered softmax, within four standard errors."""
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
     u = torch.rand(40000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for temperature, top_p, top_k in ((1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 2), (2.0, 0.9, 3)):
+    for temperature, top_p, top_k in (
+        (1.0, 1.0, 0),
+        (0.5, 1.0, 0),
+        (1.0, 0.8, 0),
+        (1.0, 1.0, 2),
+        (2.0, 0.9, 3),
+    ):
         p = (logits[0] / temperature).softmax(-1)  # already in falling order
         before = p.cumsum(0) - p
         keep = (before < top_p) & (torch.arange(5) < (top_k or 5))
         want = (p * keep / (p * keep).sum()).double()
         ids, logps = sample.pick(logits.expand(40000, -1), u.float(), temperature, top_p, top_k)
         got = ids.bincount(minlength=5).double() / 40000
-        assert ((got - want).abs() <= 4 * (want * (1 - want) / 40000).sqrt() + 1e-9).all(), (got, want)
-        torch.testing.assert_close(logps, p.log()[ids])  # of the distribution before top-p and top-k
+        assert ((got - want).abs() <= 4 * (want * (1 - want) / 40000).sqrt() + 1e-9).all(), (
+            got,
+            want,
+        )
+        torch.testing.assert_close(
+            logps, p.log()[ids]
+        )  # of the distribution before top-p and top-k
 
 
 def test_states_fork_and_carry_on(model):
@@ -101,14 +126,24 @@ def test_long_prompts_are_read_in_pieces(model, monkeypatch):
 
 def test_stops_at_ids_and_at_texts(model):
     tokenizer = prepare.load_tokenizer("bytes")
-    free = sample.generate(model, [[5]], max_new_tokens=30, seed=2, tokenizer=tokenizer, stop_ids=())[0]
+    free = sample.generate(
+        model, [[5]], max_new_tokens=30, seed=2, tokenizer=tokenizer, stop_ids=()
+    )[0]
     stop_id = free.tokens[10]
-    c = sample.generate(model, [[5]], max_new_tokens=30, seed=2, tokenizer=tokenizer, stop_ids=[stop_id])[0]
+    c = sample.generate(
+        model, [[5]], max_new_tokens=30, seed=2, tokenizer=tokenizer, stop_ids=[stop_id]
+    )[0]
     first = free.tokens.index(stop_id)
-    assert c.tokens == free.tokens[:first + 1] and c.finish_reason == "stop" and c.text == tokenizer.decode(c.tokens[:-1])
-    plain = next(i for i in range(5, 29) if all(32 < t - 1 < 127 for t in free.tokens[i:i + 2]))
-    word = tokenizer.decode(free.tokens[plain:plain + 2])
-    c = sample.generate(model, [[5]], max_new_tokens=30, seed=2, tokenizer=tokenizer, stop_ids=(), stop=[word])[0]
+    assert (
+        c.tokens == free.tokens[: first + 1]
+        and c.finish_reason == "stop"
+        and c.text == tokenizer.decode(c.tokens[:-1])
+    )
+    plain = next(i for i in range(5, 29) if all(32 < t - 1 < 127 for t in free.tokens[i : i + 2]))
+    word = tokenizer.decode(free.tokens[plain : plain + 2])
+    c = sample.generate(
+        model, [[5]], max_new_tokens=30, seed=2, tokenizer=tokenizer, stop_ids=(), stop=[word]
+    )[0]
     assert c.finish_reason == "stop" and word not in c.text and len(c.tokens) <= plain + 2
     assert tokenizer.decode(free.tokens).startswith(c.text)
 
@@ -117,37 +152,57 @@ def test_stops_at_ids_and_at_texts(model):
 def test_logprobs_with_refill_and_forks_are_those_of_one_run_and_of_single_tokens(version):
     model, g = random_model(version), torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 257, (k,), generator=g).tolist() for k in (1, 500, 7, 30, 2)]
-    out = sample.generate(model, prompts, n=3, max_new_tokens=[5, 12, 25, 9, 3], temperature=0.8, top_p=0.9, seed=5, batch_size=4)
+    out = sample.generate(
+        model,
+        prompts,
+        n=3,
+        max_new_tokens=[5, 12, 25, 9, 3],
+        temperature=0.8,
+        top_p=0.9,
+        seed=5,
+        batch_size=4,
+    )
     gaps = []
     for i, c in enumerate(out):
         prompt = prompts[i // 3]
         ids = torch.tensor([prompt + c.tokens])
         with torch.no_grad():
-            whole = model.token_logprobs(ids[:, :-1], ids[:, 1:], temperature=0.8)[0, len(prompt) - 1:]
+            whole = model.token_logprobs(ids[:, :-1], ids[:, 1:], temperature=0.8)[
+                0, len(prompt) - 1 :
+            ]
             state, single = None, []
             for t in range(ids.shape[1] - 1) if i % 3 == 0 else ():
-                logits, state = model(ids[:, t:t + 1], state)
+                logits, state = model(ids[:, t : t + 1], state)
                 single.append((logits[0, 0] / 0.8).log_softmax(-1)[ids[0, t + 1]])
-        for got in (whole, torch.stack(single)[len(prompt) - 1:] if single else whole):
+        for got in (whole, torch.stack(single)[len(prompt) - 1 :] if single else whole):
             gaps.append((got - torch.tensor(c.logprobs)).abs())
     assert torch.cat(gaps).mean() < 1e-5 and torch.cat(gaps).max() < 1e-4
 
 
 def test_the_number_of_slots_and_the_batch_mates_change_nothing(model):
     g = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(0, 257, (int(k),), generator=g).tolist() for k in torch.randint(1, 30, (50,), generator=g)]
+    prompts = [
+        torch.randint(0, 257, (int(k),), generator=g).tolist()
+        for k in torch.randint(1, 30, (50,), generator=g)
+    ]
     options = dict(n=4, max_new_tokens=16, seed=11, stop_ids=range(20))
     whole = sample.generate(model, prompts, batch_size=200, **options)
-    assert len({len(c.tokens) for c in whole}) > 5 and len({t for c in whole for t in c.tokens}) > 100
+    assert (
+        len({len(c.tokens) for c in whole}) > 5 and len({t for c in whole for t in c.tokens}) > 100
+    )
     for slots in (16, 3):
         for a, b in zip(whole, sample.generate(model, prompts, batch_size=slots, **options)):
             assert a.tokens == b.tokens and a.finish_reason == b.finish_reason
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
     some = [40, 3, 17]  # other mates, other order: the indices say which streams
-    alone = sample.generate(model, [prompts[i] for i in some], batch_size=3, indices=some, **options)
+    alone = sample.generate(
+        model, [prompts[i] for i in some], batch_size=3, indices=some, **options
+    )
     assert [c.tokens for c in alone] == [whole[4 * i + j].tokens for i in some for j in range(4)]
     again = sample.generate(model, prompts, batch_size=16, **options)
-    assert [c.logprobs for c in again] == [c.logprobs for c in sample.generate(model, prompts, batch_size=16, **options)]
+    assert [c.logprobs for c in again] == [
+        c.logprobs for c in sample.generate(model, prompts, batch_size=16, **options)
+    ]
 
 
 def test_refill_keeps_every_decode_full_and_reads_each_prompt_once(model, monkeypatch):
@@ -156,9 +211,16 @@ def test_refill_keeps_every_decode_full_and_reads_each_prompt_once(model, monkey
     def spy(self, idx, *args, **kwargs):
         calls.append((tuple(idx.shape), "out" in kwargs))
         return real(self, idx, *args, **kwargs)
+
     monkeypatch.setattr(RWKV, "forward", spy)
     limits = [2, 9, 3, 8, 4, 10]
-    out = sample.generate(model, [[5, 6]] + [[i, i] for i in range(5)], max_new_tokens=limits, batch_size=2, stop_ids=())
+    out = sample.generate(
+        model,
+        [[5, 6]] + [[i, i] for i in range(5)],
+        max_new_tokens=limits,
+        batch_size=2,
+        stop_ids=(),
+    )
     assert [len(c.tokens) for c in out] == limits
     decodes = [shape for shape, decode in calls if decode]
     assert set(decodes) == {(2, 1)}
@@ -167,14 +229,26 @@ def test_refill_keeps_every_decode_full_and_reads_each_prompt_once(model, monkey
     for limit in limits:
         slot = free.index(min(free))
         free[slot] += limit - 1
-    assert len(decodes) == max(free) < sum(max(limits[i:i + 2]) - 1 for i in (0, 2, 4))
+    assert len(decodes) == max(free) < sum(max(limits[i : i + 2]) - 1 for i in (0, 2, 4))
     calls.clear()
     sample.generate(model, [[1, 2, 3], [4], [1, 2, 3]], n=5, max_new_tokens=2, batch_size=16)
     assert sum(shape[1] for shape, decode in calls if not decode) == 4
 
 
-def exact(logits, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seen=(), prompt=(), presence=0.0, frequency=0.0, decay=1.0,
-          repetition=1.0, bias=None):
+def exact(
+    logits,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    seen=(),
+    prompt=(),
+    presence=0.0,
+    frequency=0.0,
+    decay=1.0,
+    repetition=1.0,
+    bias=None,
+):
     """The distribution that a token is drawn from, written down anew, token by token. seen: generated so far."""
     z = [float(x) for x in logits]
     for t in set(seen) | set(prompt):
@@ -196,11 +270,30 @@ def exact(logits, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seen=(), promp
     return p * keep / (p * keep).sum()
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"temperature": 0.6}, {"temperature": 1.7}, {"top_p": 0.7}, {"top_k": 3}, {"min_p": 0.2}, {"presence_penalty": 1.5},
-    {"frequency_penalty": 0.8}, {"frequency_penalty": 2.5, "presence_penalty": 0.3, "penalty_decay": 0.3},
-    {"repetition_penalty": 4.0}, {"logit_bias": {2: 2.0, 3: -math.inf}},
-    {"temperature": 0.8, "top_p": 0.9, "top_k": 6, "min_p": 0.02, "repetition_penalty": 1.2, "presence_penalty": 0.4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 1.7},
+        {"top_p": 0.7},
+        {"top_k": 3},
+        {"min_p": 0.2},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.8},
+        {"frequency_penalty": 2.5, "presence_penalty": 0.3, "penalty_decay": 0.3},
+        {"repetition_penalty": 4.0},
+        {"logit_bias": {2: 2.0, 3: -math.inf}},
+        {
+            "temperature": 0.8,
+            "top_p": 0.9,
+            "top_k": 6,
+            "min_p": 0.02,
+            "repetition_penalty": 1.2,
+            "presence_penalty": 0.4,
+        },
+    ],
+)
 def test_chi_square_against_exact_probabilities(options):
     """A vocabulary of 8 and a network that says the same whatever it read; second and third tokens, so that penalties act."""
     model = RWKV(RWKVConfig("x070", 1, 64, 8))
@@ -209,9 +302,16 @@ def test_chi_square_against_exact_probabilities(options):
         model.ln_out.bias.fill_(1.0)
         z = torch.tensor([2.0, 1.2, 0.4, 0.1, -0.3, -0.8, -1.0, 1.0])
         model.head.weight.copy_((z / 64)[:, None].expand(8, 64))
-    out = sample.generate(model, [[1, 4]], n=4000, max_new_tokens=3, seed=3, batch_size=1000, **options)
-    names = {"presence_penalty": "presence", "frequency_penalty": "frequency", "penalty_decay": "decay",
-             "repetition_penalty": "repetition", "logit_bias": "bias"}
+    out = sample.generate(
+        model, [[1, 4]], n=4000, max_new_tokens=3, seed=3, batch_size=1000, **options
+    )
+    names = {
+        "presence_penalty": "presence",
+        "frequency_penalty": "frequency",
+        "penalty_decay": "decay",
+        "repetition_penalty": "repetition",
+        "logit_bias": "bias",
+    }
     want = {names.get(k, k): v for k, v in options.items()}
     expected, got = {}, {}
     for a, pa in enumerate(exact(z, prompt=(1, 4), **want)):
@@ -220,10 +320,15 @@ def test_chi_square_against_exact_probabilities(options):
                 expected[a, b, c] = 4000 * pa * pb * pc
     for c in out:
         got[tuple(c.tokens)] = got.get(tuple(c.tokens), 0) + 1
-        np.testing.assert_allclose(c.logprobs, (z / options.get("temperature", 1.0)).log_softmax(-1)[c.tokens], atol=1e-5)
+        np.testing.assert_allclose(
+            c.logprobs, (z / options.get("temperature", 1.0)).log_softmax(-1)[c.tokens], atol=1e-5
+        )
     assert all(expected[t] > 0 for t in got)
     large = [t for t, e in expected.items() if e >= 5]
-    rest = sum(e for e in expected.values()) - sum(expected[t] for t in large), 4000 - sum(got.get(t, 0) for t in large)
+    rest = (
+        sum(e for e in expected.values()) - sum(expected[t] for t in large),
+        4000 - sum(got.get(t, 0) for t in large),
+    )
     chi2 = sum((got.get(t, 0) - expected[t]) ** 2 / expected[t] for t in large)
     chi2 += (rest[1] - rest[0]) ** 2 / rest[0] if rest[0] > 5 else 0
     df = len(large) - (rest[0] <= 5)
@@ -235,15 +340,25 @@ def test_blanks_and_digits_are_not_counted_as_in_the_runners(model):
     tokenizer = prepare.load_tokenizer("bytes")
     one, b = tokenizer.encode("1b")
     for t, kept in ((one, True), (b, False)):
-        c = sample.generate(model, [[5]], max_new_tokens=6, temperature=0, logit_bias={t: 50.0}, frequency_penalty=100.0,
-                            tokenizer=tokenizer, stop_ids=())[0]
+        c = sample.generate(
+            model,
+            [[5]],
+            max_new_tokens=6,
+            temperature=0,
+            logit_bias={t: 50.0},
+            frequency_penalty=100.0,
+            tokenizer=tokenizer,
+            stop_ids=(),
+        )[0]
         assert (c.tokens == [t] * 6) == kept and c.tokens[0] == t
 
 
 def test_a_wide_nucleus_is_the_same_as_a_sort_of_everything():
     """More than 256 tokens are kept; a row's draw does not depend on what the others need."""
     g = torch.Generator().manual_seed(0)
-    p = (torch.randn(6, 3000, generator=g) * torch.tensor([0.1, 8, 0.5, 8, 1, 2])[:, None]).softmax(-1)
+    p = (torch.randn(6, 3000, generator=g) * torch.tensor([0.1, 8, 0.5, 8, 1, 2])[:, None]).softmax(
+        -1
+    )
     for top_p, min_p in ((0.95, 0.0), (1.0, 0.001)):
         for u in torch.rand(50, 6, generator=g):
             got = sample.draw(p, u, top_p, 0, min_p)
@@ -251,10 +366,16 @@ def test_a_wide_nucleus_is_the_same_as_a_sort_of_everything():
                 q, order = p[row].double().sort(descending=True)
                 q = q * (q.cumsum(0) - q < top_p) * (q >= min_p * q[0])
                 at = int((q.cumsum(0) / q.sum() <= float(u[row])).sum())
-                near = order[max(at - 1, 0):at + 2]
-                assert got[row] in near and got[row] == sample.draw(p[row:row + 1], u[row:row + 1], top_p, 0, min_p)[0]
+                near = order[max(at - 1, 0) : at + 2]
+                assert (
+                    got[row] in near
+                    and got[row]
+                    == sample.draw(p[row : row + 1], u[row : row + 1], top_p, 0, min_p)[0]
+                )
     certain = torch.zeros(1, 5).index_fill(1, torch.tensor([1]), 0.7)
-    assert sample.draw(certain, torch.tensor([1 - 2 ** -24]))[0] == 1  # never a token of probability 0
+    assert (
+        sample.draw(certain, torch.tensor([1 - 2**-24]))[0] == 1
+    )  # never a token of probability 0
 
 
 def forced(model, tokens, **options):
@@ -264,45 +385,66 @@ def forced(model, tokens, **options):
     def pick(logits, u, *rest):
         ids = torch.full((len(logits),), left.pop(0))
         return ids, logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
     sample.pick = pick
     try:
-        return sample.generate(model, [[5]], max_new_tokens=len(tokens), tokenizer=prepare.load_tokenizer("bytes"), **options)[0]
+        return sample.generate(
+            model,
+            [[5]],
+            max_new_tokens=len(tokens),
+            tokenizer=prepare.load_tokenizer("bytes"),
+            **options,
+        )[0]
     finally:
         sample.pick = real
 
 
-@pytest.mark.parametrize("text, stop, want, used", [
-    ("abcdef", "cd", "ab", 4),               # over a border of two tokens
-    ("ab\n\nUser: hi", ("\n\nUser:",), "ab", 9),
-    ("né漢字x", "漢", "né", 6),                # its three bytes are three tokens
-    ("né漢字x", "字x", "né漢", 10),
-    ("aXbY", ("Y", "X"), "a", 2),
-    ("abc", "zz", "abc", 3),
-])
+@pytest.mark.parametrize(
+    "text, stop, want, used",
+    [
+        ("abcdef", "cd", "ab", 4),  # over a border of two tokens
+        ("ab\n\nUser: hi", ("\n\nUser:",), "ab", 9),
+        ("né漢字x", "漢", "né", 6),  # its three bytes are three tokens
+        ("né漢字x", "字x", "né漢", 10),
+        ("aXbY", ("Y", "X"), "a", 2),
+        ("abc", "zz", "abc", 3),
+    ],
+)
 def test_stop_texts_over_token_borders(model, text, stop, want, used):
     tokenizer = prepare.load_tokenizer("bytes")
     c = forced(model, tokenizer.encode(text), stop=stop)
     assert c.text == want and c.tokens == tokenizer.encode(text)[:used] and len(c.logprobs) == used
-    assert c.finish_reason == ("stop" if used < len(tokenizer.encode(text)) or text.endswith(tuple(stop)) else "length")
+    assert c.finish_reason == (
+        "stop" if used < len(tokenizer.encode(text)) or text.endswith(tuple(stop)) else "length"
+    )
 
 
 def test_a_stop_id_inside_a_character_leaves_the_text_whole(model):
     ids = prepare.load_tokenizer("bytes").encode("a漢")
     c = forced(model, ids[:2] + [0], stop=())
-    assert c.tokens == ids[:2] + [0] and c.text == "a\ufffd" and c.finish_reason == "stop" and len(c.logprobs) == 3
+    assert (
+        c.tokens == ids[:2] + [0]
+        and c.text == "a\ufffd"
+        and c.finish_reason == "stop"
+        and len(c.logprobs) == 3
+    )
 
 
 def test_final_states_are_those_of_prompt_and_completion_without_the_last_token(model):
     for prompts in (PROMPTS, [[3]]):
-        limits = [7, 1, 4, 9][:len(prompts)]
-        out = sample.generate(model, prompts, n=2, max_new_tokens=limits, seed=1, batch_size=3, return_state=True)
+        limits = [7, 1, 4, 9][: len(prompts)]
+        out = sample.generate(
+            model, prompts, n=2, max_new_tokens=limits, seed=1, batch_size=3, return_state=True
+        )
         for i, c in enumerate(out):
             _, want = model(torch.tensor([prompts[i // 2] + c.tokens[:-1]]))
             for k in want:
                 torch.testing.assert_close(c.state[k], want[k], atol=2e-5, rtol=1e-4)
     whole = sample.generate(model, [[5, 6]], max_new_tokens=8, temperature=0)[0]
     half = sample.generate(model, [[5, 6]], max_new_tokens=5, temperature=0, return_state=True)[0]
-    rest = sample.generate(model, [half.tokens[-1:]], state=half.state, max_new_tokens=3, temperature=0)[0]
+    rest = sample.generate(
+        model, [half.tokens[-1:]], state=half.state, max_new_tokens=3, temperature=0
+    )[0]
     assert half.tokens + rest.tokens == whole.tokens and half.state["wkv"].shape[1] == 1
 
 
@@ -310,11 +452,18 @@ def test_slots_from_a_memory_budget(model):
     state = sum(v.nbytes for v in model.zero_state(1).values())
     for slots in (1, 7, 40):
         need = slots * (3 * state + 24 * 257)
-        assert sample.slots_for(model, need) == slots and sample.slots_for(model, need - 1) == max(1, slots - 1)
+        assert sample.slots_for(model, need) == slots and sample.slots_for(model, need - 1) == max(
+            1, slots - 1
+        )
     widths, real = set(), model.forward
-    model.forward = lambda idx, *a, **k: (widths.add(len(idx)) if "out" in k else None, real(idx, *a, **k))[1]
+    model.forward = lambda idx, *a, **k: (
+        widths.add(len(idx)) if "out" in k else None,
+        real(idx, *a, **k),
+    )[1]
     try:
-        sample.generate(model, PROMPTS, n=4, max_new_tokens=3, memory=7 * (3 * state + 24 * 257), stop_ids=())
+        sample.generate(
+            model, PROMPTS, n=4, max_new_tokens=3, memory=7 * (3 * state + 24 * 257), stop_ids=()
+        )
     finally:
         del model.forward
     assert widths == {7}
@@ -335,18 +484,32 @@ def test_live_weights_ddp_wrapper_dropout_and_modes():
     out = sample.generate(wrapper, PROMPTS, max_new_tokens=8, seed=1)
     assert [m.training for m in model.modules()] == modes
     model.eval()
-    assert [c.tokens for c in out] == [c.tokens for c in sample.generate(model, PROMPTS, max_new_tokens=8, seed=1)]
+    assert [c.tokens for c in out] == [
+        c.tokens for c in sample.generate(model, PROMPTS, max_new_tokens=8, seed=1)
+    ]
     with torch.no_grad():
         model.head.weight.neg_()
-    assert [c.tokens for c in out] != [c.tokens for c in sample.generate(model, PROMPTS, max_new_tokens=8, seed=1)]
+    assert [c.tokens for c in out] != [
+        c.tokens for c in sample.generate(model, PROMPTS, max_new_tokens=8, seed=1)
+    ]
 
 
 def test_callback_sees_every_token(model):
     seen = {}
-    out = sample.generate(model, PROMPTS, n=2, max_new_tokens=6, seed=1, batch_size=3, stop_ids=range(60),
-                          callback=lambda i, c: seen.setdefault(i, []).append((c.tokens[-1], c.finish_reason)))
+    out = sample.generate(
+        model,
+        PROMPTS,
+        n=2,
+        max_new_tokens=6,
+        seed=1,
+        batch_size=3,
+        stop_ids=range(60),
+        callback=lambda i, c: seen.setdefault(i, []).append((c.tokens[-1], c.finish_reason)),
+    )
     for i, c in enumerate(out):
-        assert [t for t, _ in seen[i]] == c.tokens and [r for _, r in seen[i]] == [None] * (len(c.tokens) - 1) + [c.finish_reason]
+        assert [t for t, _ in seen[i]] == c.tokens and [r for _, r in seen[i]] == [None] * (
+            len(c.tokens) - 1
+        ) + [c.finish_reason]
 
 
 def test_scores_of_choices_are_those_of_whole_sequences(model, monkeypatch):
@@ -355,28 +518,50 @@ def test_scores_of_choices_are_those_of_whole_sequences(model, monkeypatch):
     for start, width in ((None, 4096), (state, 4096), (None, 5)):
         monkeypatch.setattr(sample, "PREFILL", width)
         sums = sample.score_choices(model, PROMPTS, choices, state=start, temperature=0.7)
-        tokens = sample.score_choices(model, PROMPTS, choices, state=start, temperature=0.7, per_token=True)
+        tokens = sample.score_choices(
+            model, PROMPTS, choices, state=start, temperature=0.7, per_token=True
+        )
         for p, prompt in enumerate(PROMPTS):
             for ids, total, each in zip(choices[p], sums[p], tokens[p], strict=True):
                 seq = torch.tensor([prompt + ids])
-                want = model.token_logprobs(seq[:, :-1], seq[:, 1:], start, temperature=0.7)[0, len(prompt) - 1:]
+                want = model.token_logprobs(seq[:, :-1], seq[:, 1:], start, temperature=0.7)[
+                    0, len(prompt) - 1 :
+                ]
                 np.testing.assert_allclose(each, want.detach(), atol=1e-5)
                 assert abs(total - want.sum().item()) < 1e-4
-    for bad, words in (([[[]]], "choice 1 of 1: the choice is empty"), ([[[999]]], "1 of 1 has id 999"), ([], "a list for each")):
+    for bad, words in (
+        ([[[]]], "choice 1 of 1: the choice is empty"),
+        ([[[999]]], "1 of 1 has id 999"),
+        ([], "a list for each"),
+    ):
         with pytest.raises(UserError, match=words):
             sample.score_choices(model, [[1]], bad)
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(temperature=-1), "temperature=-1: expected 0"), (dict(top_p=0), "top_p=0: expected above"), (dict(top_p=1.1), "top_p=1.1"),
-    (dict(top_k=-1), "top_k=-1"), (dict(min_p=2), "min_p=2"), (dict(repetition_penalty=0), "repetition_penalty=0"),
-    (dict(stop="x"), "need a tokenizer"), (dict(stop=["a", ""], tokenizer="bytes"), "stop='' is empty"),
-    (dict(stop="hello", tokenizer="integers:200"), "stop='hello' can never be generated"),
-    (dict(prompts=[[1], []]), "prompt 2 of 2: the prompt is empty"), (dict(prompts=[[1, 257]]), "has id 257.* 0 to 256"),
-    (dict(prompts=[[-1]]), "has id -1"), (dict(stop_ids=[300]), "stop_ids: 300 is not"), (dict(logit_bias={999: 1}), "logit_bias: 999"),
-    (dict(max_new_tokens=0), "max_new_tokens=0"), (dict(batch_size=0), "batch_size=0"), (dict(seed=-1), "seed=-1"),
-    (dict(n=0), "n=0"), (dict(prompts=[[1]] * 3, state=2), "state has 2 rows for 3 prompts"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(temperature=-1), "temperature=-1: expected 0"),
+        (dict(top_p=0), "top_p=0: expected above"),
+        (dict(top_p=1.1), "top_p=1.1"),
+        (dict(top_k=-1), "top_k=-1"),
+        (dict(min_p=2), "min_p=2"),
+        (dict(repetition_penalty=0), "repetition_penalty=0"),
+        (dict(stop="x"), "need a tokenizer"),
+        (dict(stop=["a", ""], tokenizer="bytes"), "stop='' is empty"),
+        (dict(stop="hello", tokenizer="integers:200"), "stop='hello' can never be generated"),
+        (dict(prompts=[[1], []]), "prompt 2 of 2: the prompt is empty"),
+        (dict(prompts=[[1, 257]]), "has id 257.* 0 to 256"),
+        (dict(prompts=[[-1]]), "has id -1"),
+        (dict(stop_ids=[300]), "stop_ids: 300 is not"),
+        (dict(logit_bias={999: 1}), "logit_bias: 999"),
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(n=0), "n=0"),
+        (dict(prompts=[[1]] * 3, state=2), "state has 2 rows for 3 prompts"),
+    ],
+)
 def test_bad_arguments_name_the_thing(model, options, words):
     options = {"prompts": [[1]], **options}
     if "tokenizer" in options:
@@ -406,8 +591,12 @@ def test_streaming_never_shows_what_becomes_a_stop_text(capsys):
             yield 0, sample.Completion(tokens=ids[:i])
             shown.append(capsys.readouterr().out)
         yield 0, sample.Completion(tokens=ids, text="a\n\nUs b", finish_reason="stop")
+
     sample.print_stream(pieces(), tokenizer, ("\n\nUser:",))
-    assert shown[:6] == ["a", "", "", "", "", "\n\nUs "] and "".join(shown) + capsys.readouterr().out == "a\n\nUs b\n"
+    assert (
+        shown[:6] == ["a", "", "", "", "", "\n\nUs "]
+        and "".join(shown) + capsys.readouterr().out == "a\n\nUs b\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -418,11 +607,19 @@ def saved(model, tmp_path_factory):
 
 
 def test_command_line(saved, tmp_path, monkeypatch, capsys):
-    base = ["--model", str(saved), "--tokenizer=bytes", "--device=cpu", "--max_new_tokens=5", "--seed=1"]
+    base = [
+        "--model",
+        str(saved),
+        "--tokenizer=bytes",
+        "--device=cpu",
+        "--max_new_tokens=5",
+        "--seed=1",
+    ]
 
     def run(*flags):
         sample.main(sample.common.read_flags(sample.Config, [*base, *flags]))
         return capsys.readouterr().out
+
     one = run("--prompt=def ")
     assert one.startswith("def ") and one == run("--prompt=def ")
     (tmp_path / "p.txt").write_text("one\ntwo\n")
@@ -440,13 +637,20 @@ def test_chat_reads_each_turn_once_and_equals_the_whole_rendering(model, monkeyp
     def spy(m, prompts, **options):
         seen.append((prompts[0], options["state"]))
         return real(m, prompts, **options)
+
     monkeypatch.setattr(sample, "stream", spy)
     lines = iter(["hello", "and you?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     messages = []
     real_render = prepare.render_chat
-    monkeypatch.setattr(prepare, "render_chat", lambda m, *a, **k: (messages.append([dict(x) for x in m]), real_render(m, *a, **k))[1])
-    sample.chat(model, tokenizer, sample.Config(), dict(max_new_tokens=6, seed=0, tokenizer=tokenizer))
+    monkeypatch.setattr(
+        prepare,
+        "render_chat",
+        lambda m, *a, **k: (messages.append([dict(x) for x in m]), real_render(m, *a, **k))[1],
+    )
+    sample.chat(
+        model, tokenizer, sample.Config(), dict(max_new_tokens=6, seed=0, tokenizer=tokenizer)
+    )
     ids, _ = real_render(messages[-1], tokenizer, generation_prompt=True)
     _, state = model(torch.tensor([ids[:-1]]))
     assert seen[-1][0] == ids[-1:]
@@ -454,13 +658,16 @@ def test_chat_reads_each_turn_once_and_equals_the_whole_rendering(model, monkeyp
         torch.testing.assert_close(seen[-1][1][k], state[k], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("flags, words", [
-    ([], "which model"),
-    (["--model=nowhere.pth"], "nowhere.pth does not exist"),
-    (["--model=SAVED"], "vocabulary of 257 and no config.json"),
-    (["--model=SAVED", "--tokenizer=integers:500"], "502 ids.*only 257"),
-    (["--model=SAVED", "--tokenizer=bytes", "--prompts=no.txt"], "no.txt does not exist"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "which model"),
+        (["--model=nowhere.pth"], "nowhere.pth does not exist"),
+        (["--model=SAVED"], "vocabulary of 257 and no config.json"),
+        (["--model=SAVED", "--tokenizer=integers:500"], "502 ids.*only 257"),
+        (["--model=SAVED", "--tokenizer=bytes", "--prompts=no.txt"], "no.txt does not exist"),
+    ],
+)
 def test_bad_input_is_one_line(flags, words, saved):
     flags = [f.replace("SAVED", str(saved)) for f in flags]
     with pytest.raises(UserError, match=words):
@@ -470,18 +677,43 @@ def test_bad_input_is_one_line(flags, words, saved):
 def test_batch_goes_on_where_it_was_killed(saved, tmp_path):
     rows = [{"id": i, "prompt": f"row {i}\u2028" * (i % 5), "gold": {"x": [i]}} for i in range(29)]
     rows.append({"id": 29, "prompt": [{"role": "user", "content": "hello"}]})
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
     def start(out):
-        return subprocess.Popen([sys.executable, "sample.py", "batch", str(tmp_path / "in.jsonl"), str(out), "--model", str(saved),
-                                 "--tokenizer=bytes", "--device=cpu", "--n=2", "--batch_size=3", "--max_new_tokens=60", "--seed=4",
-                                 "--top_p=0.9", "--frequency_penalty=0.3"], cwd=ROOT, stdout=-1, stderr=-1)
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "sample.py",
+                "batch",
+                str(tmp_path / "in.jsonl"),
+                str(out),
+                "--model",
+                str(saved),
+                "--tokenizer=bytes",
+                "--device=cpu",
+                "--n=2",
+                "--batch_size=3",
+                "--max_new_tokens=60",
+                "--seed=4",
+                "--top_p=0.9",
+                "--frequency_penalty=0.3",
+            ],
+            cwd=ROOT,
+            stdout=-1,
+            stderr=-1,
+        )
+
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     done = start(whole)
     assert done.wait() == 0, done.stderr.read()
     lines = [json.loads(line) for line in whole.read_bytes().decode().split("\n")[:-1]]
     assert [{k: v for k, v in line.items() if k != "completions"} for line in lines] == rows
-    assert all(len(line["completions"]) == 2 and set(line["completions"][0]) == {"text", "finish_reason"} for line in lines)
+    assert all(
+        len(line["completions"]) == 2 and set(line["completions"][0]) == {"text", "finish_reason"}
+        for line in lines
+    )
     run = start(killed)
     while run.poll() is None and not (killed.is_file() and killed.read_bytes().count(b"\n") >= 3):
         time.sleep(0.005)
@@ -489,19 +721,43 @@ def test_batch_goes_on_where_it_was_killed(saved, tmp_path):
     run.wait()
     part = killed.read_bytes()
     assert 3 <= part.count(b"\n") < 30
-    killed.write_bytes(part + whole.read_bytes()[len(part):][:40])  # and half a line more
+    killed.write_bytes(part + whole.read_bytes()[len(part) :][:40])  # and half a line more
     again = start(killed)
     assert again.wait() == 0 and b"of them from before" in again.stdout.read()
     assert killed.read_bytes() == whole.read_bytes()
     (tmp_path / "in.jsonl").write_text('{"prompt": "other"}\n')
     wrong = start(killed)
-    assert wrong.wait() == 1 and b"is not row 1 of" in wrong.stderr.read() and killed.read_bytes() == whole.read_bytes()
+    assert (
+        wrong.wait() == 1
+        and b"is not row 1 of" in wrong.stderr.read()
+        and killed.read_bytes() == whole.read_bytes()
+    )
 
 
 def test_no_compiler_and_no_traceback(saved):
     env = {"PATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "sample.py", "--model", str(saved), "--tokenizer=bytes", "--prompt=a", "--device=cpu",
-                           "--max_new_tokens=3"], cwd=ROOT, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "sample.py",
+            "--model",
+            str(saved),
+            "--tokenizer=bytes",
+            "--prompt=a",
+            "--device=cpu",
+            "--max_new_tokens=3",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 0 and done.stdout.startswith("a"), done.stderr
-    done = subprocess.run([sys.executable, "sample.py", "--model=no.pth"], cwd=ROOT, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "sample.py", "--model=no.pth"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 1 and done.stderr == "error: no.pth does not exist\n"

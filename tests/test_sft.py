@@ -1,4 +1,5 @@
 """train_sft.py: packing, long context, LoRA; the same loss however it is run."""
+
 import json
 import os
 import subprocess
@@ -37,11 +38,14 @@ def gradient(model, docs, layout=pack, chunk_len=0, bptt="full", state=None):
     model.zero_grad()
     x, y, w, borders = layout(docs)
     loss, *_ = backward(model, x, y, w / sum(sum(m[1:]) for _, m in docs), borders, chunk_len, bptt)
-    return float(loss.sum()), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return float(loss.sum()), torch.cat(
+        [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # packing
+
 
 @pytest.mark.parametrize("version", ["x060", "x070"])
 def test_packed_loss_of_each_document_is_its_loss_alone(version):
@@ -53,7 +57,9 @@ def test_packed_loss_of_each_document_is_its_loss_alone(version):
         alone = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
         at = slice(int(borders[d]), int(borders[d + 1]))
         torch.testing.assert_close(nll[at], alone, atol=1e-9, rtol=1e-7)
-        assert y[0, at].tolist() == ids[1:] and w[0, at].tolist() == mask[1:]  # the target's mask, not the input's
+        assert (
+            y[0, at].tolist() == ids[1:] and w[0, at].tolist() == mask[1:]
+        )  # the target's mask, not the input's
     assert x.shape[1] == sum(len(ids) - 1 for ids, _ in docs)  # not one position is wasted
 
 
@@ -74,7 +80,7 @@ def test_gradient_is_the_same_packed_padded_and_in_any_micro_batch(tune):
         model.zero_grad()
         total = 0.0
         for i in range(0, 8, size):
-            x, y, w, borders = pack(docs[i:i + size])
+            x, y, w, borders = pack(docs[i : i + size])
             total += float(backward(model, x, y, w / n, borders)[0].sum())
         got = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
         assert total == pytest.approx(loss, rel=1e-5) and (got - want).norm() < 1e-5 * want.norm()
@@ -91,22 +97,27 @@ def test_logprobs_of_a_completion_however_it_is_run(version):
     padded = model(pad(docs)[0], targets=pad(docs)[1], temperature=0.8)[0].logps
     for row, (p, c) in enumerate(zip(prompts, said)):
         ids, n = torch.tensor([p + c.tokens]), len(p)
-        whole = model.token_logprobs(ids[:, :-1], ids[:, 1:], temperature=0.8)[0, n - 1:]
-        _, state = model(ids[:, :n - 1]) if n > 1 else (None, None)
-        forked = model.token_logprobs(ids[:, n - 1:-1], ids[:, n:], state, temperature=0.8)[0]
+        whole = model.token_logprobs(ids[:, :-1], ids[:, 1:], temperature=0.8)[0, n - 1 :]
+        _, state = model(ids[:, : n - 1]) if n > 1 else (None, None)
+        forked = model.token_logprobs(ids[:, n - 1 : -1], ids[:, n:], state, temperature=0.8)[0]
         single = []
         for t in range(n - 1, ids.shape[1] - 1):
-            scores, state = model(ids[:, t:t + 1], state, targets=ids[:, t + 1:t + 2], temperature=0.8)
+            scores, state = model(
+                ids[:, t : t + 1], state, targets=ids[:, t + 1 : t + 2], temperature=0.8
+            )
             single.append(scores.logps[0, 0])
-        for got in (whole, forked, torch.stack(single), padded[row, n - 1:n - 1 + 11]):
+        for got in (whole, forked, torch.stack(single), padded[row, n - 1 : n - 1 + 11]):
             assert (got - torch.tensor(c.logprobs)).abs().max() < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # long context
 
+
 @pytest.mark.parametrize("version", ["x060", "x070"])
-@pytest.mark.parametrize("docs", [documents(1, longest=64)[:1], documents(5, seed=3), documents(3, seed=4, longest=90)])
+@pytest.mark.parametrize(
+    "docs", [documents(1, longest=64)[:1], documents(5, seed=3), documents(3, seed=4, longest=90)]
+)
 def test_chunked_backward_equals_the_whole(version, docs):
     model = random_model(version).double()
     loss, want = gradient(model, docs)
@@ -130,6 +141,7 @@ def test_chunked_backward_in_float32_and_with_checkpointing():
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
 
+
 def test_a_fresh_lora_changes_no_bit_and_only_it_trains():
     model, idx = random_model("x070"), torch.randint(0, 320, (2, 20))
     base, frozen = model(idx)[0], {n: p.clone() for n, p in model.named_parameters()}
@@ -142,10 +154,15 @@ def test_a_fresh_lora_changes_no_bit_and_only_it_trains():
         opt.zero_grad()
     assert not torch.equal(model(idx)[0], base)
     with model.reference():
-        assert torch.equal(model(idx)[0], base)  # a step later the reference still says what it said
+        assert torch.equal(
+            model(idx)[0], base
+        )  # a step later the reference still says what it said
     assert not torch.equal(model(idx)[0], base)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {n for n, _ in model.named_parameters() if ".lora_" in n} and len(trained) == 2 * 6 * 3
+    assert (
+        trained == {n for n, _ in model.named_parameters() if ".lora_" in n}
+        and len(trained) == 2 * 6 * 3
+    )
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     assert len(opt.state) == len(trained)
 
@@ -157,7 +174,9 @@ def test_lora_is_w_plus_scale_b_a():
     for rslora, scale in ((False, 8 / 4), (True, 8 / 2)):
         model.set_tune("lora", r=4, alpha=8, rslora=rslora, targets=("att.key",))
         torch.nn.init.normal_(layer.lora_B)
-        torch.testing.assert_close(layer(x), x @ (w + scale * layer.lora_B @ layer.lora_A).T, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            layer(x), x @ (w + scale * layer.lora_B @ layer.lora_A).T, atol=1e-4, rtol=1e-4
+        )
     assert model.blocks[0].ffn.key.lora_A is None and tuple(layer.lora_A.shape) == (4, 128)
     layer.lora_dropout = 0.5
     assert not torch.equal(model.train().blocks[0].att.key(x), layer(x))
@@ -177,8 +196,17 @@ torch.manual_seed(1)
 m.set_tune("lora", r=4)
 print(sum((i + 1) * p.double().sum().item() for i, (n, p) in enumerate(m.named_parameters()) if ".lora_A" in n))
 """
-    seen = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-                           env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "0123"}
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "0123"
+    }
     assert len(seen) == 1, seen
 
 
@@ -209,58 +237,103 @@ def test_lora_errors(tmp_path):
     path = model.save_tuned(tmp_path, "a")
     other = random_model("x070", n_embd=192)
     other.set_tune("lora", r=4)
-    with pytest.raises(UserError, match=r"a.safetensors is of another base.*\[4, 128\].*\[4, 192\]"):
+    with pytest.raises(
+        UserError, match=r"a.safetensors is of another base.*\[4, 128\].*\[4, 192\]"
+    ):
         other.load_tuned(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
 
+
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
-CHAT = {"messages": [{"role": "user", "content": "a\n\nUser: b"}, {"role": "assistant", "content": "cd"},
-                     {"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]}
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "a\n\nUser: b"},
+        {"role": "assistant", "content": "cd"},
+        {"role": "user", "content": "e"},
+        {"role": "assistant", "content": "f"},
+    ]
+}
 
 
 def test_every_shape_of_data(tmp_path):
     e = BYTES.encode
     head, middle = e("User: a\nUser: b\n\nAssistant:"), e("User: e\n\nAssistant:")
-    want = (head + e(" cd\n\n") + middle + e(" f") + [0],
-            [0] * len(head) + [1] * 5 + [0] * len(middle) + [1] * 3)
-    sharegpt = {"conversations": [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
-                                  for m in CHAT["messages"]]}
-    path = write(tmp_path / "a.jsonl", CHAT, sharegpt, {"prompt": "ab", "completion": "cd"}, {"text": "xy"},
-                 {"text": [5, 6, 7], "mask": [0, 0, 1]})
+    want = (
+        head + e(" cd\n\n") + middle + e(" f") + [0],
+        [0] * len(head) + [1] * 5 + [0] * len(middle) + [1] * 3,
+    )
+    sharegpt = {
+        "conversations": [
+            {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
+            for m in CHAT["messages"]
+        ]
+    }
+    path = write(
+        tmp_path / "a.jsonl",
+        CHAT,
+        sharegpt,
+        {"prompt": "ab", "completion": "cd"},
+        {"text": "xy"},
+        {"text": [5, 6, 7], "mask": [0, 0, 1]},
+    )
     rows = prepare.read_examples(path, BYTES, 4096)
     assert rows[0] == rows[1] == want
     assert rows[2] == (e("abcd") + [0], [0, 0, 1, 1, 1]) and rows[3] == (e("xy") + [0], [1, 1, 1])
     assert rows[4] == ([5, 6, 7], [0, 0, 1])
-    last = prepare.read_examples(write(tmp_path / "b.jsonl", CHAT), BYTES, 4096, last_reply_only=True)[0]
+    last = prepare.read_examples(
+        write(tmp_path / "b.jsonl", CHAT), BYTES, 4096, last_reply_only=True
+    )[0]
     assert last == (want[0], [0] * (len(want[0]) - 3) + [1] * 3)
     own = prepare.read_examples(path, BYTES, 4096, template=lambda row, tokenizer: ([1, 2], [0, 1]))
     assert own == [([1, 2], [0, 1])] * 5
 
 
-@pytest.mark.parametrize("row, words", [
-    ("{", r"a.jsonl:2: not JSON"), ("[1]", r"a.jsonl:2: expected a JSON object"), ({"x": 1}, r"a.jsonl:2: expected .*keys \['x'\]"),
-    ({"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": "y"}]}, r"a.jsonl:2: message 0.*'bot'"),
-    ({"messages": [{"role": "user", "content": "x"}]}, r"a.jsonl:2: no assistant turn"),
-    ({"messages": [{"role": "assistant", "content": " "}]}, r"a.jsonl:2: message 0.*not an empty one"),
-    ({"messages": ["a"]}, r"a.jsonl:2: expected"), ({"conversations": ["a"]}, r"a.jsonl:2: expected"),
-    ({"messages": [{"role": ["a"], "content": "x"}]}, r"a.jsonl:2: expected"), ({"text": "\ud800 x"}, r"a.jsonl:2: not UTF-8"),
-    ({"text": [1, 2], "mask": [1]}, r'a.jsonl:2: "text" has 2 ids, "mask" 1'), ({"text": [1, -2], "mask": [1, 1]}, r"a.jsonl:2: .*ids >= 0"),
-    ({"prompt": "x", "completion": ""}, r"a.jsonl:2: .*empty"), ({"text": [1, 400], "mask": [1, 1]}, r"a.jsonl:2: id 400 does not fit"),
-])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("{", r"a.jsonl:2: not JSON"),
+        ("[1]", r"a.jsonl:2: expected a JSON object"),
+        ({"x": 1}, r"a.jsonl:2: expected .*keys \['x'\]"),
+        (
+            {"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            r"a.jsonl:2: message 0.*'bot'",
+        ),
+        ({"messages": [{"role": "user", "content": "x"}]}, r"a.jsonl:2: no assistant turn"),
+        (
+            {"messages": [{"role": "assistant", "content": " "}]},
+            r"a.jsonl:2: message 0.*not an empty one",
+        ),
+        ({"messages": ["a"]}, r"a.jsonl:2: expected"),
+        ({"conversations": ["a"]}, r"a.jsonl:2: expected"),
+        ({"messages": [{"role": ["a"], "content": "x"}]}, r"a.jsonl:2: expected"),
+        ({"text": "\ud800 x"}, r"a.jsonl:2: not UTF-8"),
+        ({"text": [1, 2], "mask": [1]}, r'a.jsonl:2: "text" has 2 ids, "mask" 1'),
+        ({"text": [1, -2], "mask": [1, 1]}, r"a.jsonl:2: .*ids >= 0"),
+        ({"prompt": "x", "completion": ""}, r"a.jsonl:2: .*empty"),
+        ({"text": [1, 400], "mask": [1, 1]}, r"a.jsonl:2: id 400 does not fit"),
+    ],
+)
 def test_bad_rows_name_file_and_line(row, words, tmp_path):
     with pytest.raises(UserError, match=words):
         prepare.read_examples(write(tmp_path / "a.jsonl", CHAT, row), BYTES, 4096)
 
 
 def test_what_is_cut_or_dropped_is_counted(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", CHAT, {"prompt": "a" * 50, "completion": "b"}, {"prompt": "a" * 10, "completion": "b" * 50})
+    path = write(
+        tmp_path / "a.jsonl",
+        CHAT,
+        {"prompt": "a" * 50, "completion": "b"},
+        {"prompt": "a" * 10, "completion": "b" * 50},
+    )
     assert len(prepare.read_examples(path, BYTES, 32)) == 2
     assert "3 documents cut to ctx_len=32 tokens, 1 dropped" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds nothing to train on"):
@@ -270,11 +343,16 @@ def test_what_is_cut_or_dropped_is_counted(tmp_path, capsys):
 def test_show_colours_what_is_trained(tmp_path, capsys):
     prepare.main(["show", str(write(tmp_path / "a.jsonl", CHAT)), "--tokenizer=bytes"])
     out = capsys.readouterr().out
-    assert "\033[32m cd\n\n\033[0m" in out and "\033[32m f<end>\033[0m" in out and "\033[90mUser: a\nUser: b" in out
+    assert (
+        "\033[32m cd\n\n\033[0m" in out
+        and "\033[32m f<end>\033[0m" in out
+        and "\033[90mUser: a\nUser: b" in out
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the script
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -283,15 +361,44 @@ def base(tmp_path_factory):
     torch.manual_seed(0)
     RWKV(RWKVConfig("x070", 2, 64, 257)).save_pretrained(folder / "base.pth")
     words = "red green blue black white grey pink brown".split()
-    write(folder / "chats.jsonl", *({"messages": [{"role": "user", "content": f"{a} {i}"}, {"role": "assistant", "content": b}]}
-                                    for i in range(4) for a, b in zip(words, words[i:] + words[:i])))
+    write(
+        folder / "chats.jsonl",
+        *(
+            {
+                "messages": [
+                    {"role": "user", "content": f"{a} {i}"},
+                    {"role": "assistant", "content": b},
+                ]
+            }
+            for i in range(4)
+            for a, b in zip(words, words[i:] + words[:i])
+        ),
+    )
     return folder
 
 
 def tiny(base, out, **over):
-    return Config(**{**dict(data=str(base / "chats.jsonl"), init_from=str(base / "base.pth"), tokenizer="bytes", out_dir=str(out),
-                            micro_bsz=8, global_bsz=8, lr=3e-3, lr_final=3e-4, warmup_steps=3, max_steps=6, eval_every=0,
-                            save_every=0, log_every=1, device="cpu"), **over})
+    return Config(
+        **{
+            **dict(
+                data=str(base / "chats.jsonl"),
+                init_from=str(base / "base.pth"),
+                tokenizer="bytes",
+                out_dir=str(out),
+                micro_bsz=8,
+                global_bsz=8,
+                lr=3e-3,
+                lr_final=3e-4,
+                warmup_steps=3,
+                max_steps=6,
+                eval_every=0,
+                save_every=0,
+                log_every=1,
+                device="cpu",
+            ),
+            **over,
+        }
+    )
 
 
 def rows(out):
@@ -299,14 +406,33 @@ def rows(out):
 
 
 def test_loss_does_not_depend_on_micro_batch_packing_or_processes(base, tmp_path):
-    runs = {"1x8": {}, "1x1": dict(micro_bsz=1), "1x2": dict(micro_bsz=2), "padded": dict(packing=False),
-            "chunks": dict(chunk_len=7)}
+    runs = {
+        "1x8": {},
+        "1x1": dict(micro_bsz=1),
+        "1x2": dict(micro_bsz=2),
+        "padded": dict(packing=False),
+        "chunks": dict(chunk_len=7),
+    }
     for name, over in runs.items():
         train_sft.main(tiny(base, tmp_path / name, **over))
     cfg = tiny(base, tmp_path / "2x2", micro_bsz=2)
     flags = [f"--{f}={v}" for f, v in common.config_dict(cfg).items() if v not in (None, "()", "")]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
-                           str(29600 + os.getpid() % 1000), "--", "train_sft.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port",
+            str(29600 + os.getpid() % 1000),
+            "--",
+            "train_sft.py",
+            *flags,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     want = rows(tmp_path / "1x8")
     for name in [*runs, "2x2"]:
@@ -317,8 +443,22 @@ def test_loss_does_not_depend_on_micro_batch_packing_or_processes(base, tmp_path
 
 @pytest.mark.parametrize("tune, lr", [("full", 3e-3), ("lora", 1.5e-2)])
 def test_overfits_32_conversations_and_stops_by_itself(tune, lr, base, tmp_path):
-    train_sft.main(tiny(base, tmp_path / tune, tune=tune, lr=lr, lr_final=lr / 5, lora_r=16, lora_targets=("att", "ffn", "head"),
-                        lora_extra=("emb", "ln") if tune == "lora" else (), global_bsz=32, micro_bsz=32, max_steps=300, log_every=50))
+    train_sft.main(
+        tiny(
+            base,
+            tmp_path / tune,
+            tune=tune,
+            lr=lr,
+            lr_final=lr / 5,
+            lora_r=16,
+            lora_targets=("att", "ffn", "head"),
+            lora_extra=("emb", "ln") if tune == "lora" else (),
+            global_bsz=32,
+            micro_bsz=32,
+            max_steps=300,
+            log_every=50,
+        )
+    )
     assert rows(tmp_path / tune)[-1]["loss"] < 0.05
     if tune == "full":
         model, tokenizer = RWKV.from_pretrained(tmp_path / "full/rwkv-final.pth"), BYTES
@@ -326,33 +466,66 @@ def test_overfits_32_conversations_and_stops_by_itself(tune, lr, base, tmp_path)
         model, tokenizer = RWKV.from_pretrained(base / "base.pth"), BYTES
         model.set_tune("lora", r=16, targets=("att", "ffn", "head"), extra=("emb", "ln"))
         model.load_tuned(tmp_path / "lora/lora-final.safetensors")
-    chats = [json.loads(line)["messages"] for line in (base / "chats.jsonl").read_text().splitlines()]
+    chats = [
+        json.loads(line)["messages"] for line in (base / "chats.jsonl").read_text().splitlines()
+    ]
     prompts = [prepare.render_chat(m[:1], tokenizer, generation_prompt=True)[0] for m in chats]
-    answers = sample.generate(model.eval(), prompts, max_new_tokens=20, temperature=0, tokenizer=tokenizer)
+    answers = sample.generate(
+        model.eval(), prompts, max_new_tokens=20, temperature=0, tokenizer=tokenizer
+    )
     assert [a.text.strip() for a in answers] == [m[1]["content"] for m in chats]
     assert all(a.finish_reason == "stop" and a.tokens[-1] == 0 for a in answers)
 
 
 def test_without_the_end_token_in_the_mask_it_does_not_stop(base, tmp_path):
     """The check of the test above can fail."""
+
     def no_end(row, tokenizer):
         ids, mask = prepare.render_row(row, tokenizer)
         return ids, [*mask[:-1], 0]
-    train_sft.main(tiny(base, tmp_path / "run", template=no_end, global_bsz=32, micro_bsz=32, max_steps=120, log_every=50))
+
+    train_sft.main(
+        tiny(
+            base,
+            tmp_path / "run",
+            template=no_end,
+            global_bsz=32,
+            micro_bsz=32,
+            max_steps=120,
+            log_every=50,
+        )
+    )
     model = RWKV.from_pretrained(tmp_path / "run/rwkv-final.pth")
-    prompt = prepare.render_chat([{"role": "user", "content": "red 1"}], BYTES, generation_prompt=True)[0]
-    assert sample.generate(model, [prompt], max_new_tokens=30, temperature=0, tokenizer=BYTES)[0].finish_reason == "length"
+    prompt = prepare.render_chat(
+        [{"role": "user", "content": "red 1"}], BYTES, generation_prompt=True
+    )[0]
+    assert (
+        sample.generate(model, [prompt], max_new_tokens=30, temperature=0, tokenizer=BYTES)[
+            0
+        ].finish_reason
+        == "length"
+    )
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_resume_is_bit_for_bit(tune, base, tmp_path):
     from test_pretrain import kill_after
-    over = dict(tune=tune, val_data=str(base / "chats.jsonl"), eval_every=2, save_every=2, eval_samples=1, lora_dropout=0.1)
+
+    over = dict(
+        tune=tune,
+        val_data=str(base / "chats.jsonl"),
+        eval_every=2,
+        save_every=2,
+        eval_samples=1,
+        lora_dropout=0.1,
+    )
     whole, parts = (tiny(base, tmp_path / name, **over) for name in ("whole", "parts"))
     train_sft.main(whole)
     kill_after(parts, 3, train_sft.main)
     train_sft.main(tiny(base, tmp_path / "parts", **over, resume=True))
-    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    a, b = (
+        torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")
+    )
     assert a["best"] == b["best"] and a["model"].keys() == b["model"].keys()
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert (tmp_path / "whole" / ("best.pth" if tune == "full" else "best.safetensors")).exists()
@@ -361,29 +534,80 @@ def test_resume_is_bit_for_bit(tune, base, tmp_path):
 
 def test_eval_fn_and_template_come_from_the_config_file(base, tmp_path):
     (tmp_path / "c.py").write_text("def eval_fn(model, tokenizer):\n    return {'seven': 7.0}\n")
-    cfg = common.load_config(Config, [str(tmp_path / "c.py"), f"--data={base / 'chats.jsonl'}", f"--init_from={base / 'base.pth'}",
-                                      "--tokenizer=bytes", f"--out_dir={tmp_path / 'run'}", "--max_steps=1", "--global_bsz=8",
-                                      "--device=cpu", "--lora_targets", "att.key", "head"])
+    cfg = common.load_config(
+        Config,
+        [
+            str(tmp_path / "c.py"),
+            f"--data={base / 'chats.jsonl'}",
+            f"--init_from={base / 'base.pth'}",
+            "--tokenizer=bytes",
+            f"--out_dir={tmp_path / 'run'}",
+            "--max_steps=1",
+            "--global_bsz=8",
+            "--device=cpu",
+            "--lora_targets",
+            "att.key",
+            "head",
+        ],
+    )
     train_sft.main(cfg)
-    assert [row["seven"] for row in rows(tmp_path / "run")] == [7.0, 7.0] and cfg.lora_targets == ("att.key", "head")
+    assert [row["seven"] for row in rows(tmp_path / "run")] == [7.0, 7.0] and cfg.lora_targets == (
+        "att.key",
+        "head",
+    )
 
 
-@pytest.mark.parametrize("over, words", [
-    (dict(init_from=""), "which model"), (dict(data="no.jsonl"), "no.jsonl does not exist"),
-    (dict(chunk_len=8, packing=False), "chunk_len needs packing"), (dict(adapter="x.safetensors"), "adapter is for --tune=lora"),
-    (dict(tokenizer=""), "vocabulary of 257 and no config.json"), (dict(micro_bsz=3), "not a multiple of micro_bsz"),
-    (dict(tune="lora", chunk_len=8, lora_dropout=0.1), "lora_dropout would make different"),
-])
+@pytest.mark.parametrize(
+    "over, words",
+    [
+        (dict(init_from=""), "which model"),
+        (dict(data="no.jsonl"), "no.jsonl does not exist"),
+        (dict(chunk_len=8, packing=False), "chunk_len needs packing"),
+        (dict(adapter="x.safetensors"), "adapter is for --tune=lora"),
+        (dict(tokenizer=""), "vocabulary of 257 and no config.json"),
+        (dict(micro_bsz=3), "not a multiple of micro_bsz"),
+        (dict(tune="lora", chunk_len=8, lora_dropout=0.1), "lora_dropout would make different"),
+    ],
+)
 def test_bad_input(over, words, base, tmp_path):
     with pytest.raises(UserError, match=words):
         train_sft.main(tiny(base, tmp_path / "run", **over))
 
 
 def test_lora_goes_on_from_a_saved_adapter(base, tmp_path):
-    train_sft.main(tiny(base, tmp_path / "a", tune="lora", lora_r=4, lr=1e-2, max_steps=4, val_data=str(base / "chats.jsonl")))
-    train_sft.main(tiny(base, tmp_path / "b", tune="lora", lora_r=4, max_steps=1, val_data=str(base / "chats.jsonl"),
-                        adapter=str(tmp_path / "a/lora-final.safetensors")))
+    train_sft.main(
+        tiny(
+            base,
+            tmp_path / "a",
+            tune="lora",
+            lora_r=4,
+            lr=1e-2,
+            max_steps=4,
+            val_data=str(base / "chats.jsonl"),
+        )
+    )
+    train_sft.main(
+        tiny(
+            base,
+            tmp_path / "b",
+            tune="lora",
+            lora_r=4,
+            max_steps=1,
+            val_data=str(base / "chats.jsonl"),
+            adapter=str(tmp_path / "a/lora-final.safetensors"),
+        )
+    )
     assert rows(tmp_path / "b")[0]["step"] == 0
-    assert rows(tmp_path / "b")[0]["val_loss"] == pytest.approx(rows(tmp_path / "a")[-1]["val_loss"], rel=1e-6)
+    assert rows(tmp_path / "b")[0]["val_loss"] == pytest.approx(
+        rows(tmp_path / "a")[-1]["val_loss"], rel=1e-6
+    )
     with pytest.raises(UserError, match="another base or other settings.*lora_r"):
-        train_sft.main(tiny(base, tmp_path / "c", tune="lora", lora_r=8, adapter=str(tmp_path / "a/lora-final.safetensors")))
+        train_sft.main(
+            tiny(
+                base,
+                tmp_path / "c",
+                tune="lora",
+                lora_r=8,
+                adapter=str(tmp_path / "a/lora-final.safetensors"),
+            )
+        )

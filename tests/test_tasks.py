@@ -1,4 +1,5 @@
 """The task family: every rule by hand, the checker's strictness, the split, the files."""
+
 import json
 import random
 import re
@@ -11,8 +12,14 @@ import tasks
 from conftest import ROOT
 
 EXAMPLES = {  # worked out by hand
-    "reverse bdac": "cadb", "sort bdaca": "aabcd", "upper lfka": "LFKA", "next abl": "bcm", "double abca": "aabbccaa",
-    "replace a by f in abca": "fbcf", "remove a in abcab": "bcb", "rotate abcd": "bcda",
+    "reverse bdac": "cadb",
+    "sort bdaca": "aabcd",
+    "upper lfka": "LFKA",
+    "next abl": "bcm",
+    "double abca": "aabbccaa",
+    "replace a by f in abca": "fbcf",
+    "remove a in abcab": "bcb",
+    "rotate abcd": "bcda",
 }
 
 
@@ -23,7 +30,10 @@ def files(tmp_path_factory):
     flags = [f"--out={out}", "--text_tokens=200_000", "--heldout=150", "--prompts=400"]
     command = [sys.executable, ROOT / "tasks.py", *flags]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    read = {p.stem[2:]: [json.loads(line) for line in p.read_text().splitlines()] for p in out.parent.glob("t_*.jsonl")}
+    read = {
+        p.stem[2:]: [json.loads(line) for line in p.read_text().splitlines()]
+        for p in out.parent.glob("t_*.jsonl")
+    }
     assert len(list(out.parent.iterdir())) == len(read) == len(printed.splitlines())
     return read
 
@@ -44,6 +54,7 @@ def text_lines(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # rules and checker
 
+
 @pytest.mark.parametrize("task, answer", EXAMPLES.items())
 def test_rules_by_hand(task, answer):
     assert tasks.solve(task) == answer
@@ -53,16 +64,39 @@ def test_rules_by_hand(task, answer):
 
 @pytest.mark.parametrize("task, answer", EXAMPLES.items())
 def test_checker_rejects(task, answer):
-    wrong = ["", " ", answer[:-1], answer + "a", answer[0] + answer, answer.swapcase(), answer[:2] + " " + answer[2:],
-             answer + ".", answer + " " + answer, f"The answer is {answer}", task, answer + "\n\nUser: " + task]
+    wrong = [
+        "",
+        " ",
+        answer[:-1],
+        answer + "a",
+        answer[0] + answer,
+        answer.swapcase(),
+        answer[:2] + " " + answer[2:],
+        answer + ".",
+        answer + " " + answer,
+        f"The answer is {answer}",
+        task,
+        answer + "\n\nUser: " + task,
+    ]
     assert not [text for text in wrong if tasks.check(task, text)]
 
 
 def test_every_skill_is_in_the_examples():
-    assert {task.split()[0] for task in EXAMPLES} == {*tasks.SKILLS, tasks.UNSEEN} and tasks.UNSEEN not in tasks.SKILLS
+    assert {task.split()[0] for task in EXAMPLES} == {
+        *tasks.SKILLS,
+        tasks.UNSEEN,
+    } and tasks.UNSEEN not in tasks.SKILLS
 
 
-NO_TASKS = ["", "reverse", "sing abc", "reverse ab cd", "replace a by f in", " reverse abc", "reverse  abc"]
+NO_TASKS = [
+    "",
+    "reverse",
+    "sing abc",
+    "reverse ab cd",
+    "replace a by f in",
+    " reverse abc",
+    "reverse  abc",
+]
 
 
 @pytest.mark.parametrize("text", NO_TASKS)
@@ -76,7 +110,11 @@ def test_generated_tasks(skill):
     rng, seen = random.Random(1), []
     for _ in range(300):
         task, answer = tasks.make_task(skill, rng)
-        assert tasks.check(task, answer) and re.fullmatch(r"\w+", answer) and not tasks.is_held_out(task)
+        assert (
+            tasks.check(task, answer)
+            and re.fullmatch(r"\w+", answer)
+            and not tasks.is_held_out(task)
+        )
         assert len(answer) <= 12
         seen.append(task)
         if skill in ("replace", "remove"):
@@ -98,11 +136,27 @@ def test_a_slip_is_one_wrong_letter(word):
 # ---------------------------------------------------------------------------------------------------------------------
 # the split
 
+
 def test_the_split_never_moves():
-    held = ["reverse hhdif", "sort jggfakgc", "upper gkcdlfl", "double eec", "replace f by e in bfddbfff",
-            "rotate gbaakjje"]
-    kept = ["rotate kfhbhkgi", "sort ljdhilfd", "replace j by c in kkjeffj", "reverse lkefgh", "double idgg",
-            "next gehhaakd", "sort blgjac", "rotate kbbcl", "next dbfhfeak"]  # crc32 % 10 = 1 .. 9
+    held = [
+        "reverse hhdif",
+        "sort jggfakgc",
+        "upper gkcdlfl",
+        "double eec",
+        "replace f by e in bfddbfff",
+        "rotate gbaakjje",
+    ]
+    kept = [
+        "rotate kfhbhkgi",
+        "sort ljdhilfd",
+        "replace j by c in kkjeffj",
+        "reverse lkefgh",
+        "double idgg",
+        "next gehhaakd",
+        "sort blgjac",
+        "rotate kbbcl",
+        "next dbfhfeak",
+    ]  # crc32 % 10 = 1 .. 9
     assert all(map(tasks.is_held_out, held)) and not any(map(tasks.is_held_out, kept))
 
 
@@ -115,7 +169,9 @@ def test_no_held_out_task_is_trained_on(files):
 
 
 def test_prompts_are_disjoint_by_split_and_differ_by_seed():
-    one, two, held = (set(map(task_of, tasks.prompts(210, *a))) for a in ((0,), (1,), (0, tasks.SKILLS, True)))
+    one, two, held = (
+        set(map(task_of, tasks.prompts(210, *a))) for a in ((0,), (1,), (0, tasks.SKILLS, True))
+    )
     assert len(one) == len(two) == len(held) == 210
     assert not one & held and len(one & two) < 5
     assert tasks.prompts(50, 0) == tasks.prompts(210, 0)[:50] == tasks.prompts(50, 0)
@@ -124,18 +180,30 @@ def test_prompts_are_disjoint_by_split_and_differ_by_seed():
 # ---------------------------------------------------------------------------------------------------------------------
 # the files
 
+
 def test_chat_files(files):
     assert {name: len(rows) for name, rows in files.items() if name != "text"} == dict(
-        sft=500, sft_val=200, prompts=400, heldout=150, unseen=400, unseen_heldout=150)
+        sft=500, sft_val=200, prompts=400, heldout=150, unseen=400, unseen_heldout=150
+    )
     for name in ("sft", "sft_val", "unseen"):
         for row in files[name]:
-            (user, reply), = row.values()
-            assert list(row) == ["messages"] and (user["role"], reply["role"]) == ("user", "assistant")
-            assert tasks.check(user["content"], reply["content"]) and reply["content"] == reply["content"].strip()
+            ((user, reply),) = row.values()
+            assert list(row) == ["messages"] and (user["role"], reply["role"]) == (
+                "user",
+                "assistant",
+            )
+            assert (
+                tasks.check(user["content"], reply["content"])
+                and reply["content"] == reply["content"].strip()
+            )
     for name in ("prompts", "heldout", "unseen_heldout"):
         for row in files[name]:
-            assert list(row) == ["prompt", "skill", "answer"] and [m["role"] for m in row["prompt"]] == ["user"]
-            assert tasks.check(task_of(row), row["answer"]) and task_of(row).split()[0] == row["skill"]
+            assert list(row) == ["prompt", "skill", "answer"] and [
+                m["role"] for m in row["prompt"]
+            ] == ["user"]
+            assert (
+                tasks.check(task_of(row), row["answer"]) and task_of(row).split()[0] == row["skill"]
+            )
     for name, rows in files.items():
         skills = {tasks.UNSEEN} if name.startswith("unseen") else set(tasks.SKILLS)
         assert name == "text" or {task_of(row).split()[0] for row in rows} == skills
@@ -149,7 +217,11 @@ def test_pretraining_text(files):
     for task, shown, verdict in lines:
         assert tasks.check(task, shown) == (verdict != "no"), (task, shown, verdict)
     share = {v: sum(verdict == v for *_, verdict in lines) / len(lines) for v in (None, "ok", "no")}
-    assert abs(share[None] - 0.7) < 0.02 and abs(share["ok"] - 0.15) < 0.02 and abs(share["no"] - 0.15) < 0.02
+    assert (
+        abs(share[None] - 0.7) < 0.02
+        and abs(share["ok"] - 0.15) < 0.02
+        and abs(share["no"] - 0.15) < 0.02
+    )
     assert {task.split()[0] for task, *_ in lines} == set(tasks.RULES)  # the unseen skill too
 
 
@@ -164,8 +236,12 @@ def test_same_seed_same_bytes_other_seed_others(tmp_path):
 
 def test_report():
     rows = tasks.prompts(14, 0)
-    text = tasks.report([(row, " " + row["answer"] if i else " nonsense") for i, row in enumerate(rows)])
-    assert re.search(r"^reverse +0\.500 of 2$", text, re.M) and re.search(r"^sort +1\.000 of 2$", text, re.M)
+    text = tasks.report(
+        [(row, " " + row["answer"] if i else " nonsense") for i, row in enumerate(rows)]
+    )
+    assert re.search(r"^reverse +0\.500 of 2$", text, re.M) and re.search(
+        r"^sort +1\.000 of 2$", text, re.M
+    )
     assert re.search(r"^all +0\.929 of 14$", text, re.M)
     assert text.count(" -> ") == 10 and f"'nonsense', should be '{rows[0]['answer']}'" in text
 
@@ -173,5 +249,6 @@ def test_report():
 def test_the_tiny_config_reads_no_window_twice():
     import train_pretrain
     from common import load_config
+
     cfg = load_config(train_pretrain.Config, [str(ROOT / "config/pretrain_tasks.py")])
     assert cfg.max_steps * cfg.global_bsz * cfg.ctx_len < 0.99 * tasks.Config().text_tokens

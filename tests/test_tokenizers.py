@@ -1,4 +1,5 @@
 """Tokenizers and the chat template, against the rwkv package, definitions and expectations worked out by hand."""
+
 import json
 import pathlib
 import random
@@ -11,11 +12,28 @@ import prepare
 from common import UserError
 from prepare import load_tokenizer, render_chat, save_tokenizer
 
-TEXTS = ["", " ", "a", "Hello, world.\n\nUser: 你好 👩‍👩‍👧 é e\u0301\r\n\ttabs  and   spaces",
-         "<|endoftext|> </s> [UNK]", "\0\x7f\x85\u2028\ufeff\ufffd\U0010ffff", "x" * 300, "\n" * 9, " \n\n  \n"]
+TEXTS = [
+    "",
+    " ",
+    "a",
+    "Hello, world.\n\nUser: 你好 👩‍👩‍👧 é e\u0301\r\n\ttabs  and   spaces",
+    "<|endoftext|> </s> [UNK]",
+    "\0\x7f\x85\u2028\ufeff\ufffd\U0010ffff",
+    "x" * 300,
+    "\n" * 9,
+    " \n\n  \n",
+]
 rng = random.Random(0)
-RANGES = [(32, 126), (32, 126), (9, 13), (0xA0, 0x17F), (0x400, 0x45F), (0x4E00, 0x9FFF), (0x1F300, 0x1F6FF),
-          (0, 0xD7FF)]
+RANGES = [
+    (32, 126),
+    (32, 126),
+    (9, 13),
+    (0xA0, 0x17F),
+    (0x400, 0x45F),
+    (0x4E00, 0x9FFF),
+    (0x1F300, 0x1F6FF),
+    (0, 0xD7FF),
+]
 
 
 def random_text(length):
@@ -29,22 +47,46 @@ def world():
 
 @pytest.fixture(scope="module")
 def bpe():
-    return prepare.train_bpe(["the cat sat on the mat\n" * 2000, pathlib.Path(prepare.__file__).read_text()], 300)
+    return prepare.train_bpe(
+        ["the cat sat on the mat\n" * 2000, pathlib.Path(prepare.__file__).read_text()], 300
+    )
 
 
 # ---- World
 
+
 def test_world_vector(world):
-    ids = [33520, 4600, 332, 59219, 21509, 47, 33, 10381, 11639, 13091, 15597, 11685, 14734, 10250, 11639, 10080]
+    ids = [
+        33520,
+        4600,
+        332,
+        59219,
+        21509,
+        47,
+        33,
+        10381,
+        11639,
+        13091,
+        15597,
+        11685,
+        14734,
+        10250,
+        11639,
+        10080,
+    ]
     text = "Today is a beautiful day. 今天是美好的一天。"
     assert world.encode(text) == ids and world.decode(ids) == text
     assert (world.vocab_size, world.end_id) == (65536, 0)
-    assert world.encode("\n") == [11] and world.encode("\n\n") == [261] and world.encode("A") == [66]
+    assert (
+        world.encode("\n") == [11] and world.encode("\n\n") == [261] and world.encode("A") == [66]
+    )
 
 
 def test_world_against_the_rwkv_package(world):
     rwkv = pytest.importorskip("rwkv.rwkv_tokenizer")
-    oracle = rwkv.TRIE_TOKENIZER(str(pathlib.Path(rwkv.__file__).parent / "rwkv_vocab_v20230424.txt"))
+    oracle = rwkv.TRIE_TOKENIZER(
+        str(pathlib.Path(rwkv.__file__).parent / "rwkv_vocab_v20230424.txt")
+    )
     for text in TEXTS + [random_text(rng.randint(1, 200)) for _ in range(300)]:
         ids = world.encode(text)
         assert ids == oracle.encode(text) and world.decode(ids) == text
@@ -63,6 +105,7 @@ def test_world_decodes_what_is_no_token_to_nothing(world):
 
 def test_world_file_is_world(tmp_path, world):
     import pyrwkv_tokenizer
+
     data = open(pyrwkv_tokenizer.RWKVTokenizer().vocab_filepath, "rb").read()
     (tmp_path / "v.txt").write_bytes(data.replace(b"\n", b"\r\n"))
     again = load_tokenizer(tmp_path / "v.txt")
@@ -75,6 +118,7 @@ def test_world_file_is_world(tmp_path, world):
 
 # ---- the others
 
+
 def test_bytes():
     t = load_tokenizer("bytes")
     assert t.encode("Aé") == [66, 0xC3 + 1, 0xA9 + 1] and (t.vocab_size, t.end_id) == (257, 0)
@@ -85,29 +129,55 @@ def test_bytes():
 def test_integers():
     t = load_tokenizer("integers:359")
     assert (t.vocab_size, t.end_id, t.name) == (361, 0, "integers:359")
-    assert t.encode("0 1\n359 ") == [1, 2, 360] and t.decode([1, 2, 360, 0, 361]) == "0 1 359" and t.encode("") == []
-    for text, word in (("1 360", "360"), ("1 -2", "-2"), ("1 2.5", "2.5"), ("1 x", "x"), ("9" * 30, "integers")):
+    assert (
+        t.encode("0 1\n359 ") == [1, 2, 360]
+        and t.decode([1, 2, 360, 0, 361]) == "0 1 359"
+        and t.encode("") == []
+    )
+    for text, word in (
+        ("1 360", "360"),
+        ("1 -2", "-2"),
+        ("1 2.5", "2.5"),
+        ("1 x", "x"),
+        ("9" * 30, "integers"),
+    ):
         with pytest.raises(UserError, match=word):
             t.encode(text)
 
 
 def test_bpe(bpe, tmp_path):
     assert bpe.end_id == 0 and bpe.vocab_size == 300
-    assert all(bpe.decode(bpe.encode(text)) == text for text in TEXTS + [random_text(100) for _ in range(50)])
+    assert all(
+        bpe.decode(bpe.encode(text)) == text
+        for text in TEXTS + [random_text(100) for _ in range(50)]
+    )
     assert 0 not in bpe.encode("a<|endoftext|>b")
-    assert bpe.encode_batch(["a<|endoftext|>", "b"]) == [bpe.encode("a<|endoftext|>"), bpe.encode("b")]
-    assert bpe.encode("the cat") == bpe.encode("the") + bpe.encode(" cat") and len(bpe.encode(" the")) == 1
+    assert bpe.encode_batch(["a<|endoftext|>", "b"]) == [
+        bpe.encode("a<|endoftext|>"),
+        bpe.encode("b"),
+    ]
+    assert (
+        bpe.encode("the cat") == bpe.encode("the") + bpe.encode(" cat")
+        and len(bpe.encode(" the")) == 1
+    )
     assert bpe.decode([0, 299, 0, 5000]) == bpe.decode([299])
     assert save_tokenizer(bpe, tmp_path) == "tokenizer.json"
     for where in (tmp_path, tmp_path / "tokenizer.json"):
         again = load_tokenizer(where)
-        assert again.encode(TEXTS[3]) == bpe.encode(TEXTS[3]) and (again.vocab_size, again.end_id) == (300, 0)
+        assert again.encode(TEXTS[3]) == bpe.encode(TEXTS[3]) and (
+            again.vocab_size,
+            again.end_id,
+        ) == (300, 0)
 
 
 def test_hub_file_adds_nothing_and_needs_an_end(tmp_path):
-    hub = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "</s>": 5}, unk_token="[UNK]"))
+    hub = tokenizers.Tokenizer(
+        models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "</s>": 5}, unk_token="[UNK]")
+    )
     hub.pre_tokenizer = pre_tokenizers.Whitespace()
-    hub.post_processor = tokenizers.processors.TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", 5)])
+    hub.post_processor = tokenizers.processors.TemplateProcessing(
+        single="</s> $A </s>", special_tokens=[("</s>", 5)]
+    )
     hub.enable_truncation(1)
     hub.enable_padding(length=8)
     hub.save(str(tmp_path / "x.json"))
@@ -129,30 +199,51 @@ def test_words(tmp_path):
     assert (t.vocab_size, t.end_id) == (4, 0)
     with pytest.raises(UserError, match="token 1, 'down', is not in .*vocab.txt"):
         t.encode("up down")
-    assert save_tokenizer(t, tmp_path / "run") == "vocab.txt" and load_tokenizer(tmp_path / "run").encode("up") == [3]
+    assert save_tokenizer(t, tmp_path / "run") == "vocab.txt" and load_tokenizer(
+        tmp_path / "run"
+    ).encode("up") == [3]
 
 
 def test_vocab_command_and_greedy_match(tmp_path, capsys):
-    (tmp_path / "t.txt").write_text("# comment\na\nab\nabc\né\n'\n\\\n \n\x85\nx y\n", encoding="utf-8")
+    (tmp_path / "t.txt").write_text(
+        "# comment\na\nab\nabc\né\n'\n\\\n \n\x85\nx y\n", encoding="utf-8"
+    )
     prepare.main(["vocab", str(tmp_path / "t.txt"), f"--out={tmp_path / 'v.txt'}"])
     lines = (tmp_path / "v.txt").read_text(encoding="utf-8").split("\n")
-    assert lines[:4] == ["1 'a' 1", "2 'ab' 2", "3 'abc' 3", "4 'é' 2"] and "9 tokens" in capsys.readouterr().out
+    assert (
+        lines[:4] == ["1 'a' 1", "2 'ab' 2", "3 'abc' 3", "4 'é' 2"]
+        and "9 tokens" in capsys.readouterr().out
+    )
     t = load_tokenizer(tmp_path / "v.txt")
     assert t.vocab_size == 10 and t.encode("abcaba aé'\\\x85") == [3, 2, 1, 7, 1, 4, 5, 6, 8]
     assert t.decode([3, 4, 0, 99]) == "abcé" and t.encode("x y") == [9]
     with pytest.raises(UserError, match="token 1, 'zz', is not in .*v.txt"):
         t.encode("abzz")
-    slow = load_tokenizer(tmp_path / "t.txt")  # a list with white space in a token is matched in the same way
-    assert slow.encode("abcaba aé'\\\x85") == [3, 2, 1, 7, 1, 4, 5, 6, 8] and slow.decode([1, 7, 1]) == "a a"
+    slow = load_tokenizer(
+        tmp_path / "t.txt"
+    )  # a list with white space in a token is matched in the same way
+    assert (
+        slow.encode("abcaba aé'\\\x85") == [3, 2, 1, 7, 1, 4, 5, 6, 8]
+        and slow.decode([1, 7, 1]) == "a a"
+    )
     (tmp_path / "t.txt").write_text("a\nb\na\n")
     with pytest.raises(UserError, match="t.txt, line 3: id 3 .* token b'a' is taken"):
         prepare.main(["vocab", str(tmp_path / "t.txt"), f"--out={tmp_path / 'w.txt'}"])
     assert not (tmp_path / "w.txt").exists()
 
 
-@pytest.mark.parametrize("line, message", [
-    ("2 'ab' 3", "line 2: expected"), ("1 'b' 1", "line 2: id 1"), ("2 'a' 1", "taken"), ("0 'b' 1", "taken"),
-    ("x", "expected"), ("2 'b 1", "expected"), ("2 '' 0", "expected")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("2 'ab' 3", "line 2: expected"),
+        ("1 'b' 1", "line 2: id 1"),
+        ("2 'a' 1", "taken"),
+        ("0 'b' 1", "taken"),
+        ("x", "expected"),
+        ("2 'b 1", "expected"),
+        ("2 '' 0", "expected"),
+    ],
+)
 def test_bad_vocab_files(tmp_path, line, message):
     (tmp_path / "v.txt").write_text(f"1 'a' 1\n{line}\n")
     with pytest.raises(UserError, match=message):
@@ -169,7 +260,9 @@ def test_folders_and_names(tmp_path):
     with pytest.raises(UserError, match="no such name or file"):
         load_tokenizer(tmp_path)
     for name in ("wolrd", "bpe:4096", "integers:", "integers:-1"):
-        with pytest.raises(UserError, match=f"'{name}': no such name or file; choose world, bytes, integers:MAX"):
+        with pytest.raises(
+            UserError, match=f"'{name}': no such name or file; choose world, bytes, integers:MAX"
+        ):
             load_tokenizer(name)
     for name in ("world", "bytes", "integers:7"):
         assert save_tokenizer(load_tokenizer(name), tmp_path / "none") == name
@@ -178,13 +271,18 @@ def test_folders_and_names(tmp_path):
 
 # ---- chat
 
+
 def b(text):
     return [byte + 1 for byte in text.encode()]
 
 
-CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " Hi\n\n\nthere \n"},
-        {"role": "assistant", "content": "Yes?\n\nGo on."}, {"role": "user", "content": "Bye"},
-        {"role": "assistant", "content": "Bye."}]
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": " Hi\n\n\nthere \n"},
+    {"role": "assistant", "content": "Yes?\n\nGo on."},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Bye."},
+]
 PROMPT1, REPLY1 = "System: Be kind.\n\nUser: Hi\nthere\n\nAssistant:", " Yes?\nGo on.\n\n"
 PROMPT2 = "User: Bye\n\nAssistant:"
 
@@ -192,7 +290,9 @@ PROMPT2 = "User: Bye\n\nAssistant:"
 def test_chat_ids_and_mask():
     ids, mask = render_chat(CHAT, load_tokenizer("bytes"))
     assert ids == b(PROMPT1 + REPLY1 + PROMPT2 + " Bye.") + [0]
-    assert mask == [0] * len(PROMPT1) + [1] * len(REPLY1) + [0] * len(PROMPT2) + [1] * (len(" Bye.") + 1)
+    assert mask == [0] * len(PROMPT1) + [1] * len(REPLY1) + [0] * len(PROMPT2) + [1] * (
+        len(" Bye.") + 1
+    )
 
 
 def test_chat_last_reply_only():
@@ -209,21 +309,37 @@ def test_chat_generation_prompt(world):
     ids, mask = render_chat(CHAT[:4], t, generation_prompt=True)
     assert ids == b(PROMPT1 + REPLY1 + PROMPT2)
     assert mask == [0] * len(PROMPT1) + [1] * len(REPLY1) + [0] * len(PROMPT2)
-    for think, text in (("on", " <think"), ("off", " <think>\n</think"), (" own", " own"), ("", "")):
+    for think, text in (
+        ("on", " <think"),
+        ("off", " <think>\n</think"),
+        (" own", " own"),
+        ("", ""),
+    ):
         ids, mask = render_chat(CHAT[1:2], t, generation_prompt=True, think=think)
         assert ids == b("User: Hi\nthere\n\nAssistant:" + text) and not any(mask)
     assert render_chat(CHAT[1:2], world, generation_prompt=True, think="on")[0] == world.encode(
-        "User: Hi\nthere\n\nAssistant: <think")
+        "User: Hi\nthere\n\nAssistant: <think"
+    )
     assert render_chat(CHAT[:2], t) == (b("System: Be kind.\n\nUser: Hi\nthere"), [0] * 32)
 
 
 def test_chat_prefix_is_stable(world):
     """What was generated stays as it is when the chat goes on, so does a kept state. '。\\n' is one World token."""
-    chat = [{"role": "user", "content": "好"}, {"role": "assistant", "content": "好。"},
-            {"role": "user", "content": "再见"}]
-    first, longer = render_chat(chat[:2], world)[0], render_chat(chat, world, generation_prompt=True)[0]
-    assert first[-1] == 0 and longer[:len(first) - 1] == first[:-1] and longer[len(first) - 1] == 261
-    assert first[:-1] == render_chat(chat[:1], world, generation_prompt=True)[0] + world.encode(" 好。")
+    chat = [
+        {"role": "user", "content": "好"},
+        {"role": "assistant", "content": "好。"},
+        {"role": "user", "content": "再见"},
+    ]
+    first, longer = (
+        render_chat(chat[:2], world)[0],
+        render_chat(chat, world, generation_prompt=True)[0],
+    )
+    assert (
+        first[-1] == 0 and longer[: len(first) - 1] == first[:-1] and longer[len(first) - 1] == 261
+    )
+    assert first[:-1] == render_chat(chat[:1], world, generation_prompt=True)[0] + world.encode(
+        " 好。"
+    )
 
 
 def test_chat_content_opens_no_turn():
@@ -235,10 +351,19 @@ def test_chat_content_opens_no_turn():
     assert turns == ["User: " + inner, "Assistant: " + inner] and sum(mask) == len(" " + inner) + 1
 
 
-@pytest.mark.parametrize("messages, message", [
-    ([], "at least one"), ([{"role": "tool", "content": "x"}], "message 0: .*'tool'"),
-    ([{"content": "x"}], "role None"), ([{"role": "user", "content": None}], "content None"),
-    ([{"role": "user", "content": "x"}, {"role": "assistant", "content": " \n "}], "message 1: .*empty")])
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([], "at least one"),
+        ([{"role": "tool", "content": "x"}], "message 0: .*'tool'"),
+        ([{"content": "x"}], "role None"),
+        ([{"role": "user", "content": None}], "content None"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": " \n "}],
+            "message 1: .*empty",
+        ),
+    ],
+)
 def test_chat_errors(messages, message):
     with pytest.raises(UserError, match=message):
         render_chat(messages, load_tokenizer("bytes"))

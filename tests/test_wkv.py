@@ -1,4 +1,5 @@
 """The recurrences: the naive loop in float64 is the specification; it is itself checked against a loop of scalars."""
+
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ def inputs(version, B, T, H, kind="plain", N=64, dtype=torch.float64, seed=0):
 
     def randn(*shape):
         return torch.randn(*shape, dtype=dtype, generator=g)
+
     r, k, v = randn(B, T, H, N), randn(B, T, H, N) * 0.3, randn(B, T, H, N)
     if version == 6:
         logw = -torch.exp(randn(B, T, H, N) - 1)
@@ -34,10 +36,16 @@ def inputs(version, B, T, H, kind="plain", N=64, dtype=torch.float64, seed=0):
         if kind == "fastest":
             logw = torch.full_like(logw, -torch.tensor(5.0).exp().item())
         return [x.requires_grad_() for x in (r, logw, k, v, randn(H, N))]
-    kappa, iclr = torch.nn.functional.normalize(randn(B, T, H, N), dim=-1), torch.sigmoid(randn(B, T, H, N))
+    kappa, iclr = (
+        torch.nn.functional.normalize(randn(B, T, H, N), dim=-1),
+        torch.sigmoid(randn(B, T, H, N)),
+    )
     logw = -0.6065306597 * torch.sigmoid(randn(B, T, H, N) * 3)
     if kind != "plain":
-        kappa, iclr = kappa[:, :1].expand_as(kappa), 0.99 + 0.01 * iclr  # one key, removed again and again
+        kappa, iclr = (
+            kappa[:, :1].expand_as(kappa),
+            0.99 + 0.01 * iclr,
+        )  # one key, removed again and again
         k = kappa * 0.5 + 0.01 * k
     if kind == "fastest":
         logw = torch.full_like(logw, -0.6065306597)
@@ -50,13 +58,16 @@ def run(version, xs, state, backend, cu_seqlens=None):
     """-> y, final state, and the gradients of a loss that uses both, for every input and the initial state."""
     y, end = (wkv7 if version == 7 else wkv6)(*xs, state, cu_seqlens=cu_seqlens, backend=backend)
     g = torch.Generator().manual_seed(9)
-    loss = ((y * torch.randn(y.shape, dtype=torch.float64, generator=g).to(y.dtype)).sum()
-            + (end * torch.randn(end.shape, dtype=torch.float64, generator=g).to(end.dtype)).sum())
+    loss = (y * torch.randn(y.shape, dtype=torch.float64, generator=g).to(y.dtype)).sum() + (
+        end * torch.randn(end.shape, dtype=torch.float64, generator=g).to(end.dtype)
+    ).sum()
     return [y, end, *torch.autograd.grad(loss, [*xs, state])]
 
 
 def start_state(sequences, H, N=64):
-    return torch.randn(sequences, H, N, N, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    return torch.randn(
+        sequences, H, N, N, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    ).requires_grad_()
 
 
 def error(got, want):
@@ -76,14 +87,24 @@ def test_naive_equals_a_loop_of_scalars():
             if version == 7:
                 a, b = (x.detach()[0, t, 0].tolist() for x in xs[4:])
                 Sa = [sum(S[i][j] * a[j] for j in range(N)) for i in range(N)]
-                S = [[S[i][j] * w[t][j] + Sa[i] * b[j] + v[t][i] * k[t][j] for j in range(N)] for i in range(N)]
+                S = [
+                    [S[i][j] * w[t][j] + Sa[i] * b[j] + v[t][i] * k[t][j] for j in range(N)]
+                    for i in range(N)
+                ]
                 out = [sum(S[i][j] * r[t][j] for j in range(N)) for i in range(N)]
             else:
                 u = xs[4].detach()[0].tolist()
-                out = [sum((S[i][j] + u[j] * v[t][i] * k[t][j]) * r[t][j] for j in range(N)) for i in range(N)]
+                out = [
+                    sum((S[i][j] + u[j] * v[t][i] * k[t][j]) * r[t][j] for j in range(N))
+                    for i in range(N)
+                ]
                 S = [[S[i][j] * w[t][j] + v[t][i] * k[t][j] for j in range(N)] for i in range(N)]
-            torch.testing.assert_close(y[0, t, 0], torch.tensor(out, dtype=torch.float64), atol=1e-12, rtol=1e-10)
-        torch.testing.assert_close(end[0, 0], torch.tensor(S, dtype=torch.float64), atol=1e-12, rtol=1e-10)
+            torch.testing.assert_close(
+                y[0, t, 0], torch.tensor(out, dtype=torch.float64), atol=1e-12, rtol=1e-10
+            )
+        torch.testing.assert_close(
+            end[0, 0], torch.tensor(S, dtype=torch.float64), atol=1e-12, rtol=1e-10
+        )
 
 
 @pytest.mark.parametrize("version", [6, 7])
@@ -120,9 +141,11 @@ def test_packed_documents_equal_each_alone(version, backend):
             assert torch.equal(packed[1][d], state[d])  # handed through
             loss = loss + (state[d] * ws[d]).sum()
             continue
-        y, end = (wkv7 if version == 7 else wkv6)(*[x if x.dim() == 2 else x[:, i:j] for x in xs], state[d:d + 1], backend="naive")
-        assert error(packed[0][:, i:j], y) <= 1e-9 and error(packed[1][d:d + 1], end) <= 1e-9
-        loss = loss + (y * wy[:, i:j]).sum() + (end * ws[d:d + 1]).sum()
+        y, end = (wkv7 if version == 7 else wkv6)(
+            *[x if x.dim() == 2 else x[:, i:j] for x in xs], state[d : d + 1], backend="naive"
+        )
+        assert error(packed[0][:, i:j], y) <= 1e-9 and error(packed[1][d : d + 1], end) <= 1e-9
+        loss = loss + (y * wy[:, i:j]).sum() + (end * ws[d : d + 1]).sum()
     for got, want in zip(packed[2:], torch.autograd.grad(loss, [*xs, state])):
         assert error(got, want) <= 1e-9
 
@@ -162,8 +185,12 @@ def test_cpp_takes_any_decay(version, logw, built):
         with torch.no_grad():
             xs[1][:, ::step] = logw
         single = [x.detach().float().requires_grad_() for x in (*xs, state)]
-        for i, (g, w) in enumerate(zip(run(version, single[:-1], single[-1], "cpu"), run(version, xs, state, "naive"))):
-            assert error(g, w) <= 2e-6 or (i == 3 and w.norm() < 1e-30), i  # dlogw itself leaves float32
+        for i, (g, w) in enumerate(
+            zip(run(version, single[:-1], single[-1], "cpu"), run(version, xs, state, "naive"))
+        ):
+            assert error(g, w) <= 2e-6 or (i == 3 and w.norm() < 1e-30), (
+                i
+            )  # dlogw itself leaves float32
 
 
 @pytest.mark.parametrize("version", [6, 7])
@@ -171,7 +198,9 @@ def test_cpp_documents_pieces_and_threads_change_no_bit(version, built):
     borders = [0, 5, 5, 38, 39, 103, 103]
     single, state = single_and_state(version, B=1, T=103, sequences=6)
     want = run(version, single, state, "cpu", torch.tensor(borders))
-    torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN: what the op forgot to write shows
+    torch.use_deterministic_algorithms(
+        True
+    )  # torch.empty is then full of NaN: what the op forgot to write shows
     threads = torch.get_num_threads()
     try:
         for n in (1, 2, 3):
@@ -183,11 +212,11 @@ def test_cpp_documents_pieces_and_threads_change_no_bit(version, built):
         torch.use_deterministic_algorithms(False)
     op = wkv7 if version == 7 else wkv6
     for d, (i, j) in enumerate(zip(borders, borders[1:])):
-        S, ys = state[d:d + 1], []
+        S, ys = state[d : d + 1], []
         for p, q in ((i, min(i + 7, j)), (min(i + 7, j), j)):
             y, S = op(*[x if x.dim() == 2 else x[:, p:q] for x in single], S, backend="cpu")
             ys.append(y)
-        assert torch.equal(torch.cat(ys, 1), want[0][:, i:j]) and torch.equal(S, want[1][d:d + 1])
+        assert torch.equal(torch.cat(ys, 1), want[0][:, i:j]) and torch.equal(S, want[1][d : d + 1])
     double = [x.detach().double().requires_grad_() for x in (*single, state)]
     for g, w in zip(want, run(version, double[:-1], double[-1], "naive", torch.tensor(borders))):
         assert error(g, w) <= 2e-6
@@ -232,11 +261,18 @@ def test_training_builds_and_sampling_does_not(nothing_built, monkeypatch, capfd
     wkv7(*[x.double() for x in xs])
     assert not list(nothing_built.iterdir())
     code = "import wkv_cuda; assert not wkv_cuda.cpu.unavailable(build=True)"  # two first runs at the same time
-    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     for out in (run.communicate()[1] for run in runs):
-        assert out == "" or re.fullmatch(r"compiling the recurrence, once\ncompiled in \d+ s; kept as .*so\n", out), out
+        assert out == "" or re.fullmatch(
+            r"compiling the recurrence, once\ncompiled in \d+ s; kept as .*so\n", out
+        ), out
     (path,) = nothing_built.glob("*.so")
-    monkeypatch.setattr(wkv_cuda.native.subprocess, "run", None)  # what is there is taken, by sampling too
+    monkeypatch.setattr(
+        wkv_cuda.native.subprocess, "run", None
+    )  # what is there is taken, by sampling too
     assert wkv_cuda._fastest(frozen, frozen[0]) == wkv_cuda._fastest(xs, frozen[0]) == "cpu"
     assert wkv_cuda._fastest([x[:, :1] for x in frozen], frozen[0]) == "naive"
     with pytest.raises(ValueError, match="float64"):
@@ -244,8 +280,10 @@ def test_training_builds_and_sampling_does_not(nothing_built, monkeypatch, capfd
     assert path == cpu._place()[0] and capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("cxx, line", [("no-such-c++", "no-such-c++ is not on PATH (apt install g++"),
-                                       ("false", "false failed")])
+@pytest.mark.parametrize(
+    "cxx, line",
+    [("no-such-c++", "no-such-c++ is not on PATH (apt install g++"), ("false", "false failed")],
+)
 def test_without_a_compiler(nothing_built, monkeypatch, capfd, cxx, line):
     monkeypatch.setenv("CXX", cxx)
     xs, _ = single_and_state(7)
@@ -284,14 +322,18 @@ def test_gradients_equal_finite_differences(version):
     xs, state = inputs(version, 1, 5, 1, N=4), start_state(1, 1, N=4)
     fn = wkv7 if version == 7 else wkv6
     for backend in ("naive", "chunked"):
-        assert torch.autograd.gradcheck(lambda *args: fn(*args[:-1], args[-1], backend=backend), (*xs, state), atol=1e-6)
+        assert torch.autograd.gradcheck(
+            lambda *args: fn(*args[:-1], args[-1], backend=backend), (*xs, state), atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("L", [1, 2, 8, 32])
 def test_block_inverse(L):
     A = torch.randn(5, L, L, dtype=torch.float64).tril(-1)
     eye = torch.eye(L, dtype=torch.float64)
-    torch.testing.assert_close(unit_lower_inverse(A) @ (eye - A), eye.expand(5, L, L), atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(
+        unit_lower_inverse(A) @ (eye - A), eye.expand(5, L, L), atol=1e-8, rtol=1e-8
+    )
     # one key repeated, where the Neumann product loses every digit in float32
     repeated = -torch.ones(1, L, L).tril(-1)
     exact = torch.linalg.inv(torch.eye(L, dtype=torch.float64) - repeated.double())
@@ -305,7 +347,10 @@ def test_half_precision_inputs_keep_a_float32_state(version, backend, request):
         request.getfixturevalue("built")
     xs, state = inputs(version, 2, 50, 2), start_state(2, 2)
     want = run(version, xs, state, "naive")
-    half = [x.detach().to(torch.bfloat16 if i != 1 else torch.float32).requires_grad_() for i, x in enumerate(xs)]
+    half = [
+        x.detach().to(torch.bfloat16 if i != 1 else torch.float32).requires_grad_()
+        for i, x in enumerate(xs)
+    ]
     s = state.detach().float().requires_grad_()
     got = run(version, half, s, backend)
     assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
@@ -313,7 +358,11 @@ def test_half_precision_inputs_keep_a_float32_state(version, backend, request):
         assert error(g, w) < 0.02  # bfloat16 has 8 bits: 0.4 % for each input
     if backend == "cpu":  # the same numbers as in float32, rounded once
         whole = run(version, [x.detach().float().requires_grad_() for x in half], s, backend)
-        assert torch.equal(got[0], whole[0].bfloat16()) and got[2].dtype == torch.bfloat16 and got[3].dtype == torch.float32
+        assert (
+            torch.equal(got[0], whole[0].bfloat16())
+            and got[2].dtype == torch.bfloat16
+            and got[3].dtype == torch.float32
+        )
 
 
 @pytest.mark.parametrize("version", [6, 7])
@@ -327,6 +376,7 @@ def test_memory_does_not_grow_with_t_n_n(version, backend, request):
     def pack(t):
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
+
     T, H, N = 1024, 2, 64
     xs = [x.detach().float().requires_grad_() for x in inputs(version, 1, T, H)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -336,7 +386,9 @@ def test_memory_does_not_grow_with_t_n_n(version, backend, request):
 
 def test_errors_name_the_shape():
     xs = inputs(7, 2, 8, 2)
-    with pytest.raises(ValueError, match=r"state is \(1, 2, 64, 64\) .*expected .*\(2, 2, 64, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"state is \(1, 2, 64, 64\) .*expected .*\(2, 2, 64, 64\)"
+    ):
         wkv7(*xs, torch.zeros(1, 2, 64, 64))
     with pytest.raises(ValueError, match="not one of naive, chunked"):
         wkv7(*xs, backend="fast")
@@ -360,11 +412,15 @@ def test_bad_input_names_the_argument(version, backend, request):
     op, (xs, state) = wkv7 if version == 7 else wkv6, single_and_state(version)
     names = ("r", "logw", "k", "v", "a", "b") if version == 7 else ("r", "logw", "k", "v", "u")
     for i, name in enumerate(names):
-        for wrong in (xs[i][:1] if i else xs[i][0], xs[i].detach().to("meta"), xs[i].detach().int()):
+        for wrong in (
+            xs[i][:1] if i else xs[i][0],
+            xs[i].detach().to("meta"),
+            xs[i].detach().int(),
+        ):
             if wrong.dtype == torch.int32 and name == "u" or wrong.is_meta and i == 0:
                 continue
             with pytest.raises(ValueError, match=rf"\b{name} is "):
-                op(*xs[:i], wrong, *xs[i + 1:], state, backend=backend)
+                op(*xs[:i], wrong, *xs[i + 1 :], state, backend=backend)
     with pytest.raises(ValueError, match="state is"):
         op(*xs, state[:, :1], backend=backend)
     one = [x if x.dim() == 2 else x[:1] for x in xs]
@@ -372,7 +428,10 @@ def test_bad_input_names_the_argument(version, backend, request):
         with pytest.raises(ValueError, match="cu_seqlens"):
             op(*one, cu_seqlens=torch.tensor(cu, dtype=torch.long), backend=backend)
     strided = [x.detach().mT.contiguous().mT.requires_grad_() for x in xs]
-    for a, b in zip(run(version, strided, state.detach().mT.contiguous().mT.requires_grad_(), backend), run(version, xs, state, backend)):
+    for a, b in zip(
+        run(version, strided, state.detach().mT.contiguous().mT.requires_grad_(), backend),
+        run(version, xs, state, backend),
+    ):
         assert torch.equal(a, b) if backend == "cpu" else error(a, b.double()) < 1e-5
     none = [x.detach()[:, :0].requires_grad_() if x.dim() == 4 else x for x in xs]
     y, end = op(*none, state, backend=backend)

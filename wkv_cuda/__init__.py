@@ -10,6 +10,7 @@ documents laid end to end, state [D, H, N, N]; a document of length 0 passes its
   "cuda_seq"  one CUDA thread block per sequence and head, token by token, built at first use (cuda_seq.py)
   "cuda"      the same on tensor cores, 16 tokens at a time, for bf16 (cuda.py)
 """
+
 import warnings
 
 import torch
@@ -47,19 +48,31 @@ def _check(inputs, state, cu_seqlens):
     for name, x in inputs.items():
         shape, axes = ((H, N), "[H, N]") if name == "u" else (r.shape, "[B, T, H, N]")
         if x.shape != shape or x.device != r.device or not x.is_floating_point():
-            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected floats {axes} = {tuple(shape)} "
-                             f"on {r.device} like r")
+            raise ValueError(
+                f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected floats {axes} = {tuple(shape)} "
+                f"on {r.device} like r"
+            )
     if cu_seqlens is not None:
         borders = torch.as_tensor(cu_seqlens).flatten().tolist()
-        if B != 1 or len(borders) < 2 or borders[0] != 0 or borders[-1] != T or borders != sorted(borders):
-            raise ValueError(f"cu_seqlens wants B = 1 and borders rising from 0 to T = {T}; got B = {B}, {borders[:8]}…")
+        if (
+            B != 1
+            or len(borders) < 2
+            or borders[0] != 0
+            or borders[-1] != T
+            or borders != sorted(borders)
+        ):
+            raise ValueError(
+                f"cu_seqlens wants B = 1 and borders rising from 0 to T = {T}; got B = {B}, {borders[:8]}…"
+            )
         B = len(borders) - 1
     dtype = torch.promote_types(r.dtype, torch.float32)
     if state is None:
         return r.new_zeros(B, H, N, N, dtype=dtype)
     if state.shape != (B, H, N, N) or state.device != r.device:
-        raise ValueError(f"state is {tuple(state.shape)} on {state.device}, expected [sequences, H, N, N] = {(B, H, N, N)} on "
-                         f"{r.device}")
+        raise ValueError(
+            f"state is {tuple(state.shape)} on {state.device}, expected [sequences, H, N, N] = {(B, H, N, N)} on "
+            f"{r.device}"
+        )
     return state.to(dtype)
 
 
@@ -86,7 +99,9 @@ def _unsupported(form, inputs):
     if N not in form.HEAD_SIZES:
         return f"head size {N}, not {' or '.join(map(str, form.HEAD_SIZES))}"
     for i, x in enumerate(inputs):
-        if i != 1 and x.dim() == 4 and x.dtype not in form.DTYPES:  # logw and u are used in float32 whatever they are
+        if (
+            i != 1 and x.dim() == 4 and x.dtype not in form.DTYPES
+        ):  # logw and u are used in float32 whatever they are
             return f"{x.dtype}, not {' or '.join(map(str, form.DTYPES))}"
 
 
@@ -100,7 +115,9 @@ def _fastest(inputs, state):
         if not (missing := _unsupported(cuda, inputs) or cuda.unavailable()):
             return "cuda"
         other = "sequential kernel" if sequential else "PyTorch form"
-        warnings.warn(f"no WKV kernel on tensor cores ({missing}); the slower {other} takes over")  # shown once
+        warnings.warn(
+            f"no WKV kernel on tensor cores ({missing}); the slower {other} takes over"
+        )  # shown once
         if sequential:
             return "cuda_seq"
     if not _unsupported(cpu, inputs):
@@ -116,21 +133,27 @@ def naive(version, inputs, state, cu_seqlens):
     r' S.T for S r, and sums in place: the same numbers, and on a CPU several times faster for one token of many rows."""
     if cu_seqlens is not None:
         borders = torch.as_tensor(cu_seqlens).tolist()
-        pieces = [naive(version, [x if x.dim() == 2 else x[:, i:j] for x in inputs], state[d:d + 1], None)
-                  for d, (i, j) in enumerate(zip(borders, borders[1:]))]
+        pieces = [
+            naive(
+                version, [x if x.dim() == 2 else x[:, i:j] for x in inputs], state[d : d + 1], None
+            )
+            for d, (i, j) in enumerate(zip(borders, borders[1:]))
+        ]
         return torch.cat([y for y, _ in pieces], 1), torch.cat([S for _, S in pieces])
     dtype, S, ys = torch.promote_types(inputs[0].dtype, torch.float32), state, []
     if version == 7:
         r, logw, k, v, a, b = [x.to(dtype) for x in inputs]
         for t in range(r.shape[1]):
-            Sa = a[:, t, :, None] @ S.mT                                                      # [B, H, 1, N]
-            S = (S * logw[:, t].exp()[:, :, None]).addcmul_(Sa.mT, b[:, t, :, None])          # in place, in the new S
+            Sa = a[:, t, :, None] @ S.mT  # [B, H, 1, N]
+            S = (S * logw[:, t].exp()[:, :, None]).addcmul_(
+                Sa.mT, b[:, t, :, None]
+            )  # in place, in the new S
             S = S.addcmul_(v[:, t, ..., None], k[:, t, :, None])
-            ys.append((r[:, t, :, None] @ S.mT)[:, :, 0])                                     # [B, H, N]
+            ys.append((r[:, t, :, None] @ S.mT)[:, :, 0])  # [B, H, N]
     else:
         r, logw, k, v, u = [x.to(dtype) for x in inputs]
         for t in range(r.shape[1]):
-            vk = v[:, t, ..., None] * k[:, t, :, None]                                        # [B, H, N, N]
+            vk = v[:, t, ..., None] * k[:, t, :, None]  # [B, H, N, N]
             ys.append(((S + u[:, None] * vk) @ r[:, t, :, :, None])[..., 0])
             S = S * logw[:, t].exp()[:, :, None] + vk
     y = torch.stack(ys, 1) if ys else torch.zeros_like(r)

@@ -7,15 +7,19 @@ Shapes: Q chunk-heads (chunks of all sequences times heads), L tokens, N head si
 stands together, longest sequence first, so that the state pass is a loop over contiguous slices; a padded token has
 logw = 0 and r = k = v = a = b = 0, which leaves the state as it is.
 """
+
 import torch
 import torch.nn.functional as F
 
-MAX_EXPONENT = 40.0  # of WKV-7's factors inside a chunk: the product of two, exp(80), still is a float32
+MAX_EXPONENT = (
+    40.0  # of WKV-7's factors inside a chunk: the product of two, exp(80), still is a float32
+)
 SEGMENT = {"cpu": 48}  # chunk-heads worked on at a time, elsewhere 4096
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tokens <-> chunks
+
 
 class Chunks:
     """Where the tokens of B rows, or of the D documents of one packed row, lie in chunks.
@@ -26,27 +30,45 @@ class Chunks:
 
     def __init__(self, shape, cu_seqlens, L, device):
         self.shape, self.L, self.device, n_tokens = shape, L, device, shape[0] * shape[1]
-        self.whole = cu_seqlens is None  # rows of one length: their chunks are a view, and no gather
-        starts = torch.arange(shape[0] + 1) * shape[1] if self.whole else torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
+        self.whole = (
+            cu_seqlens is None
+        )  # rows of one length: their chunks are a view, and no gather
+        starts = (
+            torch.arange(shape[0] + 1) * shape[1]
+            if self.whole
+            else torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
+        )
         lengths = starts.diff()
         order = torch.argsort(lengths, descending=True, stable=True)
         n = -(-lengths[order] // L)
         self.alive = [int((n > i).sum()) for i in range(int(n.max()) if len(n) else 0)]
-        first = torch.cat([starts[order[:m]] + i * L for i, m in enumerate(self.alive)] or [starts[:0]])
+        first = torch.cat(
+            [starts[order[:m]] + i * L for i, m in enumerate(self.alive)] or [starts[:0]]
+        )
         end = torch.cat([starts[1:][order[:m]] for m in self.alive] or [starts[:0]])
         index = first[:, None] + torch.arange(L)
         index = index.masked_fill(index >= end[:, None], n_tokens)
         back = torch.empty(n_tokens + 1, dtype=torch.int64)
         back[index.flatten()] = torch.arange(index.numel())
-        self.order, self.index, self.back = (x.to(device) for x in (order, index.flatten(), back[:-1]))
+        self.order, self.index, self.back = (
+            x.to(device) for x in (order, index.flatten(), back[:-1])
+        )
 
     def split(self, x):
         """[B, T, H, N] -> [Q, L, N]"""
         B, T, H, N = x.shape
         if self.whole:
-            x = F.pad(x, (0, 0, 0, 0, 0, -T % self.L)).view(B, -1, self.L, H, N).permute(1, 0, 3, 2, 4)
+            x = (
+                F.pad(x, (0, 0, 0, 0, 0, -T % self.L))
+                .view(B, -1, self.L, H, N)
+                .permute(1, 0, 3, 2, 4)
+            )
         else:
-            x = torch.cat([x[0], x.new_zeros(1, H, N)])[self.index].view(-1, self.L, H, N).transpose(1, 2)
+            x = (
+                torch.cat([x[0], x.new_zeros(1, H, N)])[self.index]
+                .view(-1, self.L, H, N)
+                .transpose(1, 2)
+            )
         return x.reshape(-1, self.L, N).contiguous()
 
     def join(self, x):
@@ -89,8 +111,8 @@ def unit_lower_inverse(A):
     Q, L = A.shape[:2]
     # L (L + 1) numbers a matrix, the last L unused: then the diagonal blocks of all matrices are one evenly spaced batch
     M, A_ = A.new_zeros(Q, L * (L + 1)), A.new_empty(Q, L * (L + 1))
-    M[:, :L * L:L + 1] = 1
-    A_[:, :L * L].view(Q, L, L).copy_(A)
+    M[:, : L * L : L + 1] = 1
+    A_[:, : L * L].view(Q, L, L).copy_(A)
     n = 1
     while n < L:
         size, stride, below = (Q * L // (2 * n), n, n), (2 * n * (L + 1), L, 1), n * L
@@ -98,11 +120,12 @@ def unit_lower_inverse(A):
         A21 = A_.as_strided(size, stride, below)
         M21.copy_(torch.bmm(M2, torch.bmm(A21, M1)) if n > 1 else A21)
         n *= 2
-    return M[:, :L * L].view(Q, L, L)
+    return M[:, : L * L].view(Q, L, L)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # WKV-7
+
 
 def _intra7(r, logw, k, a, b):
     """What a chunk can know without its incoming state, decays referred to the chunk's middle.
@@ -118,7 +141,9 @@ def _intra7(r, logw, k, a, b):
     AR, BK = torch.cat([a * Ep, r * Ec], 1), torch.cat([b * En, k * En], 1)
     G = AR @ BK.mT
     causal = torch.ones(L, L, dtype=G.dtype, device=G.device).tril()
-    mask = torch.cat([(causal - torch.eye(L, dtype=G.dtype, device=G.device)).repeat(1, 2), causal.repeat(1, 2)])
+    mask = torch.cat(
+        [(causal - torch.eye(L, dtype=G.dtype, device=G.device)).repeat(1, 2), causal.repeat(1, 2)]
+    )
     G *= mask
     M = unit_lower_inverse(G[:, :L, :L])
     return Ec, En, Ep, mid.exp(), (c[:, -1:] - mid).exp(), AR, BK, G, mask, M
@@ -160,7 +185,9 @@ class Chunked7(torch.autograd.Function):
             Ec, En, Ep, e_mid, e_end, AR, BK, G, mask, M = _intra7(r[q], logw[q], k[q], a[q], b[q])
             WAR = torch.cat([M @ AR[:, :L], AR[:, L:]], 1)
             UV, D = torch.cat([U[q], v[q]], 1), torch.empty_like(Sc[q])
-            dZY = torch.cat([G[:, L:, :L].mT @ dy[q], dy[q]], 1)  # rows: dU (dZ = M'dU after the loop), dY
+            dZY = torch.cat(
+                [G[:, L:, :L].mT @ dy[q], dy[q]], 1
+            )  # rows: dU (dZ = M'dU after the loop), dY
             for i, j in reversed(steps):
                 n, p = j - i, slice(i - q.start, j - q.start)
                 torch.mul(dS[:n], e_end[p], out=D[p])
@@ -172,7 +199,12 @@ class Chunked7(torch.autograd.Function):
             dAR = torch.baddbmm(dZY @ Sc[q], dG, BK)
             UVD = UV @ D
             dBK = torch.baddbmm(UVD, dG.mT, AR)
-            for grad, d, e in ((da, dAR[:, :L], Ep), (dr, dAR[:, L:], Ec), (db, dBK[:, :L], En), (dk, dBK[:, L:], En)):
+            for grad, d, e in (
+                (da, dAR[:, :L], Ep),
+                (dr, dAR[:, L:], Ec),
+                (db, dBK[:, :L], En),
+                (dk, dBK[:, L:], En),
+            ):
                 torch.mul(d, e, out=grad[q])
             # every factor depends on c through its exponent; the chunk's end carries what all later tokens need
             dAR *= AR
@@ -186,6 +218,7 @@ class Chunked7(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 # WKV-6: no inverse, but a decay without a lower bound, so no single reference point keeps the factors in range
 
+
 def _levels6(r, logw, k):
     """Scores r_i k_j exp(decay from j to i) of all pairs i > j in a chunk, by hierarchical midpoints: for n = L/2 … 1
     the lower left n x n quadrant of every 2n block refers its decays to the block's middle. Both factors are then <= 1
@@ -196,7 +229,10 @@ def _levels6(r, logw, k):
     n = L // 2
     while n:
         R, W, K = (x.view(-1, 2 * n, N) for x in (r, logw, k))
-        before, after = sum_before(W[:, n:]).exp(), sum_after(W[:, :n]).exp()   # tokens n .. i-1; j+1 .. n-1
+        before, after = (
+            sum_before(W[:, n:]).exp(),
+            sum_after(W[:, :n]).exp(),
+        )  # tokens n .. i-1; j+1 .. n-1
         yield n, R[:, n:] * before, K[:, :n] * after, before, after
         n //= 2
 
@@ -204,7 +240,11 @@ def _levels6(r, logw, k):
 def _quadrants(A, n):
     """[Q, L, L] -> view [Q, L / 2n, n, n] of the lower left quadrants of its diagonal 2n blocks."""
     Q, L = A.shape[:2]
-    return A.view(Q, L // (2 * n), 2 * n, L // (2 * n), 2 * n).diagonal(0, 1, 3).movedim(-1, 1)[..., n:, :n]
+    return (
+        A.view(Q, L // (2 * n), 2 * n, L // (2 * n), 2 * n)
+        .diagonal(0, 1, 3)
+        .movedim(-1, 1)[..., n:, :n]
+    )
 
 
 class Chunked6(torch.autograd.Function):
@@ -262,7 +302,7 @@ class Chunked6(torch.autograd.Function):
                 dW6[:, n:] += sum_after(dR * R)
                 dW6[:, :n] += sum_before(dK * K)
             torch.baddbmm(A.mT @ dy[q], k[q] * to_end, D.mT, out=dv[q])
-            delta = dA.diagonal(0, 1, 2)[..., None]                        # dy_t . v_t  [Q, L, 1]
+            delta = dA.diagonal(0, 1, 2)[..., None]  # dy_t . v_t  [Q, L, 1]
             torch.addcmul(rho, delta, u[q] * k[q], out=dr[q])
             torch.addcmul(kappa, delta, u[q] * r[q], out=dk[q])
             du[q] = (delta * r[q] * k[q]).sum(1, keepdim=True)
@@ -271,6 +311,7 @@ class Chunked6(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def wkv(version, inputs, state, cu_seqlens, L=32):
     """Inputs as wkv_cuda.wkv7's or wkv6's, state given; -> (y in r's dtype, state)."""
@@ -289,4 +330,6 @@ def wkv(version, inputs, state, cu_seqlens, L=32):
         split.append(rest[0].repeat(len(split[0]) // shape[2], 1)[:, None])
     form = Chunked7 if version == 7 else Chunked6
     y, S = form.apply(*split, state[chunks.order].to(dtype), chunks.segments(shape[2]))
-    return chunks.join(y).to(inputs[0].dtype), torch.empty_like(S).index_copy(0, chunks.order, S).to(state.dtype)
+    return chunks.join(y).to(inputs[0].dtype), torch.empty_like(S).index_copy(
+        0, chunks.order, S
+    ).to(state.dtype)

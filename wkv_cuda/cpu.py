@@ -4,6 +4,7 @@ generation. train_cpu.cpp: the end of the loss, and token mixing.
 Compiled in a few seconds by the first call that needs a gradient; sampling does not wait for it. Head sizes 16, 32, … 128,
 fp32 and bf16. State and arithmetic are fp32. The number of threads (torch.set_num_threads) changes no bit of a result.
 """
+
 import ctypes
 import functools
 import os
@@ -17,11 +18,23 @@ import torch
 from . import native
 
 DEVICE, HEAD_SIZES, DTYPES = "cpu", tuple(range(16, 129, 16)), (torch.float32, torch.bfloat16)
-SOURCES = [Path(__file__).parent / name for name in ("wkv_cpu.cpp", "step_cpu.cpp", "train_cpu.cpp", "cpu.h")]
+SOURCES = [
+    Path(__file__).parent / name
+    for name in ("wkv_cpu.cpp", "step_cpu.cpp", "train_cpu.cpp", "cpu.h")
+]
 # contraction to fused multiply-adds is the only licence with the arithmetic; nothing here is reordered
-FLAGS = ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native", "-O3", "-std=c++17",
-         "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread",
-         *["-fopenmp"] * (sys.platform == "linux")]  # PyTorch's wheels bring their libgomp
+FLAGS = [
+    "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",
+    "-O3",
+    "-std=c++17",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+    *["-fopenmp"] * (sys.platform == "linux"),
+]  # PyTorch's wheels bring their libgomp
 
 
 def wkv(version, inputs, state, cu_seqlens):
@@ -33,8 +46,12 @@ def launch(function, *args):
     library, missing = _load(build=True)
     if missing:
         raise RuntimeError(f"wkv_cuda.cpu: {missing}")
-    args = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in args]  # alive until the call returns
-    sizes = (ctypes.c_int * 6)(*[x for x in args if isinstance(x, int)], torch.get_num_threads(), args[0].shape[2])
+    args = [
+        x.contiguous() if isinstance(x, torch.Tensor) else x for x in args
+    ]  # alive until the call returns
+    sizes = (ctypes.c_int * 6)(
+        *[x for x in args if isinstance(x, int)], torch.get_num_threads(), args[0].shape[2]
+    )
     raw = [None if x is None else x.data_ptr() for x in args if not isinstance(x, int)]
     version, direction = function[3], function.endswith("backward")
     if library.wkv_cpu(int(version), direction, (ctypes.c_void_p * len(raw))(*raw), sizes):
@@ -47,40 +64,71 @@ def stepper(version, weights, sizes):
     c, dtype = sizes, weights[0].dtype
     library, _ = _load(build=False)
     dims = (c.n_embd, c.dim_ffn, c.decay_rank, c.iclr_rank, c.value_rank, c.gate_rank, c.mix_rank)
-    if library is None or c.head_size not in HEAD_SIZES or any(n % 16 for n in dims) or not all(
-            w.dtype == dtype in DTYPES and w.is_contiguous() for w in weights):
+    if (
+        library is None
+        or c.head_size not in HEAD_SIZES
+        or any(n % 16 for n in dims)
+        or not all(w.dtype == dtype in DTYPES and w.is_contiguous() for w in weights)
+    ):
         return None
     pointers = (ctypes.c_void_p * len(weights))(*[w.data_ptr() for w in weights])
 
     def step(ids, state):
         logits, shape = torch.empty(len(ids), c.vocab_size), (c.n_layer, len(ids), c.n_embd)
         ids, shifts = ids.contiguous(), [state["att_shift"], state["ffn_shift"]]
-        if state["wkv"].shape[:2] != shape[:2] or any(x.shape != shape or x.dtype != dtype for x in shifts) or not all(
-                x.is_contiguous() for x in (state["wkv"], *shifts)):
+        if (
+            state["wkv"].shape[:2] != shape[:2]
+            or any(x.shape != shape or x.dtype != dtype for x in shifts)
+            or not all(x.is_contiguous() for x in (state["wkv"], *shifts))
+        ):
             raise ValueError(f"the state is not one of {len(ids)} sequences in {dtype}, contiguous")
         io = [ids, state["wkv"], *shifts, logits]
-        numbers = (version, dtype == torch.bfloat16, len(ids), c.n_layer, c.n_embd, c.head_size, c.dim_ffn, c.vocab_size,
-                   torch.get_num_threads(), *dims[2:])
+        numbers = (
+            version,
+            dtype == torch.bfloat16,
+            len(ids),
+            c.n_layer,
+            c.n_embd,
+            c.head_size,
+            c.dim_ffn,
+            c.vocab_size,
+            torch.get_num_threads(),
+            *dims[2:],
+        )
         io = (ctypes.c_void_p * 5)(*[x.data_ptr() for x in io])
         if library.rwkv_step((ctypes.c_int * len(numbers))(*numbers), pointers, io):
             raise ValueError(f"ids must be from 0 to {c.vocab_size - 1}")
         return logits
+
     return step
 
 
 def fits(x):
     """Whether score_rows and mix take this tensor: float32 on a CPU, with content (bench/memory.py's have none), and the
     library is there."""
-    return (type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
-            and _load(build=False)[0] is not None)
+    return (
+        type(x) is torch.Tensor
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.is_contiguous()
+        and _load(build=False)[0] is not None
+    )
 
 
 def mix(x, before, weights, grads=()):
     """[x + (before - x) m for m in weights], x and before [.., C]; or with their gradients, those of x, before and each m."""
-    outs = [torch.empty_like(x) for x in (x, before, *weights)] if grads else [torch.empty_like(x) for _ in weights]
+    outs = (
+        [torch.empty_like(x) for x in (x, before, *weights)]
+        if grads
+        else [torch.empty_like(x) for _ in weights]
+    )
     io = [t.contiguous() for t in (x, before, *weights, *grads)] + outs
-    sizes = (ctypes.c_int * 4)(x.numel() // x.shape[-1], x.shape[-1], len(weights), torch.get_num_threads())
-    _load(build=False)[0].mix(bool(grads), sizes, (ctypes.c_void_p * len(io))(*[t.data_ptr() for t in io]))
+    sizes = (ctypes.c_int * 4)(
+        x.numel() // x.shape[-1], x.shape[-1], len(weights), torch.get_num_threads()
+    )
+    _load(build=False)[0].mix(
+        bool(grads), sizes, (ctypes.c_void_p * len(io))(*[t.data_ptr() for t in io])
+    )
     return outs
 
 
@@ -89,11 +137,15 @@ def score_rows(z, targets, temperature, scores=None, grads=None, l2wrap=0.0):
     (d loss / d logps, and / d entropy or None): z becomes d loss / d z. None, and z as it was, if that is not to be had."""
     if not fits(z):
         return None
-    out = scores or [torch.empty(len(z), dtype=torch.bool if i == 2 else torch.float32) for i in range(4)]
+    out = scores or [
+        torch.empty(len(z), dtype=torch.bool if i == 2 else torch.float32) for i in range(4)
+    ]
     io = [x if x is None else x.contiguous() for x in (z, targets, *out, *(grads or (None, None)))]
     pointers = (ctypes.c_void_p * 8)(*[None if x is None else x.data_ptr() for x in io])
     sizes = (ctypes.c_int * 3)(*z.shape, torch.get_num_threads())
-    if _load(build=False)[0].score_rows(grads is not None, sizes, ctypes.c_float(temperature), ctypes.c_float(l2wrap), pointers):
+    if _load(build=False)[0].score_rows(
+        grads is not None, sizes, ctypes.c_float(temperature), ctypes.c_float(l2wrap), pointers
+    ):
         raise IndexError(f"targets must be from 0 to {z.shape[1] - 1}")
     return out
 
@@ -112,10 +164,15 @@ def _place():
     """Where the library is or will be, and the command that builds it; (None, what is missing) without a compiler."""
     cxx = (os.environ.get("CXX") or "c++").split()
     if shutil.which(cxx[0]) is None:
-        return None, f"no C++ compiler: {cxx[0]} is not on PATH (apt install g++, xcode-select --install, or set CXX)"
+        return (
+            None,
+            f"no C++ compiler: {cxx[0]} is not on PATH (apt install g++, xcode-select --install, or set CXX)",
+        )
     command = [*cxx, *FLAGS]
     # the compiler's own macros tell its version and every instruction set of this processor
-    return native.place("cpu", command, SOURCES, [*cxx, FLAGS[0], "-dM", "-E", "-x", "c++", os.devnull]), command
+    return native.place(
+        "cpu", command, SOURCES, [*cxx, FLAGS[0], "-dM", "-E", "-x", "c++", os.devnull]
+    ), command
 
 
 _answer = []  # of _load, once it is final
@@ -130,5 +187,7 @@ def _load(build):
     if build or library:
         _answer.append((library, missing))
         if missing:
-            native.say(f"the C++ recurrence for the CPU cannot be built, training uses the slower PyTorch form: {missing}")
+            native.say(
+                f"the C++ recurrence for the CPU cannot be built, training uses the slower PyTorch form: {missing}"
+            )
     return library, missing

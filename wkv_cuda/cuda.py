@@ -4,6 +4,7 @@ bf16 in and out, head size 64, compute capability 8.0 and newer. Products are of
 summed in fp32; the carried state is fp32. For the backward pass one fp16 state per 32 tokens is kept. No atomics, so the
 same inputs give the same bits. Built together with the sequential kernels (cuda_seq.py), which take everything else.
 """
+
 import functools
 
 import torch
@@ -17,7 +18,9 @@ SAVED_STATE = 64 * 64 + 8  # halves: STATE in chunk.cuh
 
 def wkv(version, inputs, state, cu_seqlens):
     """log w in fp32 or bf16; WKV-7 counts one below -14 as -14, a factor of 1e-6."""
-    return native.run(_ops[version], inputs, state, cu_seqlens, logw_dtypes=(torch.float32, torch.bfloat16))
+    return native.run(
+        _ops[version], inputs, state, cu_seqlens, logw_dtypes=(torch.float32, torch.bfloat16)
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -27,7 +30,8 @@ def unavailable():
         return missing
     if torch.cuda.get_device_capability() < (8, 0):
         return "{} has compute capability {}.{}, the tensor-core kernels need 8.0".format(
-            torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
+            torch.cuda.get_device_name(), *torch.cuda.get_device_capability()
+        )
     return trial("cuda")
 
 
@@ -36,7 +40,11 @@ def trial(device):
     """None if outputs and gradients of a small case are the PyTorch form's, else one line. A card proves itself once."""
     g = torch.Generator().manual_seed(0)
     r, k, v, x, z = (torch.randn(1, 70, 1, 64, generator=g) for _ in range(5))
-    kappa, logw, state = F.normalize(x, dim=-1), -0.6 * z.sigmoid(), torch.randn(1, 1, 64, 64, generator=g)
+    kappa, logw, state = (
+        F.normalize(x, dim=-1),
+        -0.6 * z.sigmoid(),
+        torch.randn(1, 1, 64, 64, generator=g),
+    )
     for version, rest in ((7, (-kappa, kappa * x.sigmoid())), (6, (x[0, 0],))):
         results = []
         for form, dtype in ((wkv, torch.bfloat16), (chunked.wkv, torch.float32)):
@@ -55,21 +63,37 @@ def span(S, H, total):
     """Tokens of a span where S sequences of H heads leave most of a card idle (chunk.cuh), else 0. For 2 blocks on each of
     132 processors, but not from the card at hand: the same inputs give the same bits everywhere."""
     spans = 264 // max(S * H, 1)
-    return max(total // (S * spans) // native.CHUNK * native.CHUNK, 512) if spans >= 4 and total >= 1024 * S else 0
+    return (
+        max(total // (S * spans) // native.CHUNK * native.CHUNK, 512)
+        if spans >= 4 and total >= 1024 * S
+        else 0
+    )
 
 
 def keep(r, state, save):
     """The state at every chunk's start in fp16, and what passes from span to span."""
     (S, H, N, _), total = state.shape, len(r)
     slots, tokens = total // native.CHUNK + S if save else 0, span(S, H, total)
-    return (r.new_empty(slots, H, SAVED_STATE, dtype=torch.float16),
-            state.new_empty(total // tokens + S if tokens else 0, H, 2, N, N))
+    return (
+        r.new_empty(slots, H, SAVED_STATE, dtype=torch.float16),
+        state.new_empty(total // tokens + S if tokens else 0, H, 2, N, N),
+    )
 
 
 def launch(function, *args):
     *tensors, S, H, total, _ = args
-    cuda_seq.launch(function, *tensors, S, H, total, native.DTYPES[tensors[1].dtype], span(S, H, total))
+    cuda_seq.launch(
+        function, *tensors, S, H, total, native.DTYPES[tensors[1].dtype], span(S, H, total)
+    )
 
 
-_ops = {version: native.register(f"wkv{version}_chunk", version, launch, keep, scratch=lambda state, kept: [
-    kept[1].new_empty(len(kept[1]), *state.shape[1:])]) for version in (6, 7)}
+_ops = {
+    version: native.register(
+        f"wkv{version}_chunk",
+        version,
+        launch,
+        keep,
+        scratch=lambda state, kept: [kept[1].new_empty(len(kept[1]), *state.shape[1:])],
+    )
+    for version in (6, 7)
+}

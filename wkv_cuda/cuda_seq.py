@@ -3,6 +3,7 @@
 Head size 64, fp32, bf16 or fp16; logw any values <= 0, exp(logw) may underflow to 0. State and arithmetic are fp32; no
 atomics, so the same inputs give the same bits. nvcc builds these kernels and those of cuda.py in one library.
 """
+
 import ctypes
 import functools
 import shutil
@@ -13,9 +14,18 @@ import torch
 from . import native
 
 DEVICE, HEAD_SIZES, DTYPES = "cuda", (64,), tuple(native.DTYPES)
-SOURCES = [Path(__file__).parent / name for name in ("wkv6.cu", "wkv7.cu", "wkv6_chunk.cu", "wkv7_chunk.cu", "wkv.cuh",
-                                                     "chunk.cuh")]
-FLAGS = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "--threads=0"]  # as many threads as there are cores
+SOURCES = [
+    Path(__file__).parent / name
+    for name in ("wkv6.cu", "wkv7.cu", "wkv6_chunk.cu", "wkv7_chunk.cu", "wkv.cuh", "chunk.cuh")
+]
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-Xcompiler",
+    "-fPIC",
+    "--threads=0",
+]  # as many threads as there are cores
 
 
 def wkv(version, inputs, state, cu_seqlens):
@@ -34,22 +44,34 @@ def library():
     if torch.version.cuda is None or not torch.cuda.is_available():
         return None, f"no CUDA device (PyTorch {torch.__version__})"
     from torch.utils.cpp_extension import CUDA_HOME
+
     nvcc = shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
     if nvcc is None:
         return None, f"no nvcc: install the CUDA toolkit, or set CUDA_HOME to it (now {CUDA_HOME})"
-    cards = sorted({"%d%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    cards = sorted(
+        {"%d%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    )
     command = [nvcc, *FLAGS, *(f"-gencode=arch=compute_{card},code=sm_{card}" for card in cards)]
-    found, missing = native.load(native.place("cuda", command, SOURCES, [nvcc, "--version"]), command, SOURCES)
+    found, missing = native.load(
+        native.place("cuda", command, SOURCES, [nvcc, "--version"]), command, SOURCES
+    )
     if found and (error := found.wkv_probe()):
-        return None, f"{torch.cuda.CudaError(error)}; the card is sm_{cards}, {nvcc}, PyTorch's CUDA {torch.version.cuda}"
+        return (
+            None,
+            f"{torch.cuda.CudaError(error)}; the card is sm_{cards}, {nvcc}, PyTorch's CUDA {torch.version.cuda}",
+        )
     return found, missing
 
 
 def launch(function, *args):
     """Call a function of the library on the tensors' device and PyTorch's stream there: tensors as pointers, then numbers,
     then the stream."""
-    aligned = lambda x: x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-    args = [aligned(x) if isinstance(x, torch.Tensor) else x for x in args]  # alive until the launch
+    aligned = lambda x: (
+        x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    )
+    args = [
+        aligned(x) if isinstance(x, torch.Tensor) else x for x in args
+    ]  # alive until the launch
     raw = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else x for x in args]
     stream = torch.cuda.current_stream(args[0].device).cuda_stream if args[0].is_cuda else None
     with torch.cuda.device_of(args[0]):
@@ -58,5 +80,9 @@ def launch(function, *args):
         raise RuntimeError(f"{function}: {torch.cuda.CudaError(error)}")
 
 
-_ops = {version: native.register(f"wkv{version}", version, launch, scratch=lambda state, kept: native.empty_like(kept))
-        for version in (6, 7)}
+_ops = {
+    version: native.register(
+        f"wkv{version}", version, launch, scratch=lambda state, kept: native.empty_like(kept)
+    )
+    for version in (6, 7)
+}

@@ -3,6 +3,7 @@
 The sources are plain C++ or CUDA, called through ctypes: no PyTorch header is involved. Nothing is built at import. The
 ops gosling::<name> and gosling::<name>_backward work under torch.compile, DDP and checkpointing.
 """
+
 import contextlib
 import ctypes
 import functools
@@ -28,8 +29,13 @@ def place(name, command, sources, about):
     """Where the library is or will be. Its name holds a hash of the sources, the command and what the command `about` tells
     of the compiler and the machine: an old build is never taken for a new one."""
     told = subprocess.run(about, capture_output=True).stdout
-    content = b"\0".join([*[path.read_bytes() for path in sources], told, *map(str.encode, command)])
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "gosling").expanduser()
+    content = b"\0".join(
+        [*[path.read_bytes() for path in sources], told, *map(str.encode, command)]
+    )
+    folder = (
+        os.environ.get("TORCH_EXTENSIONS_DIR")
+        or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "gosling").expanduser()
+    )
     return Path(folder, f"gosling_{name}_{hashlib.sha256(content).hexdigest()[:12]}.so")
 
 
@@ -38,9 +44,13 @@ def load(path, command, sources, build=True):
 
     Of many processes one builds. The others wait at a lock, which the system takes back however its holder ends; where the
     file system has none, each builds, and moves a whole file in place."""
+
     def there():
-        with contextlib.suppress(OSError):  # no file, or not a library: a disk that was full, a copy cut short
+        with contextlib.suppress(
+            OSError
+        ):  # no file, or not a library: a disk that was full, a copy cut short
             return ctypes.CDLL(str(path))
+
     if library := there():
         return library, None
     if not build:
@@ -51,6 +61,7 @@ def load(path, command, sources, build=True):
         with open(path.with_suffix(".lock"), "w") as lock:
             with contextlib.suppress(ImportError, OSError):
                 import fcntl
+
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if library := there():
                 return library, None
@@ -75,7 +86,9 @@ def run(op, inputs, state, cu_seqlens, logw_dtypes=(torch.float32,)):
     cu_seqlens int32 on the device. -> y in r's shape and dtype, state"""
     r, cu = inputs[0], cu_seqlens
     vectors = [x for i, x in enumerate(inputs) if i != 1 and x.dim() == 4]
-    one = r.dtype if all(x.dtype == r.dtype for x in vectors) else torch.float32  # under autocast they meet in fp32
+    one = (
+        r.dtype if all(x.dtype == r.dtype for x in vectors) else torch.float32
+    )  # under autocast they meet in fp32
     flat = [x.float() if x.dim() == 2 else x.to(one).flatten(0, 1) for x in inputs]
     flat[1] = (inputs[1] if inputs[1].dtype in logw_dtypes else inputs[1].float()).flatten(0, 1)
     cu = torch.arange(len(r) + 1) * r.shape[1] if cu is None else torch.as_tensor(cu).flatten()
@@ -117,7 +130,7 @@ def register(name, version, launch, keep=keep_states, scratch=lambda state, kept
         return out
 
     def backward(*args):  # the inputs, cu, kept, dy, dstate
-        state, kept, grads = args[n - 1], args[n + 1:-2], empty_like(args[:n])
+        state, kept, grads = args[n - 1], args[n + 1 : -2], empty_like(args[:n])
         if version == 6:  # du: a part per chunk, span or sequence, summed here in a fixed order
             grads[4] = state.new_zeros(len(kept[-1]) or len(state), *state.shape[1:3])
         launch(f"{name}_backward", *args, *grads, *scratch(state, kept), *sizes(args[0], state))
@@ -127,7 +140,9 @@ def register(name, version, launch, keep=keep_states, scratch=lambda state, kept
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:-1], *output[2:])
-        ctx.set_materialize_grads(False)  # no zeros for what was saved, nor for a state that nobody used
+        ctx.set_materialize_grads(
+            False
+        )  # no zeros for what was saved, nor for a state that nobody used
 
     def autograd(ctx, dy, dstate, *_):
         saved = ctx.saved_tensors  # read once: under checkpointing this is what recomputes
@@ -135,11 +150,16 @@ def register(name, version, launch, keep=keep_states, scratch=lambda state, kept
         return *grads, None, None  # none for cu and save
 
     custom_op = functools.partial(torch.library.custom_op, mutates_args=())
-    op = custom_op(f"gosling::{name}", forward, schema=f"({tensors}, bool save) -> {outputs(2 + n_kept)}")
+    op = custom_op(
+        f"gosling::{name}", forward, schema=f"({tensors}, bool save) -> {outputs(2 + n_kept)}"
+    )
     op.register_fake(forward_outputs)
     op.register_autograd(autograd, setup_context=setup_context)
     kept = "".join(f", Tensor kept{i}" for i in range(n_kept))
-    backward_op = custom_op(f"gosling::{name}_backward", backward,
-                            schema=f"({tensors}{kept}, Tensor dy, Tensor? dstate) -> {outputs(n)}")
+    backward_op = custom_op(
+        f"gosling::{name}_backward",
+        backward,
+        schema=f"({tensors}{kept}, Tensor dy, Tensor? dstate) -> {outputs(n)}",
+    )
     backward_op.register_fake(lambda *args: tuple(empty_like(args[:n])))
     return op
