@@ -1,11 +1,12 @@
-"""Scores on the tasks of lm-evaluation-harness: LAMBADA, MMLU, GSM8K and hundreds more, or a YAML file of your own.
+"""Scores on the tasks of lm-evaluation-harness: LAMBADA, MMLU, GSM8K and hundreds more.
 
     pip install lm_eval
     python eval.py --model=RWKV-x070-World-0.1B.pth --tasks lambada_openai
     python eval.py --model=out/chats/rwkv-final.pth --tasks mmlu gsm8k --num_fewshot=5 --limit=200
     python eval.py --model=out/lora/lora-final.safetensors --tasks mine --include_path=my_tasks/
 
-A context is read once for all of its choices. A recurrence has no window: however long a text, nothing of it is cut.
+my_tasks/ holds YAML files of your own. A context is read once for all of its choices. A recurrence
+has no window: however long a text is, nothing of it is cut.
 """
 
 import json
@@ -13,13 +14,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
-import common
-import prepare
-import sample
-from common import UserError
-from model import fork, forked, load_model
+from gosling import engine
+from gosling.batch import fork, score_forks
+from gosling.config import UserError, read_flags
+from gosling.runs import pick_device
 
 
 @dataclass
@@ -27,15 +28,52 @@ class Config:
     model: str  # weights, a LoRA or a tuned state
     tasks: tuple[str, ...]  # names, as `lm_eval --tasks list` shows them
     include_path: str | None = None  # a folder with tasks of your own (.yaml)
-    num_fewshot: int | None = None  # worked examples before each question; none = as the task says
-    limit: int | None = None  # only so many questions of each task
-    tokenizer: str = (
-        ""  # name or file; empty = what the model's folder says, or World if it has 65536 ids
-    )
+    num_fewshot: NonNegativeInt | None = None  # worked examples before each question
+    limit: PositiveInt | None = None  # only so many questions of each task
+    tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of weights and computation; auto = bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
+
+
+def group_by(keys):
+    """[key of item 0, key of item 1, ...] -> {key: [numbers of its items]}"""
+    groups = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return groups
+
+
+@torch.no_grad()
+def score_continuations(model, pairs):
+    """[(context ids, continuation ids)] -> [(log-probability, whether it is the greedy one)]"""
+    groups = group_by(tuple(context) for context, _ in pairs)
+    forked = [(list(context), [pairs[i][1] for i in group]) for context, group in groups.items()]
+    sizes = [len(context) + sum(len(ids) for ids in choices) for context, choices in forked]
+    scores = []
+    for a, b in tqdm(engine.spans(sizes, 64), unit="batch", disable=len(sizes) < 2):
+        forks = fork(forked[a:b], model.emb.weight.device)
+        of_tokens = score_forks(model, forks, engine.PREFILL)
+        logps = forks.per_answer(of_tokens.logps).tolist()
+        misses = forks.per_answer((~of_tokens.hits).float()).tolist()
+        scores += [(logp, missed == 0) for logp, missed in zip(logps, misses, strict=True)]
+    numbers = [i for group in groups.values() for i in group]
+    by_number = dict(zip(numbers, scores, strict=True))
+    return [by_number[i] for i in range(len(pairs))]
+
+
+def answer(model, tokenizer, texts, options):
+    """Texts and a task's generation_kwargs -> the completions' texts"""
+    stop = options.get("until") or []
+    completions = engine.generate(
+        model,
+        [tokenizer.encode(text) for text in texts],
+        tokenizer=tokenizer,
+        seed=0,
+        max_new_tokens=options.get("max_gen_toks", 256),
+        stop=[stop] if isinstance(stop, str) else stop,
+        temperature=options.get("temperature", 1.0) if options.get("do_sample") else 0.0,
     )
+    return [completion.text for completion in completions]
 
 
 def adapter(model, tokenizer):
@@ -43,64 +81,29 @@ def adapter(model, tokenizer):
     from lm_eval.api.model import TemplateLM
 
     class Adapter(TemplateLM):
-        eot_token_id = (
-            tokenizer.end_id
-        )  # stands before a text that has no context, as in pretraining
+        eot_token_id = tokenizer.end_id  # stands before a text that has no context
 
         def tok_encode(self, text, **_):
             return tokenizer.encode(text)
 
-        @torch.no_grad()
         def _loglikelihood_tokens(self, requests, **_):
-            """[(texts, context ids, continuation ids)] -> [(log-probability, whether it is the greedy one)]"""
-            groups, out = {}, [None] * len(requests)
-            for i, (_, context, _) in enumerate(requests):
-                groups.setdefault(tuple(context), []).append(i)
-            groups = [([*context] or [self.eot_token_id], mine) for context, mine in groups.items()]
-            sizes = [
-                len(context) + sum(len(requests[i][2]) for i in mine) for context, mine in groups
-            ]
-            for a, b in tqdm(sample.spans(sizes, 64), unit="batch", disable=len(sizes) < 2):
-                part, numbers = groups[a:b], [i for _, mine in groups[a:b] for i in mine]
-                forks = fork(
-                    [(context, [requests[i][2] for i in mine]) for context, mine in part],
-                    model.emb.weight.device,
-                )
-                scores = forked(model, forks, sample.PREFILL)
-                misses = forks.per_answer((~scores.hits).float()).tolist()
-                for i, logp, missed in zip(
-                    numbers, forks.per_answer(scores.logps).tolist(), misses
-                ):
-                    out[i] = logp, missed == 0
-            return out
+            pairs = [(context or [tokenizer.end_id], ids) for _, context, ids in requests]
+            return score_continuations(model, pairs)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            rows = [
-                (None, [self.eot_token_id], tokenizer.encode(request.args[0]))
-                for request in requests
-            ]
-            return [logp for logp, _ in self._loglikelihood_tokens(rows)]
+            texts = [tokenizer.encode(request.args[0]) for request in requests]
+            scores = score_continuations(model, [([tokenizer.end_id], ids) for ids in texts])
+            return [logp for logp, _ in scores]
 
         def generate_until(self, requests, disable_tqdm=False):
-            out, kinds = [None] * len(requests), {}
-            for i, request in enumerate(requests):
-                kinds.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-            for options, mine in ((json.loads(options), mine) for options, mine in kinds.items()):
-                stop = options.get("until") or []
-                got = sample.generate(
-                    model,
-                    [tokenizer.encode(requests[i].args[0]) for i in mine],
-                    tokenizer=tokenizer,
-                    seed=0,
-                    max_new_tokens=options.get("max_gen_toks", 256),
-                    stop=[stop] if isinstance(stop, str) else stop,
-                    temperature=options.get("temperature", 1.0)
-                    if options.get("do_sample")
-                    else 0.0,
-                )
-                for i, completion in zip(mine, got):
-                    out[i] = completion.text
-            return out
+            texts = [None] * len(requests)
+            kinds = group_by(json.dumps(request.args[1], sort_keys=True) for request in requests)
+            for options, group in kinds.items():
+                prompts = [requests[i].args[0] for i in group]
+                answers = answer(model, tokenizer, prompts, json.loads(options))
+                for i, text in zip(group, answers, strict=True):
+                    texts[i] = text
+            return texts
 
     return Adapter()
 
@@ -110,11 +113,9 @@ def main(cfg):
         import lm_eval
     except ImportError:
         raise UserError("eval.py needs lm-evaluation-harness: pip install lm_eval") from None
-    device, dtype = common.pick_device(cfg)
-    model, about = load_model(cfg.model, device, dtype)
-    tokenizer = prepare.tokenizer_of(cfg.model, model.config.vocab_size, cfg.tokenizer, about)
+    model, tokenizer, _ = engine.load(cfg.model, *pick_device(cfg), cfg.tokenizer)
     results = lm_eval.simple_evaluate(
-        adapter(model.eval(), tokenizer),
+        adapter(model, tokenizer),
         tasks=list(cfg.tasks),
         num_fewshot=cfg.num_fewshot,
         limit=cfg.limit,
@@ -125,4 +126,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(common.read_flags(Config))
+    main(read_flags(Config))

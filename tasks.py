@@ -1,71 +1,87 @@
-"""Small text skills with answers a program can check: what every method is tried on when there is only a laptop.
+"""Small text skills with answers that a program can check: what every method is tried on when there
+is only a laptop.
 
     python tasks.py --out=data/tasks
-    python tasks.py pairs samples.jsonl --out=data/tasks_pairs      of sample.py batch: one right answer, one wrong one
+    python tasks.py pairs samples.jsonl --out=data/tasks_pairs
+        of what sample.py batch wrote: for each prompt one right answer and one wrong one
 
-A task is "reverse bdac", its answer "cadb"; as a chat, "User: reverse bdac\\n\\nAssistant:" -> " cadb". A tenth of all
-tasks (crc32 % 10 == 0) is held out from all training, pretraining too. UNSEEN is in the pretraining text but in no
-chat: left for state tuning to bring out. Writes, the same bytes for the same seed:
+A task is "reverse bdac", its answer "cadb"; as a chat, "User: reverse bdac\\n\\nAssistant:" ->
+" cadb". A tenth of all tasks (crc32 % 10 == 0) is held out from all training, pretraining too.
+UNSEEN is in the pretraining text but in no chat: left for state tuning to bring out. Writes, the
+same bytes for the same seed:
 
-    <out>_text.jsonl      {"text"}: lines "task = answer", 30 % "check task = answer : ok|no", to pretrain on
-    <out>_sft.jsonl       {"messages"}: tasks with their answers, few on purpose: later stages need room
+    <out>_text.jsonl      {"text"}: lines "task = answer", 30 % "check task = answer : ok|no", to
+                          pretrain on
+    <out>_sft.jsonl       {"messages"}: tasks with their answers, few on purpose: later stages need
+                          room
     <out>_sft_val.jsonl   the same of held-out tasks, for a validation loss
-    <out>_prompts.jsonl   {"prompt", "skill", "answer"}: new tasks, for stages that learn from the model's own answers
+    <out>_prompts.jsonl   {"prompt", "skill", "answer"}: new tasks, for stages that learn from the
+                          model's own answers
     <out>_heldout.jsonl   the same of held-out tasks, to measure on
-    <out>_unseen.jsonl, <out>_unseen_heldout.jsonl    of the unseen skill: {"messages"} to train on, held-out tasks
+    <out>_unseen.jsonl    {"messages"}: tasks of the unseen skill, to train on
+    <out>_unseen_heldout.jsonl    held-out tasks of the unseen skill, to measure on
 """
 
-import json
 import random
 import sys
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
+from pydantic import NonNegativeInt
 
-from common import UserError, atomic_write, read_flags
+from gosling.config import Share, print0, read_flags
+from gosling.data import read_jsonl, render_chat
+from gosling.files import write_jsonl
 
 LETTERS = "abcdefghijkl"
+# Skills in which a small model slips, so that every method has something to mend. "count a in
+# abcab" is not among them: exact match .37 in the pretraining text, .36 after SFT, it was stuck.
+SKILLS = ("reverse", "sort", "upper", "next", "double", "replace", "remove")
 UNSEEN = "rotate"
-# skill: the answer from the task's other words. Skills in which a small model slips, so that every method has something
-# to mend; "count a in abcab" is not among them: exact match .37 in the pretraining text, .36 after SFT, it was stuck.
-RULES = {
-    "reverse": lambda word: word[::-1],
-    "sort": lambda word: "".join(sorted(word)),
-    "upper": str.upper,
-    "next": lambda word: "".join(chr(ord(c) + 1) for c in word),
-    "double": lambda word: "".join(c + c for c in word),
-    "replace": lambda old, _by, new, _in, word: word.replace(old, new),
-    "remove": lambda old, _in, word: word.replace(old, ""),
-    UNSEEN: lambda word: word[1:] + word[:1],
-}
-SKILLS = tuple(skill for skill in RULES if skill != UNSEEN)
+ALL_SKILLS = (*SKILLS, UNSEEN)
 
 
 @dataclass
 class Config:
     out: str = "data/tasks"  # prefix of the files
     seed: int = 0  # another seed, other tasks; what is held out stays held out
-    text_tokens: int = 2_700_000  # of pretraining text: bytes, and one end token a document
-    sft: int = 500  # rows with an answer
-    prompts: int = 6_400  # new tasks
-    heldout: int = 1_000  # held-out tasks, and as many of the unseen skill
-    unseen: int = 400  # rows of the unseen skill with an answer
-    val: int = 200  # rows of held-out tasks with an answer, for a validation loss
+    text_tokens: NonNegativeInt = 2_700_000  # of pretraining text: bytes, one end token a document
+    sft: NonNegativeInt = 500  # rows with an answer
+    prompts: NonNegativeInt = 6_400  # new tasks
+    heldout: NonNegativeInt = 1_000  # held-out tasks, and as many of the unseen skill
+    unseen: NonNegativeInt = 400  # rows of the unseen skill with an answer
+    val: NonNegativeInt = 200  # rows of held-out tasks with an answer, for a validation loss
+
+
+# ----------------------------------------------------------------------------------------------
+# a task and its answer
 
 
 def solve(task):
-    """The answer, worked out from the task's text alone."""
-    skill, *words = task.split(" ")
-    try:
-        return RULES[skill](*words)
-    except (KeyError, TypeError):
-        raise ValueError(f"{task!r} is not a task") from None
+    """The answer, worked out from the task's text alone. ValueError for what is no task."""
+    match task.split(" "):
+        case ["reverse", word]:
+            return word[::-1]
+        case ["sort", word]:
+            return "".join(sorted(word))
+        case ["upper", word]:
+            return word.upper()
+        case ["next", word]:
+            return "".join(chr(ord(letter) + 1) for letter in word)
+        case ["double", word]:
+            return "".join(letter * 2 for letter in word)
+        case ["replace", old, "by", new, "in", word]:
+            return word.replace(old, new)
+        case ["remove", old, "in", word]:
+            return word.replace(old, "")
+        case ["rotate", word]:
+            return word[1:] + word[:1]
+    raise ValueError(f"{task!r} is not a task")
 
 
 def check(task, text):
-    """Is `text`, a completion, exactly the answer? White space around it does not count, anything else does."""
+    """Is `text`, a completion, exactly the answer? White space around it does not count."""
     return text.strip() == solve(task)
 
 
@@ -74,36 +90,38 @@ def is_held_out(task):
 
 
 def make_task(skill, rng, held_out=False):
-    """-> (task, answer), drawn with `rng`, a random.Random, until it is on the wanted side of the split."""
+    """-> (task, answer), drawn with `rng`, a random.Random, on the wanted side of the split."""
     while True:
-        # where a letter is looked for, four are in use, so that it tends to be there more than once
-        letters = rng.sample(LETTERS, 4) if skill in ("replace", "remove") else LETTERS
-        word = "".join(
-            rng.choices(letters, k=rng.randint(3, 6) if skill == "double" else rng.randint(4, 8))
-        )
+        letters = LETTERS
+        if skill in ("replace", "remove"):  # of four letters, so that one tends to come twice
+            letters = rng.sample(LETTERS, 4)
+        length = rng.randint(3, 6) if skill == "double" else rng.randint(4, 8)
+        word = "".join(rng.choices(letters, k=length))
         old = rng.choice(word)
         if skill == "remove" and word[-1] == old:  # something must be left to answer
-            word += rng.choice([c for c in letters if c != old])
-        new = rng.choice([c for c in LETTERS if c != old])
-        words = {"replace": [old, "by", new, "in", word], "remove": [old, "in", word]}.get(
-            skill, [word]
-        )
-        task = " ".join([skill, *words])
+            word += rng.choice([letter for letter in letters if letter != old])
+        new = rng.choice([letter for letter in LETTERS if letter != old])
+        task = f"{skill} {word}"
+        if skill == "replace":
+            task = f"replace {old} by {new} in {word}"
+        elif skill == "remove":
+            task = f"remove {old} in {word}"
         if is_held_out(task) == held_out:
             return task, solve(task)
 
 
+# ----------------------------------------------------------------------------------------------
+# rows
+
+
 def prompts(n, seed, skills=SKILLS, held_out=False):
-    """n different tasks, the skills in turn -> rows for generation: {"prompt": messages, "skill", "answer"}."""
+    """n different tasks, the skills in turn -> rows {"prompt": messages, "skill", "answer"}."""
     rng, rows = random.Random(f"prompts {seed}"), {}
     while len(rows) < n:
         skill = skills[len(rows) % len(skills)]
         task, answer = make_task(skill, rng, held_out)
-        rows[task] = {
-            "prompt": [{"role": "user", "content": task}],
-            "skill": skill,
-            "answer": answer,
-        }
+        messages = [{"role": "user", "content": task}]
+        rows[task] = {"prompt": messages, "skill": skill, "answer": answer}
     return list(rows.values())
 
 
@@ -113,115 +131,123 @@ def with_answer(row):
 
 
 def corrupt(word, rng):
-    """One slip of the pen: a letter changed, dropped, doubled, or swapped with its neighbour. Never the word itself."""
+    """One slip of the pen: a letter changed, dropped, doubled, or swapped with its neighbour."""
     while True:
         i, new = rng.randrange(len(word)), rng.choice(LETTERS)
-        a, c, b = word[:i], word[i], word[i + 1 :]
-        slip = rng.choice(
-            [
-                a + (new.upper() if c.isupper() else new) + b,
-                a + b,
-                a + c + c + b,
-                a + b[:1] + c + b[1:],
-            ]
-        )
+        before, letter, after = word[:i], word[i], word[i + 1 :]
+        changed = before + (new.upper() if letter.isupper() else new) + after
+        swapped = before + after[:1] + letter + after[1:]
+        slip = rng.choice([changed, before + after, before + letter * 2 + after, swapped])
         if slip and slip != word:
             return slip
 
 
 def document(rng):
-    """1 to 8 lines of one skill or of several. The check lines teach comparing, which reward models and judges need."""
-    one, lines = rng.random() < 0.5 and rng.choice(list(RULES)), []
+    """1 to 8 lines of one skill or of several. The check lines teach comparing, which reward models
+    and judges need."""
+    one_skill = rng.random() < 0.5 and rng.choice(ALL_SKILLS)
+    lines = []
     for _ in range(rng.randint(1, 8)):
-        task, answer = make_task(one or rng.choice(list(RULES)), rng)
-        verdict = rng.choice(["ok", "no"]) if rng.random() < 0.3 else None
-        shown = corrupt(answer, rng) if verdict == "no" else answer
-        lines.append(f"check {task} = {shown} : {verdict}" if verdict else f"{task} = {shown}")
+        task, answer = make_task(one_skill or rng.choice(ALL_SKILLS), rng)
+        if rng.random() >= 0.3:
+            lines.append(f"{task} = {answer}")
+        elif rng.choice(["ok", "no"]) == "ok":
+            lines.append(f"check {task} = {answer} : ok")
+        else:
+            lines.append(f"check {task} = {corrupt(answer, rng)} : no")
     return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------
+# measuring
+
+
+def exact_match(model, tokenizer, skills=SKILLS, rows=1000):
+    """Greedy answers to held-out tasks, reported -> {"exact_match": share}: an eval_fn."""
+    from gosling.engine import generate  # not above: files are written without the network
+
+    asked = prompts(rows, "heldout 0", skills, held_out=True)
+    prompt_ids = [render_chat(r["prompt"], tokenizer, generation_prompt=True)[0] for r in asked]
+    answers = generate(
+        model, prompt_ids, max_new_tokens=20, temperature=0, tokenizer=tokenizer, batch_size=250
+    )
+    results = [(row, answer.text) for row, answer in zip(asked, answers, strict=True)]
+    print0(report(results))
+    return {"exact_match": sum(is_right(*result) for result in results) / rows}
+
+
+def is_right(row, text):
+    """Is `text` the answer to a row of `prompts`?"""
+    return check(row["prompt"][-1]["content"], text)
 
 
 def report(results):
-    """results: [(row of `prompts`, completion text)] -> exact match per skill and the first ten, as a text."""
-    rows = [(row["skill"], row["prompt"][-1]["content"], text.strip()) for row, text in results]
+    """[(row of `prompts`, completion's text)] -> exact match per skill and the first ten, a text"""
     lines = []
-    for skill in [*dict.fromkeys(skill for skill, *_ in rows), "all"]:
-        hits = [check(task, text) for own, task, text in rows if skill in (own, "all")]
+    for skill in [*dict.fromkeys(row["skill"] for row, _ in results), "all"]:
+        hits = [is_right(*result) for result in results if skill in (result[0]["skill"], "all")]
         lines.append(f"{skill:8} {sum(hits) / max(len(hits), 1):6.3f} of {len(hits)}")
-    for _, task, text in rows[:10]:
-        lines.append(
-            f"{task} -> {text!r}" + ("" if check(task, text) else f", should be {solve(task)!r}")
-        )
+    for row, text in results[:10]:
+        task = row["prompt"][-1]["content"]
+        correction = "" if check(task, text) else f", should be {solve(task)!r}"
+        lines.append(f"{task} -> {text.strip()!r}{correction}")
     return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------
+# the commands
 
 
 @dataclass
 class PairsConfig:
-    samples: tyro.conf.Positional[
-        str
-    ]  # rows of `prompts` with "completions", as sample.py batch writes them
+    samples: tyro.conf.Positional[str]  # rows of `prompts` with "completions", of sample.py batch
     out: str = "data/tasks_pairs"  # prefix of .jsonl and _val.jsonl
-    val: float = 0.1  # share of the prompts that goes to _val.jsonl
+    val: Share = 0.1  # share of the prompts that goes to _val.jsonl
 
 
 def pairs(cfg):
-    """Preferences for DPO and reward models: of each prompt's answers one that is right and one that is wrong."""
-    if not Path(cfg.samples).is_file():
-        raise UserError(
-            f"{cfg.samples} does not exist; `python sample.py batch data/tasks_prompts.jsonl {cfg.samples} "
-            "--model=...` writes it"
-        )
+    """Preferences for DPO and reward models: of each prompt's answers a right and a wrong one."""
     rng, rows = random.Random(0), []
-    for line in open(cfg.samples):
-        row = json.loads(line)
-        texts = list(
-            dict.fromkeys(c["text"] if isinstance(c, dict) else c for c in row["completions"])
-        )
-        right, wrong = (
-            [t for t in texts if t.strip() and check(row["prompt"][-1]["content"], t) == want]
-            for want in (True, False)
-        )
+    shape = '{"prompt", "skill", "completions"}, as `python sample.py batch` writes it'
+    for _, row in read_jsonl(cfg.samples, shape):
+        texts = [c["text"] if isinstance(c, dict) else c for c in row["completions"]]
+        texts = list(dict.fromkeys(texts))
+        right = [text for text in texts if is_right(row, text)]
+        wrong = [text for text in texts if text.strip() and not is_right(row, text)]
         if right and wrong:
-            rows.append(
-                {
-                    "prompt": row["prompt"],
-                    "chosen": rng.choice(right),
-                    "rejected": rng.choice(wrong),
-                    "skill": row["skill"],
-                }
-            )
-    cut = round(len(rows) * (1 - cfg.val))
-    write(f"{cfg.out}.jsonl", rows[:cut], "pairs")
-    write(f"{cfg.out}_val.jsonl", rows[cut:], "pairs")
+            pair = {"prompt": row["prompt"], "chosen": rng.choice(right)}
+            rows.append({**pair, "rejected": rng.choice(wrong), "skill": row["skill"]})
+    n_train = round(len(rows) * (1 - cfg.val))
+    write(f"{cfg.out}.jsonl", rows[:n_train], "pairs")
+    write(f"{cfg.out}_val.jsonl", rows[n_train:], "pairs")
 
 
 def write(path, rows, what):
-    with atomic_write(path) as tmp:
-        tmp.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     print(f"{path}: {len(rows):,} {what}")
 
 
 def main(cfg):
-    rng, texts, size = random.Random(f"text {cfg.seed}"), [], 0
-    while size < cfg.text_tokens:
+    rng, texts, n_tokens = random.Random(f"text {cfg.seed}"), [], 0
+    while n_tokens < cfg.text_tokens:
         texts.append(document(rng))
-        size += len(texts[-1]) + 1  # prepare.py puts an end token after every document
+        n_tokens += len(texts[-1]) + 1  # prepare.py puts an end token after every document
+    sft = prompts(cfg.sft, f"sft {cfg.seed}")
+    sft_val = prompts(cfg.val, f"sft val {cfg.seed}", held_out=True)
+    unseen = prompts(cfg.unseen, f"sft {cfg.seed}", [UNSEEN])
+    heldout_seed = f"heldout {cfg.seed}"
     files = {
         "text": [{"text": text} for text in texts],
-        "sft": [with_answer(row) for row in prompts(cfg.sft, f"sft {cfg.seed}")],
-        "sft_val": [
-            with_answer(row) for row in prompts(cfg.val, f"sft val {cfg.seed}", held_out=True)
-        ],
+        "sft": [with_answer(row) for row in sft],
+        "sft_val": [with_answer(row) for row in sft_val],
         "prompts": prompts(cfg.prompts, f"new {cfg.seed}"),
-        "heldout": prompts(cfg.heldout, f"heldout {cfg.seed}", held_out=True),
-        "unseen": [with_answer(row) for row in prompts(cfg.unseen, f"sft {cfg.seed}", [UNSEEN])],
-        "unseen_heldout": prompts(cfg.heldout, f"heldout {cfg.seed}", [UNSEEN], held_out=True),
+        "heldout": prompts(cfg.heldout, heldout_seed, held_out=True),
+        "unseen": [with_answer(row) for row in unseen],
+        "unseen_heldout": prompts(cfg.heldout, heldout_seed, [UNSEEN], held_out=True),
     }
     for name, rows in files.items():
-        write(
-            f"{cfg.out}_{name}.jsonl",
-            rows,
-            f"rows, {size:,} byte tokens" if name == "text" else "rows",
-        )
+        what = f"rows, {n_tokens:,} byte tokens" if name == "text" else "rows"
+        write(f"{cfg.out}_{name}.jsonl", rows, what)
 
 
 if __name__ == "__main__":

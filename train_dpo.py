@@ -1,30 +1,44 @@
-"""Preference optimisation, DPO and its relatives, from pairs of a chosen and a rejected answer; full, LoRA or state.
+"""Preference optimisation, DPO and its relatives, from pairs of a chosen and a rejected answer.
 
-    c, q = log p(chosen) - log ref(chosen), log p(rejected) - log ref(rejected), sums over the answer; h = beta (c - q)
-    sigmoid   - log s(h)                                    DPO, arXiv 2305.18290;  s = sigmoid
-              - (1 - e) log s(h) - e log s(-h)              with label_smoothing e: cDPO
-    robust    (- (1 - e) log s(h) + e log s(-h)) / (1 - 2 e)                       arXiv 2403.00409
-    hinge     max(0, 1 - h)                                                        SLiC, arXiv 2305.10425
-    ipo       (c / n_c - q / n_q - 1 / (2 beta))^2, means per token, as in TRL      arXiv 2310.12036
-    simpo     - log s(beta (mean log p(chosen) - mean log p(rejected)) - gamma)     arXiv 2405.14734, no reference
-    + nll_coef x (- sum of log p(chosen) / chosen tokens of the batch)             RPO, arXiv 2404.19733
+    c, q = log p(chosen) - log ref(chosen), log p(rejected) - log ref(rejected)
+           each a sum over the answer's tokens;  h = beta (c - q),  s = sigmoid,  e =
+           label_smoothing
+    sigmoid   - log s(h)                                          DPO, arXiv 2305.18290
+              - (1 - e) log s(h) - e log s(-h)                    with label_smoothing: cDPO
+    robust    (- (1 - e) log s(h) + e log s(-h)) / (1 - 2 e)      arXiv 2403.00409
+    hinge     max(0, 1 - h)                                       SLiC, arXiv 2305.10425
+    ipo       (c / n_c - q / n_q - 1 / (2 beta))^2                means per token, as in TRL;
+                                                                  arXiv 2310.12036
+    simpo     - log s(beta (mean log p(chosen) - mean log p(rejected)) - gamma)
+                                                                  no reference; beta 2 to 2.5;
+                                                                  arXiv 2405.14734
+    + nll_coef x (- sum of log p(chosen) / chosen tokens of the batch)     RPO, arXiv 2404.19733
 
-A prompt runs once: both answers start from its state, and the gradient flows back through it. The reference is a number
-per answer. It is computed before the first step, by the policy itself, in the layout of the first epoch, so that the loss
-starts at ln 2 exactly, and kept in <data>.ref.pt under a fingerprint of data, tokenizer and weights. SPIN
-(arXiv 2401.01335) is this script with the model's own earlier answers as the rejected ones.
+A sample is a pair. Its prompt runs once: both answers start from its state, and the gradient flows
+back through it. The reference is a number per answer. It is computed before the first step, by the
+policy itself, in the layout of the first epoch, so that the loss starts at ln 2 exactly, and kept
+in <data>.ref.pt under a fingerprint of data, tokenizer and weights. `reference`: empty = the policy
+as it starts, "off" = its adapter or tuned state switched off, "none" for simpo, or a model's file.
+SPIN (arXiv 2401.01335) is this script with the model's own earlier answers as the rejected ones.
 
-Usual mistakes: a mean of log-probabilities on one side and a sum on the other; a learning rate of SFT (take a tenth);
-watching margins alone: plain DPO lowers both log-probabilities, and a small model gets worse while its margins grow
-(README). With the NLL term the chosen one rises. Label smoothing: TRL ignores it for sigmoid, here it is cDPO.
+Data: JSONL of prompt, chosen, rejected; `python prepare.py pairs FILE` sums it up. Pairs longer
+than ctx_len are dropped, and counted.
 
-    python train_dpo.py config/dpo_tiny.py                                   a laptop: exact match 0.75 -> 0.86
-    python train_dpo.py config/dpo_1b5.py --tune=lora --lr=2e-5              one GPU
+Usual mistakes: a mean of log-probabilities on one side and a sum on the other; a learning rate of
+SFT (take a tenth; LoRA about ten times more than full); LoRA dropout, which makes policy and
+reference differ; watching margins alone: plain DPO lowers both log-probabilities, and a small model
+gets worse while its margins grow. With the NLL term (1 for small models) the chosen one rises. TRL
+ignores label smoothing for sigmoid; here it is cDPO.
+
+    python train_dpo.py config/dpo_tiny.py                              exact match 0.75 -> 0.86
+    python train_dpo.py config/dpo_1b5.py --tune=lora --lr=2e-5         one GPU
 """
 
 import hashlib
 import math
 import re
+import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,46 +46,74 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn.utils import clip_grad_norm_
 
-import common
-import prepare
-from common import UserError, load_config, print0
-from model import fork, forked, forked_backward, load_model, load_to_tune
+from gosling import files, runs, tune, weights
+from gosling.batch import fork, score_forks
+from gosling.config import Decay, UserError, load_config, print0
+from gosling.data import read_preferences
+from gosling.tokenizer import tokenizer_of
 
 
 @dataclass
-class Config(common.TuneConfig):
-    data: str = (
-        "data/pairs.jsonl"  # JSONL of prompt, chosen, rejected; prepare.py pairs FILE sums it up
-    )
+class Config:
+    # data and model
+    data: str = "data/pairs.jsonl"  # training data, of the kind that the docstring says
+    val_data: str = ""  # the same, held out, to validate on; empty = none
+    tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
+    init_from: str = ""  # weights to start from (.pth, .safetensors)
+    # loss
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "simpo"] = "sigmoid"  # formulas above
-    beta: float = 0.1  # how strongly the policy is held to the reference; simpo: 2 to 2.5
-    label_smoothing: float = 0.0  # share of wrong labels to expect: sigmoid, robust
-    gamma: float = 0.5  # simpo: the margin to reach
-    nll_coef: float = 0.0  # weight of the chosen answer's NLL; 1 for small models
-    reference: str = (
-        ""  # empty = the policy as it starts, off = adapter or state off, none, or a model's file
-    )
-    tune: Literal["full", "lora", "state"] = "full"  # every weight, an adapter, or the start state
-    lora_dropout: float = 0.0  # LoRA dropout; makes policy and reference differ
-    out_dir: str = "out/dpo"  # folder for weights or adapters, last.pt, config.json, metrics
-    micro_bsz: int = 4  # pairs per process and backward pass: lower it when memory runs out
-    global_bsz: int = (
-        32  # pairs per optimiser step, over all processes; accumulation follows from it
-    )
-    ctx_len: int = 4096  # longest prompt and answer in tokens; longer rows are dropped, and counted
-    chunk_len: int = (
-        0  # tokens whose activations are kept at a time, with exact gradient; 0 = whole answers
-    )
-    lr: float = 1e-6  # peak learning rate; LoRA wants about ten times more
-    lr_final: float = 1e-7  # learning rate at the end of the cosine
-    watch: str = "val_rewards/accuracies"  # the number, of validation or eval_fn, whose highest value names best.*
-    patience: int = (
-        0  # stop after so many validations without a higher one, and go back to it; 0 = never
-    )
+    beta: PositiveFloat = 0.1  # how strongly the policy is held to the reference
+    label_smoothing: Decay = 0.0  # share of wrong labels to expect: sigmoid, robust
+    gamma: NonNegativeFloat = 0.5  # simpo: the margin to reach
+    nll_coef: NonNegativeFloat = 0.0  # weight of the chosen answer's NLL
+    reference: str = ""  # model to stay near: a file, or a word as the docstring says
+    # what trains
+    tune: Literal["full", "lora", "state"] = "full"  # weights, LoRA, state or scalar head
+    lora_r: PositiveInt = 32  # LoRA rank
+    lora_alpha: PositiveFloat = 64.0  # LoRA scale: alpha / r
+    lora_dropout: Decay = 0.0  # LoRA dropout
+    lora_rslora: bool = False  # scale alpha / sqrt(r)
+    lora_targets: tuple[str, ...] = ()  # key, att.key, ffn, head …; none = all of att and ffn
+    lora_extra: tuple[str, ...] = ()  # more parameters to train, by parts of names: ln, x_ …
+    adapter: str = ""  # saved adapter or state to go on from
+    # run
+    out_dir: str = "out/dpo"  # folder for checkpoints, last.pt, config.json and metrics
+    resume: bool = False  # go on from out_dir/last.pt
+    seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
+    # batch
+    micro_bsz: PositiveInt = 4  # samples per process and backward pass: lower it to save memory
+    global_bsz: PositiveInt = 32  # samples per optimiser step, over all processes
+    ctx_len: PositiveInt = 4096  # longest sample in tokens
+    chunk_len: NonNegativeInt = 0  # tokens whose activations are kept at a time; 0 = all
+    # optimiser
+    lr: PositiveFloat = 1e-6  # peak learning rate
+    lr_final: NonNegativeFloat = 1e-7  # learning rate at the end of the cosine
+    warmup_steps: NonNegativeInt = 10  # steps from 0.01 lr to lr
+    max_steps: NonNegativeInt | None = None  # optimiser steps of the whole run; or give epochs
+    epochs: PositiveFloat | None = None  # passes over the data; one if neither is given
+    weight_decay: NonNegativeFloat = 0.0  # on the large matrices alone
+    beta1: Decay = 0.9  # AdamW: of the running mean
+    beta2: Decay = 0.99  # AdamW: of the running mean of squares
+    adam_eps: PositiveFloat = 1e-18  # AdamW: upstream's value
+    grad_clip: NonNegativeFloat = 1.0  # largest gradient norm; 0 = no clipping
+    grad_cp: bool = False  # gradient checkpointing: less memory, about a third more time
+    # evaluation, saving, logging
+    eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
+    eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
+    watch: str = "val_rewards/accuracies"  # the measured number whose highest value names best.*
+    patience: NonNegativeInt = 0  # stop after so many validations without a higher one; 0 = never
+    save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
+    keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
+    log_every: PositiveInt = 10  # steps between progress lines
+    log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the method
 
 
@@ -88,44 +130,50 @@ def dpo_loss(
     rejected_len=None,
     gamma=0.5,
 ):
-    """Log-probabilities [B], each the sum over one answer -> (losses, chosen_rewards, rejected_rewards), each [B].
+    """Log-probabilities [B], each the sum over one answer -> (losses, chosen_rewards,
+    rejected_rewards), each [B].
 
-    Rewards are beta times the log-ratio to the reference, detached, whatever the loss (without a reference, simpo: beta
-    times the mean log-probability). chosen_len, rejected_len [B]: tokens of the answers; simpo needs them, ipo without
-    them is in sums, as in its paper. ValueError for what does not go together.
+    Rewards are beta times the log-ratio to the reference, detached, whatever the loss (without a
+    reference, simpo: beta times the mean log-probability). chosen_len, rejected_len [B]: tokens of
+    the answers; simpo needs them, ipo without them is in sums, as in its paper. ValueError for what
+    does not go together.
     """
-    if (
-        label_smoothing
-        and loss_type not in ("sigmoid", "robust")
-        or not 0 <= label_smoothing < (0.5 if loss_type == "robust" else 1)
-    ):
-        raise ValueError(
-            f"label_smoothing={label_smoothing} with loss_type={loss_type}: it is for sigmoid (below 1) and "
-            "robust (below 0.5)"
-        )
+    check_smoothing(label_smoothing, loss_type)
     if loss_type == "simpo":
         if chosen_len is None or rejected_len is None:
             raise ValueError("simpo needs chosen_len and rejected_len")
-        chosen, rejected = beta * chosen_logps / chosen_len, beta * rejected_logps / rejected_len
+        chosen = beta * chosen_logps / chosen_len
+        rejected = beta * rejected_logps / rejected_len
         return -F.logsigmoid(chosen - rejected - gamma), chosen.detach(), rejected.detach()
+
     if ref_chosen_logps is None or ref_rejected_logps is None:
         raise ValueError(f"{loss_type} needs the reference's log-probabilities")
-    c, q = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
-    h = beta * (c - q)
+    c = chosen_logps - ref_chosen_logps
+    q = rejected_logps - ref_rejected_logps
+    h, e = beta * (c - q), label_smoothing
     if loss_type == "sigmoid":
-        losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+        losses = -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h)
     elif loss_type == "robust":
-        losses = (-(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)) / (
-            1 - 2 * label_smoothing
-        )
+        losses = (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e)
     elif loss_type == "hinge":
         losses = torch.relu(1 - h)
     elif loss_type == "ipo":
-        per_c, per_q = (1 if n is None else n for n in (chosen_len, rejected_len))
-        losses = (c / per_c - q / per_q - 1 / (2 * beta)).square()
+        mean_c = c if chosen_len is None else c / chosen_len
+        mean_q = q if rejected_len is None else q / rejected_len
+        losses = (mean_c - mean_q - 1 / (2 * beta)).square()
     else:
         raise ValueError(f"loss_type={loss_type}: expected sigmoid, hinge, ipo, robust or simpo")
     return losses, beta * c.detach(), beta * q.detach()
+
+
+def check_smoothing(label_smoothing, loss_type):
+    """ValueError for a smoothing that the loss does not take."""
+    limit = {"sigmoid": 1.0, "robust": 0.5}.get(loss_type, 0.0)
+    if label_smoothing and not 0 <= label_smoothing < limit:
+        raise ValueError(
+            f"label_smoothing={label_smoothing} with loss_type={loss_type}: it is for sigmoid "
+            "(below 1) and robust (below 0.5)"
+        )
 
 
 METRICS = (
@@ -138,285 +186,286 @@ METRICS = (
     "nll_loss",
     "mean_token_accuracy",
 )
+NOT_SHOWN = {"rewards/chosen", "rewards/rejected", "logps/rejected", "nll_loss"}  # on the screen
 
 
-def batch_loss(scores, forks, ref, cfg, n_pairs, n_chosen):
-    """TokenScores of pairs, chosen before rejected -> (loss, {metric: sum over the pairs}). n_pairs, n_chosen: pairs and
-    chosen tokens of the whole optimiser batch. ref [2, B] or None."""
-    logps, lengths = (
-        forks.per_answer(scores.logps).view(-1, 2).T,
-        forks.borders2.diff().to(forks.row.device).view(-1, 2).T,
-    )
+def pair_loss(scores, forks, ref_logps, cfg, n_pairs, n_chosen):
+    """TokenScores of pairs, chosen before rejected -> (loss, METRICS as a tensor).
+
+    n_pairs, n_chosen: pairs and chosen tokens of the whole optimiser batch; losses and metrics of
+    its parts add up to the whole's. ref_logps [B, 2], or None for simpo.
+    """
+    logps = forks.per_answer(scores.logps).view(-1, 2)  # [B, 2]
+    lengths = forks.cu_seqlens.diff().to(logps.device).view(-1, 2)
+    ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.unbind(1)
     losses, chosen, rejected = dpo_loss(
-        *logps,
-        *(ref if ref is not None else (None, None)),
+        logps[:, 0],
+        logps[:, 1],
+        ref_chosen,
+        ref_rejected,
         beta=cfg.beta,
         loss_type=cfg.loss_type,
         label_smoothing=cfg.label_smoothing,
-        chosen_len=lengths[0],
-        rejected_len=lengths[1],
+        chosen_len=lengths[:, 0],
+        rejected_len=lengths[:, 1],
         gamma=cfg.gamma,
     )
-    nll, hits = -logps[0].sum(), forks.per_answer(scores.hits.float()).view(-1, 2).T
-    per_pair = chosen, rejected, chosen - rejected, chosen > rejected, logps[0], logps[1]
-    sums = [v.sum().item() / n_pairs for v in per_pair] + [
-        nll.item() / n_chosen,
-        hits[0].sum().item() / n_chosen,
-    ]
-    return losses.sum() / n_pairs + cfg.nll_coef * nll / n_chosen, dict(zip(METRICS, sums))
+    nll = -logps[:, 0].sum() / n_chosen
+    hits = forks.per_answer(scores.hits.float()).view(-1, 2)[:, 0].sum() / n_chosen
+    margins = chosen - rejected
+    per_pair = torch.stack([chosen, rejected, margins, (margins > 0).float(), *logps.detach().T])
+    metrics = torch.cat([per_pair.sum(1) / n_pairs, torch.stack([nll.detach(), hits])])
+    return losses.sum() / n_pairs + cfg.nll_coef * nll, metrics
+
+
+def fork_pairs(pairs, numbers, run):
+    """The pairs of these numbers -> Forks: two answers to each prompt."""
+    return fork([(pairs[i].prompt, pairs[i].answers) for i in numbers], run.device)
+
+
+@torch.no_grad()
+def evaluate(model, pairs, ref_logps, cfg, run):
+    """{"val_<metric>": mean over held-out pairs}, over all processes."""
+    n_chosen = sum(len(pair.answers[0]) for pair in pairs)
+    loss, metrics = 0.0, torch.zeros(len(METRICS), device=run.device)
+    for numbers in batches_in_file_order(pairs, cfg, run):
+        forks = fork_pairs(pairs, numbers, run)
+        ref = None if ref_logps is None else ref_logps[numbers].to(run.device)
+        scores = score_forks(model, forks, cfg.chunk_len)
+        batch_loss, batch_metrics = pair_loss(scores, forks, ref, cfg, len(pairs), n_chosen)
+        loss, metrics = loss + batch_loss, metrics + batch_metrics
+    val_loss, *values = runs.all_sum(loss, *metrics)
+    names = [f"val_{name}" for name in METRICS]
+    return {"val_loss": val_loss, **dict(zip(names, values, strict=True))}
+
+
+def batches_of(step, pairs, cfg, run):
+    """Numbers of this process's pairs in a step, micro_bsz at a time."""
+    return runs.chunks(runs.samples_of(step, len(pairs), cfg, run), cfg.micro_bsz)
+
+
+def batches_in_file_order(pairs, cfg, run):
+    """Numbers of this process's pairs in file order, micro_bsz at a time."""
+    return runs.chunks(list(range(len(pairs)))[run.rank :: run.world], cfg.micro_bsz)
+
+
+# ----------------------------------------------------------------------------------------------
+# the reference: one number per answer
 
 
 @torch.no_grad()
 def reference_logps(model, pairs, batches, cfg, run):
-    """[N, 2] float32: each answer's summed log-probability, over all processes. batches: which pairs this process runs
-    together; a number that was computed in other company differs in its last digits."""
-    out = torch.zeros(len(pairs), 3)
-    for batch in batches:
-        forks = fork([(pairs[i].prompt, pairs[i].answers) for i in batch], run.device)
-        logps = (
-            forks.per_answer(forked(model, forks, cfg.chunk_len).logps).view(-1, 2).float().cpu()
-        )
-        for i, row in zip(batch, logps):
-            if not out[
-                i, 2
-            ]:  # a short epoch's last step begins the next one: the first company counts
-                out[i] = torch.tensor([*row, 1.0])
-    out = common.all_reduce(out).cpu()
-    return out[:, :2] / out[:, 2:]
+    """[N, 2] float32: each answer's summed log-probability, over all processes.
+
+    batches: which pairs this process runs together; a number that was computed in other company
+    differs in its last digits.
+    """
+    logps, counted = torch.zeros(len(pairs), 2), torch.zeros(len(pairs), 1)
+    for numbers in batches:
+        forks = fork_pairs(pairs, numbers, run)
+        scores = score_forks(model, forks, cfg.chunk_len)
+        sums = forks.per_answer(scores.logps).view(-1, 2).float().cpu()
+        for number, of_pair in zip(numbers, sums, strict=True):
+            # A short epoch's last step begins the next one: the first company counts.
+            if not counted[number]:
+                logps[number], counted[number] = of_pair, 1.0
+    return runs.all_reduce(logps).cpu() / runs.all_reduce(counted).cpu()
 
 
 def cached_reference(name, model, pairs, batches, cfg, run):
-    """reference_logps, kept as <name>.ref.pt and taken from there while data, tokenizer, weights and company are the same."""
+    """reference_logps, kept as <name>.ref.pt and taken from there while data, tokenizer, weights
+    and company are the same."""
     layout = f"{batches} {cfg.chunk_len} {run.world} {run.dtype}"
-    mark = hashlib.blake2b(f"{pairs} {layout} {model.fingerprint()}".encode(), digest_size=16)
-    for key, p in model.named_parameters():
-        if (".lora_" in key or key.startswith("tuned.")) and cfg.reference != "off":
-            mark.update(p.detach().float().cpu().numpy().tobytes())
-    path, mark = Path(f"{name}.ref.pt"), mark.hexdigest()
+    described = f"{pairs} {layout} {weights.fingerprint(model)}"
+    digest = hashlib.blake2b(described.encode(), digest_size=16)
+    if cfg.reference != "off":
+        for key, p in model.named_parameters():
+            if ".lora_" in key or key.startswith("tuned."):
+                digest.update(p.detach().float().cpu().numpy().tobytes())
+    fingerprint = digest.hexdigest()
+
+    path = Path(f"{name}.ref.pt")
     if name.startswith("hf:"):
         path = Path(cfg.out_dir) / f"{re.sub('[:/]', '-', name)}.ref.pt"
-    kept = common.load_torch(path) if run.main and path.exists() else {}
-    if common.all_sum(kept.get("fingerprint") == mark)[0]:  # rank 0's file decides for all
+    saved = files.load_torch(path) if run.main and path.exists() else {}
+    same = runs.all_sum(saved.get("fingerprint") == fingerprint)[0]  # rank 0's file decides
+    if same:
         print0(f"reference: {path}")
-        return common.all_reduce(kept["logps"] if run.main else torch.zeros(len(pairs), 2)).cpu()
-    print0(
-        f"reference: {path} is of other data, weights or batches; computing it again"
-        if kept
-        else f"reference: computing {path}"
-    )
+        logps = saved["logps"] if run.main else torch.zeros(len(pairs), 2)
+        return runs.all_reduce(logps).cpu()
+    again = " again: it is of other data, weights or batches" if saved else ""
+    print0(f"reference: computing {path}{again}")
     logps = reference_logps(model, pairs, batches, cfg, run)
     if run.main:
         try:
-            common.save_torch(dict(fingerprint=mark, logps=logps), path)
+            files.save_torch({"fingerprint": fingerprint, "logps": logps}, path)
         except UserError as e:
             print0(f"reference: not kept, {e}")
     return logps
 
 
-def batches_of(step, pairs, cfg, run):
-    """Numbers of this process's pairs in a step, micro_bsz at a time."""
-    return common.chunks(common.samples_of(step, len(pairs), cfg, run), cfg.micro_bsz)
+def make_references(model, pairs, val_pairs, cfg, run):
+    """-> ([N, 2] of the training pairs, the same of val_pairs or None); both None for simpo.
+
+    They come from the policy before any step, in the batches of its first epoch, or from another
+    model, which is gone afterwards.
+    """
+    if cfg.loss_type == "simpo":
+        return None, None
+    other = model
+    if cfg.reference not in ("", "off"):
+        other, _ = tune.load_model(cfg.reference, run.device, run.dtype)
+        if other.config.vocab_size != model.config.vocab_size:
+            raise UserError(
+                f"reference {cfg.reference} has a vocabulary of {other.config.vocab_size}, the "
+                f"model one of {model.config.vocab_size}; a reference reads the same tokens"
+            )
+    other.eval()
+    epoch = []
+    for step in range(math.ceil(len(pairs) / cfg.global_bsz)):
+        epoch += batches_of(step, pairs, cfg, run)
+    ref_val = None
+    with other.reference() if cfg.reference == "off" else nullcontext():
+        ref_train = cached_reference(cfg.data, other, pairs, epoch, cfg, run)
+        if val_pairs:
+            in_order = batches_in_file_order(val_pairs, cfg, run)
+            ref_val = cached_reference(cfg.val_data, other, val_pairs, in_order, cfg, run)
+    return ref_train, ref_val
 
 
-def in_turn(pairs, cfg, run):
-    """Numbers of this process's pairs in file order, micro_bsz at a time."""
-    return common.chunks(list(range(len(pairs)))[run.rank :: run.world], cfg.micro_bsz)
+# ----------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def evaluate(model, pairs, ref, cfg, run):
-    """{"val_<metric>": mean over held-out pairs}, over all processes."""
-    totals, loss = dict.fromkeys(METRICS, 0.0), 0.0
-    n_chosen = sum(len(row.answers[0]) for row in pairs)
-    for batch in in_turn(pairs, cfg, run):
-        forks = fork([(pairs[i].prompt, pairs[i].answers) for i in batch], run.device)
-        now, sums = batch_loss(
-            forked(model, forks, cfg.chunk_len),
-            forks,
-            None if ref is None else ref[batch].T.to(run.device),
-            cfg,
-            len(pairs),
-            n_chosen,
-        )
-        loss += now.item()
-        totals = {k: totals[k] + v for k, v in sums.items()}
-    loss, *values = common.all_sum(loss, *totals.values())
-    return {"val_loss": loss, **{f"val_{k}": v for k, v in zip(METRICS, values)}}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@common.launch
-def main(cfg, run):
-    # ---- model and tokenizer
-    model = load_to_tune(cfg, run)
-    tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    out, about = Path(cfg.out_dir), common.origin(cfg, model, tokenizer)
+def check_settings(cfg):
+    """UserError for settings that do not go together."""
     if cfg.loss_type != "simpo" and cfg.reference == "none":
         raise UserError(f"reference=none is for --loss_type=simpo; {cfg.loss_type} needs one")
     if cfg.reference == "off" and cfg.tune == "full":
         raise UserError(
-            "reference=off switches an adapter or a tuned state off, and tune=full has neither; leave it empty"
+            "reference=off switches an adapter or a tuned state off, and tune=full has neither; "
+            "leave it empty"
         )
     try:
-        dpo_loss(
-            *torch.zeros(4, 1),
-            beta=cfg.beta,
-            loss_type=cfg.loss_type,
-            label_smoothing=cfg.label_smoothing,
-            chosen_len=torch.ones(1),
-            rejected_len=torch.ones(1),
-        )
+        check_smoothing(cfg.label_smoothing, cfg.loss_type)
     except ValueError as e:
         raise UserError(str(e)) from None
 
-    # ---- data
-    data, val = (
-        prepare.read_preferences(path, tokenizer, cfg.ctx_len) if path else None
-        for path in (cfg.data, cfg.val_data)
-    )
-    if any(row.scores for row in [*data, *(val or [])]):
-        raise UserError(f"{cfg.data} has rows of scored answers; DPO wants chosen and rejected")
-    max_steps, accumulation = common.plan_steps(cfg, run, len(data))
 
-    # ---- the reference's log-probabilities: of this policy before any step, or of another model, which then goes
-    ref = ref_val = None
-    if cfg.loss_type != "simpo":
-        other = model
-        if cfg.reference not in ("", "off"):
-            other, _ = load_model(cfg.reference, run.device, run.dtype)
-            if other.config.vocab_size != model.config.vocab_size:
-                raise UserError(
-                    f"reference {cfg.reference} has a vocabulary of {other.config.vocab_size}, {cfg.init_from} one "
-                    f"of {model.config.vocab_size}; a reference reads the same tokens"
-                )
-        other.eval()
-        with other.reference() if cfg.reference == "off" else nullcontext():
-            steps = range(math.ceil(len(data) / cfg.global_bsz))
-            epoch = [batch for step in steps for batch in batches_of(step, data, cfg, run)]
-            ref = cached_reference(cfg.data, other, data, epoch, cfg, run)
-            ref_val = (
-                cached_reference(cfg.val_data, other, val, in_turn(val, cfg, run), cfg, run)
-                if val
-                else None
-            )
-        del other
+def validate(model, val_pairs, ref_val, tokenizer, cfg, run):
+    """-> {name: number} on held-out pairs and of cfg.eval_fn."""
+    model.eval()
+    values = {}
+    if val_pairs:
+        values = evaluate(model, val_pairs, ref_val, cfg, run)
+    if cfg.eval_fn is not None:
+        values.update(cfg.eval_fn(model, tokenizer))
+    asked_for = cfg.patience or cfg.watch != Config.watch
+    if cfg.watch not in values and asked_for:
+        measured = ", ".join(values) or "nothing; give --val_data"
+        raise UserError(f"watch={cfg.watch} is not among what is measured: {measured}")
+    return values
 
-    # ---- optimiser: upstream's groups, printed
-    opt = common.make_optimizer(model, cfg, run)
-    print0(
-        f"data: {len(data):,} pairs, {sum(len(r.prompt) + sum(map(len, r.answers)) for r in data):,} tokens; {max_steps:,} "
-        f"steps of {cfg.global_bsz} pairs = {max_steps * cfg.global_bsz / len(data):.2f} epochs"
-    )
 
-    # ---- a new run, or on from last.pt
-    trained, kept, metrics, write, save = common.open_run(
-        cfg,
-        run,
-        model,
-        opt,
-        max_steps,
-        data_order=dict(ctx_len=cfg.ctx_len, pairs=len(data)),
-        kept=dict(best=-math.inf, waited=0),
-        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out),
-        about=about,
-        plot=("loss", "val_loss", "rewards/accuracies", "val_rewards/accuracies"),
-    )
-    impatient = lambda: cfg.patience and kept["waited"] >= cfg.patience  # noqa: E731
-    if impatient():
-        return print0(
-            f"{out} was stopped at step {metrics.from_step}: {kept['waited']} validations without a higher {cfg.watch}"
-        )
+def main(cfg):
+    with runs.processes(cfg) as run:
+        # ---- model and tokenizer
+        check_settings(cfg)
+        model = tune.load_to_tune(cfg, run)
+        tokenizer = tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
+        about = tune.origin(cfg, model, tokenizer)
 
-    def validate():
-        """{name: number} on held-out data, and the best checkpoint"""
-        model.eval()
-        values = evaluate(model, val, ref_val, cfg, run) if val else {}
-        if cfg.eval_fn is not None:
-            values.update(cfg.eval_fn(model, tokenizer))
-        if cfg.watch not in values and (cfg.patience or values and cfg.watch != Config.watch):
-            raise UserError(
-                f"watch={cfg.watch} is not among what is measured: {', '.join(values) or 'nothing; give --val_data'}"
-            )
-        kept["waited"] += 1
-        if values.get(cfg.watch, -math.inf) > kept["best"]:
-            kept.update(best=values[cfg.watch], waited=0)
-            write("best")
-        return values
+        # ---- data, and the reference's log-probabilities
+        pairs = read_preferences(cfg.data, tokenizer, cfg.ctx_len)
+        val_pairs = []
+        if cfg.val_data:
+            val_pairs = read_preferences(cfg.val_data, tokenizer, cfg.ctx_len)
+        if any(pair.scores for pair in pairs + val_pairs):
+            raise UserError(f"{cfg.data} has rows of scored answers; DPO wants chosen and rejected")
+        max_steps, accumulation = runs.plan_steps(cfg, run, len(pairs))
+        epochs = max_steps * cfg.global_bsz / len(pairs)
+        print0(f"data: {len(pairs):,} pairs; {max_steps:,} steps = {epochs:.2f} epochs")
+        ref_train, ref_val = make_references(model, pairs, val_pairs, cfg, run)
 
-    # ---- the loop
-    metrics.begin(validate() if metrics.from_step == 0 else {})
-    wrapped, no_sync = common.wrap(model, run)
-    with common.catch_signals() as signals:
-        for step in range(metrics.from_step, max_steps):
-            lr = common.set_lr(opt, cfg, step, max_steps)
-            batches = batches_of(step, data, cfg, run)
-            mine = [data[i] for batch in batches for i in batch]
-            # sums over the whole batch's pairs and chosen tokens; x world because DDP averages gradients
-            n_chosen, n_tokens = common.all_sum(
-                sum(len(row.answers[0]) for row in mine),
-                sum(len(row.prompt) + sum(map(len, row.answers)) for row in mine),
-            )
-            loss, totals = 0.0, {}
-            model.train()
-            for i, batch in enumerate(batches):
-                forks = fork([(data[j].prompt, data[j].answers) for j in batch], run.device)
-                loss_of = lambda scores: batch_loss(  # noqa: E731
-                    scores,
-                    forks,
-                    None if ref is None else ref[batch].T.to(run.device),
-                    cfg,
-                    cfg.global_bsz / run.world,
-                    n_chosen / run.world,
-                )
-                now, sums = forked_backward(
-                    wrapped,
-                    forks,
-                    loss_of,
-                    cfg.chunk_len,
-                    sync=nullcontext if i == accumulation - 1 else no_sync,
-                )
-                loss, totals = (
-                    loss + now / run.world,
-                    {k: totals.get(k, 0.0) + v / run.world for k, v in sums.items()},
-                )
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
-            loss, stop, *values = common.all_sum(loss, len(signals), *totals.values())
-            common.check_finite(cfg, step, loss, grad_norm)
-            opt.step()
-            opt.zero_grad()
-            done, now, values = step + 1, dict(zip(totals, values)), {}
-            metrics.tokens += n_tokens
+        # ---- optimiser; a new run, or on from last.pt
+        opt = runs.make_optimizer(model, cfg, run)
+        same = runs.identity(cfg, model, ctx_len=cfg.ctx_len, pairs=len(pairs))
+        resumed = runs.resume(cfg, model, opt, same)
+        first_step, best_loss = resumed.get("step", 0), resumed.get("best_loss", math.inf)
+        waited = resumed.get("waited", 0)  # validations since the best one
+        metrics = runs.open_run(cfg, run, model, tokenizer, first_step, max_steps)
+        if cfg.patience and waited >= cfg.patience:
+            print0(f"stopped before: {waited} validations without a higher {cfg.watch}")
+            return
 
-            if done == max_steps or (cfg.eval_every and done % cfg.eval_every == 0):
-                values = validate()
-            if values or done % cfg.log_every == 0 or done in (1, max_steps):
-                metrics.progress(
-                    done,
-                    max_steps,
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=grad_norm,
-                    quiet=now.keys() - {"rewards/margins", "rewards/accuracies", "logps/chosen"},
-                    **now,
-                    **values,
+        # ---- before the first step
+        values = {}
+        if first_step == 0:
+            values = validate(model, val_pairs, ref_val, tokenizer, cfg, run)
+            # The watched number is better when higher, so its negative is the loss.
+            watched = -values.get(cfg.watch, -math.inf)
+            best_loss = tune.save_best(model, cfg, run, watched, best_loss, about)
+        metrics.begin(values)
+
+        # ---- the loop
+        wrapped, no_sync = runs.wrap(model, run)
+        with runs.catch_signals() as signals:
+            for step in range(first_step, max_steps):
+                lr = runs.set_lr(opt, cfg, step, max_steps)
+                batches = batches_of(step, pairs, cfg, run)
+                samples = [pairs[i] for numbers in batches for i in numbers]
+                n_chosen, n_tokens = runs.all_sum(
+                    sum(len(pair.answers[0]) for pair in samples),
+                    sum(len(pair.prompt) + sum(map(len, pair.answers)) for pair in samples),
                 )
-            last = done == max_steps or values and impatient()
-            if (
-                last
-                and cfg.patience
-                and kept["waited"]
-                and (file := next(out.glob("best.[ps]*"), None))
-            ):
-                model.load_tuned(file)
-                print0(
-                    f"back to the best: {cfg.watch} {kept['best']:.4f}, {kept['waited']} validations ago"
-                )
-            common.end_step(cfg, save, done, done if last else max_steps, stop)
-            if last:
-                break
-    common.end_run(cfg, metrics, max_steps, "*-final.*")
+                model.train()
+                loss, totals = 0.0, torch.zeros(len(METRICS), device=run.device)
+                for i, numbers in enumerate(batches):
+                    forks = fork_pairs(pairs, numbers, run)
+                    ref = None if ref_train is None else ref_train[numbers].to(run.device)
+                    with nullcontext() if i == accumulation - 1 else no_sync():
+                        scores = score_forks(wrapped, forks, cfg.chunk_len)
+                        batch_loss, batch_metrics = pair_loss(
+                            scores, forks, ref, cfg, cfg.global_bsz, n_chosen
+                        )
+                        (batch_loss * run.world).backward()  # DDP averages over processes: x world
+                    loss, totals = loss + batch_loss.detach(), totals + batch_metrics
+                grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+                loss, stop, *totals = runs.all_sum(loss, len(signals), *totals)
+                runs.check_finite(cfg, step, loss, grad_norm)
+                opt.step()
+                opt.zero_grad()
+                done, values = step + 1, {}
+                metrics.tokens += n_tokens
+
+                # ---- evaluate, log, save
+                if done == max_steps or runs.due(done, cfg.eval_every):
+                    values = validate(model, val_pairs, ref_val, tokenizer, cfg, run)
+                    watched = -values.get(cfg.watch, -math.inf)
+                    waited = 0 if watched < best_loss else waited + 1
+                    best_loss = tune.save_best(model, cfg, run, watched, best_loss, about)
+                if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
+                    values = {**dict(zip(METRICS, totals, strict=True)), **values}
+                    metrics.progress(done, max_steps, loss, lr, grad_norm, NOT_SHOWN, **values)
+                out_of_patience = cfg.patience > 0 and waited >= cfg.patience
+                last_step = done if out_of_patience else max_steps
+                if cfg.patience and waited and done == last_step:
+                    tune.load_best(model, cfg)
+                    print0(
+                        f"back to the best {cfg.watch}, {-best_loss:.4f}, {waited} validations ago"
+                    )
+                checkpoint = runs.checkpoint_name(cfg, done, last_step)
+                if checkpoint:
+                    tune.save_tuned(model, cfg, run, checkpoint, about)
+                if checkpoint or stop:
+                    at = dict(step=done, best_loss=best_loss, waited=waited)
+                    runs.save_last(cfg, run, model, opt, same, **at)
+                    metrics.plot("loss", "val_loss", "rewards/accuracies", "val_rewards/accuracies")
+                if out_of_patience:
+                    break
+                if stop and done < max_steps:
+                    runs.stopped(cfg, done, max_steps)
+                    sys.exit(130)
+        runs.finished(cfg, metrics, max_steps, "*-final.*")
 
 
 if __name__ == "__main__":

@@ -29,19 +29,20 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Literal
-
-import torch
-import tyro
-from torch.nn.utils.rnn import pad_sequence
+from typing import Literal
 
 import common
+import torch
+import tyro
+from common import UserError, load_config, print0
+from torch.nn.utils.rnn import pad_sequence
+
 import prepare
 import sample
-from common import UserError, load_config, print0
 from model import fork, forked, forked_backward, load_model, load_to_tune
 
 

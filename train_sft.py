@@ -1,160 +1,199 @@
-"""Supervised fine-tuning on conversations, full or LoRA: the loss is on the assistant's words and on what ends them.
+"""Supervised fine-tuning on conversations, full or LoRA: the loss is on the assistant's words.
 
-    loss = - (1 / N) sum_t m_t log p(x_{t+1} | x_1 .. x_t)       m = 1 where x_{t+1} is trained, N = sum of m over the batch
+    loss = - (1 / N) sum_t m_t log p(x_{t+1} | x_1 .. x_t)
 
-N counts the whole optimiser batch, over micro-batches and processes, so the loss is the same however it is split. Documents
-lie end to end (cu_seqlens) and each starts from a zero state: no padding, and no document feels another. A document longer
-than memory is trained exactly: with chunk_len its activations are kept for one chunk at a time, and the state's gradient
-is carried backwards from chunk to chunk (bptt = "full"), or cut there ("truncated").
+m = 1 where x_{t+1} is trained: the assistant's words and what ends them. N is the sum of m over the
+whole optimiser batch, so the loss is the same however the batch is split over micro-batches and
+processes. Documents lie end to end (cu_seqlens) and each starts from a zero state: no padding, and
+no document feels another. A document longer than memory is trained exactly: with chunk_len its
+activations are kept for one chunk at a time, and the gradient of the state is carried back from
+chunk to chunk (bptt = "full"), or cut there ("truncated").
 
-Usual mistakes: training on the prompt; a mean of micro-batch means over ragged masks; the end token left out of the loss,
-after which the model never stops; padding, which a recurrence feels. LoRA: arXiv 2106.09685.
+Data: JSONL of conversations; `python prepare.py show FILE` prints what is trained. A sample is a
+document, cut at ctx_len tokens. LoRA (arXiv 2106.09685) wants about ten times the learning rate.
 
-    python train_sft.py config/sft_tiny.py                                      a laptop: exact match 0.00 -> 0.75
-    python train_sft.py config/sft_1b5.py --tune=lora                           one GPU
+Usual mistakes: training on the prompt; a mean of micro-batch means over ragged masks; the end token
+left out of the loss, after which the model never stops; padding, which a recurrence feels.
+
+    python train_sft.py config/sft_tiny.py                     a laptop: exact match 0.00 -> 0.75
+    python train_sft.py config/sft_1b5.py --tune=lora          one GPU
 """
 
 import math
+import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Callable, Literal
+from typing import Literal
 
-import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn.utils import clip_grad_norm_
 
-import common
-import prepare
-import sample
-from common import UserError, load_config, print0
-from model import backward, evaluate, load_to_tune, pack, pad
+from gosling import runs, tune
+from gosling.batch import evaluate, pack, pad
+from gosling.config import Decay, UserError, load_config, print0
+from gosling.data import read_examples
+from gosling.engine import show_answers
+from gosling.tokenizer import tokenizer_of
+from model import pieces
 
 
 @dataclass
-class Config(common.TuneConfig):
-    data: str = (
-        "data/sft.jsonl"  # JSONL of conversations; prepare.py show FILE prints what is trained
-    )
-    template: Callable | None = (
-        None  # of your own: (row, tokenizer) -> (ids, mask); a function in the config file
-    )
+class Config:
+    # data and model
+    data: str = "data/sft.jsonl"  # training data, of the kind that the docstring says
+    val_data: str = ""  # the same, held out, to validate on; empty = none
+    template: Callable | None = None  # of your own: (row, tokenizer) -> (ids, mask)
     last_reply_only: bool = False  # train on each conversation's last reply alone
-    tune: Literal["full", "lora"] = "full"  # every weight, or an adapter beside the large matrices
-    out_dir: str = "out/sft"  # folder for weights or adapters, last.pt, config.json, metrics
-    micro_bsz: int = 8  # documents per process and backward pass: lower it when memory runs out
-    global_bsz: int = (
-        32  # documents per optimiser step, over all processes; accumulation follows from it
-    )
-    ctx_len: int = 4096  # longest document in tokens; longer ones are cut, and counted
+    tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
+    init_from: str = ""  # weights to start from (.pth, .safetensors)
+    # what trains
+    tune: Literal["full", "lora"] = "full"  # weights, LoRA, state or scalar head
+    lora_r: PositiveInt = 32  # LoRA rank
+    lora_alpha: PositiveFloat = 64.0  # LoRA scale: alpha / r
+    lora_dropout: Decay = 0.0  # LoRA dropout
+    lora_rslora: bool = False  # scale alpha / sqrt(r)
+    lora_targets: tuple[str, ...] = ()  # key, att.key, ffn, head …; none = all of att and ffn
+    lora_extra: tuple[str, ...] = ()  # more parameters to train, by parts of names: ln, x_ …
+    adapter: str = ""  # saved adapter or state to go on from
+    # run
+    out_dir: str = "out/sft"  # folder for checkpoints, last.pt, config.json and metrics
+    resume: bool = False  # go on from out_dir/last.pt
+    seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
+    # batch
+    micro_bsz: PositiveInt = 8  # samples per process and backward pass: lower it to save memory
+    global_bsz: PositiveInt = 32  # samples per optimiser step, over all processes
+    ctx_len: PositiveInt = 4096  # longest sample in tokens
     packing: bool = True  # documents end to end; false = right padding (slower, the same loss)
-    chunk_len: int = 0  # tokens whose activations are kept at a time; 0 = whole documents
+    chunk_len: NonNegativeInt = 0  # tokens whose activations are kept at a time; 0 = all
     bptt: Literal["full", "truncated"] = "full"  # the gradient across chunks: exact, or cut
-    lr: float = 2e-5  # peak learning rate; LoRA wants about ten times more
-    lr_final: float = 2e-6  # learning rate at the end of the cosine
-    eval_samples: int = 3  # held-out prompts whose generated answers are printed at each validation
+    # optimiser
+    lr: PositiveFloat = 2e-5  # peak learning rate
+    lr_final: NonNegativeFloat = 2e-6  # learning rate at the end of the cosine
+    warmup_steps: NonNegativeInt = 10  # steps from 0.01 lr to lr
+    max_steps: NonNegativeInt | None = None  # optimiser steps of the whole run; or give epochs
+    epochs: PositiveFloat | None = None  # passes over the data; one if neither is given
+    weight_decay: NonNegativeFloat = 0.0  # on the large matrices alone
+    beta1: Decay = 0.9  # AdamW: of the running mean
+    beta2: Decay = 0.99  # AdamW: of the running mean of squares
+    adam_eps: PositiveFloat = 1e-18  # AdamW: upstream's value
+    grad_clip: NonNegativeFloat = 1.0  # largest gradient norm; 0 = no clipping
+    grad_cp: bool = False  # gradient checkpointing: less memory, about a third more time
+    # evaluation, saving, logging
+    eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
+    eval_samples: NonNegativeInt = 3  # held-out prompts whose greedy answers are printed then
+    eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
+    save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
+    keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
+    log_every: PositiveInt = 10  # steps between progress lines
+    log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def validate(model, val_documents, tokenizer, cfg, run):
+    """-> {name: number} on held-out documents and of cfg.eval_fn; prints a few greedy answers."""
+    model.eval()
+    values = {}
+    if val_documents:
+        values = evaluate(model, val_documents, cfg, run)
+        if run.main:
+            show_answers(model, val_documents[: cfg.eval_samples], tokenizer)
+    if cfg.eval_fn is not None:
+        values.update(cfg.eval_fn(model, tokenizer))
+    return values
 
 
-@common.launch
-def main(cfg, run):
-    # ---- model and tokenizer
-    model = load_to_tune(cfg, run)
-    tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    about = common.origin(cfg, model, tokenizer)
+def main(cfg):
+    with runs.processes(cfg) as run:
+        # ---- model and tokenizer
+        model = tune.load_to_tune(cfg, run)
+        tokenizer = tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
+        about = tune.origin(cfg, model, tokenizer)
 
-    # ---- data
-    if cfg.chunk_len and not cfg.packing:
-        raise UserError("chunk_len needs packing")
-    read = lambda path: prepare.read_examples(
-        path, tokenizer, cfg.ctx_len, cfg.template, cfg.last_reply_only
-    )  # noqa: E731
-    data, val = read(cfg.data), read(cfg.val_data) if cfg.val_data else None
-    max_steps, accumulation = common.plan_steps(cfg, run, len(data))
+        # ---- data
+        if cfg.chunk_len and not cfg.packing:
+            raise UserError("chunk_len needs packing")
+        reading = dict(template=cfg.template, last_reply_only=cfg.last_reply_only)
+        documents = read_examples(cfg.data, tokenizer, cfg.ctx_len, **reading)
+        val_documents = []
+        if cfg.val_data:
+            val_documents = read_examples(cfg.val_data, tokenizer, cfg.ctx_len, **reading)
+        max_steps, accumulation = runs.plan_steps(cfg, run, len(documents))
+        n_trained = sum(sum(mask[1:]) for _, mask in documents)
+        epochs = max_steps * cfg.global_bsz / len(documents)
+        print0(
+            f"data: {len(documents):,} documents, {n_trained:,} trained tokens; "
+            f"{max_steps:,} steps of {cfg.global_bsz} documents = {epochs:.2f} epochs"
+        )
 
-    # ---- optimiser: upstream's groups, printed
-    opt = common.make_optimizer(model, cfg, run)
-    print0(
-        f"data: {len(data):,} documents, {sum(len(ids) for ids, _ in data):,} tokens, {sum(sum(m) for _, m in data):,} "
-        f"trained; {max_steps:,} steps of {cfg.global_bsz} documents = {max_steps * cfg.global_bsz / len(data):.2f} epochs"
-    )
+        # ---- optimiser; a new run, or on from last.pt
+        opt = runs.make_optimizer(model, cfg, run)
+        same = runs.identity(cfg, model, ctx_len=cfg.ctx_len, documents=len(documents))
+        resumed = runs.resume(cfg, model, opt, same)
+        first_step, best_loss = resumed.get("step", 0), resumed.get("best_loss", math.inf)
+        metrics = runs.open_run(cfg, run, model, tokenizer, first_step, max_steps)
 
-    # ---- a new run, or on from last.pt
-    trained, kept, metrics, write, save = common.open_run(
-        cfg,
-        run,
-        model,
-        opt,
-        max_steps,
-        data_order=dict(ctx_len=cfg.ctx_len, documents=len(data)),
-        kept=dict(best=math.inf),
-        tokenizer=lambda: prepare.save_tokenizer(tokenizer, cfg.out_dir),
-        about=about,
-        plot=("loss", "val_loss"),
-    )
-
-    def validate():
-        """{name: number} on held-out data, and the best checkpoint"""
-        model.eval()
+        # ---- before the first step
         values = {}
-        if val is not None:
-            values = evaluate(model, val, cfg, run)
-            sample.show_answers(model, val, tokenizer, cfg.eval_samples if run.main else 0)
-        if cfg.eval_fn is not None:
-            values.update(cfg.eval_fn(model, tokenizer))
-        if values.get("val_loss", math.inf) < kept["best"]:
-            kept["best"] = values["val_loss"]
-            write("best")
-        return values
+        if first_step == 0:
+            values = validate(model, val_documents, tokenizer, cfg, run)
+            best_loss = tune.save_best(model, cfg, run, values.get("val_loss"), best_loss, about)
+        metrics.begin(values)
 
-    # ---- the loop
-    metrics.begin(validate() if metrics.from_step == 0 else {})
-    wrapped, no_sync = common.wrap(model, run)
-    with common.catch_signals() as signals:
-        for step in range(metrics.from_step, max_steps):
-            lr = common.set_lr(opt, cfg, step, max_steps)
-            batch = [data[i] for i in common.samples_of(step, len(data), cfg, run)]
-            # the sum over the whole batch's trained tokens, not a mean of means; x world because DDP averages gradients
-            n, n_tokens = common.all_sum(
-                sum(sum(mask[1:]) for _, mask in batch), sum(len(ids) for ids, _ in batch)
-            )
-            nll = hits = 0.0
-            model.train()
-            for i, documents in enumerate(common.chunks(batch, cfg.micro_bsz)):
-                x, y, weight, borders = (pack if cfg.packing else pad)(documents, run.device)
-                loss, right = backward(
-                    wrapped,
-                    x,
-                    y,
-                    weight * (run.world / n),
-                    borders,
-                    cfg.chunk_len,
-                    cfg.bptt,
-                    nullcontext if i == accumulation - 1 else no_sync,
-                    no_sync,
+        # ---- the loop
+        layout = pack if cfg.packing else pad
+        backward_len = cfg.chunk_len if cfg.bptt == "truncated" else 0  # tokens of a backward pass
+        wrapped, no_sync = runs.wrap(model, run)
+        with runs.catch_signals() as signals:
+            for step in range(first_step, max_steps):
+                lr = runs.set_lr(opt, cfg, step, max_steps)
+                samples = [documents[i] for i in runs.samples_of(step, len(documents), cfg, run)]
+                n_targets, n_tokens = runs.all_sum(
+                    sum(sum(mask[1:]) for _, mask in samples), sum(len(ids) for ids, _ in samples)
                 )
-                nll, hits = nll + loss.sum() / run.world, hits + right.sum() / run.world
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
-            loss, accuracy, stop = common.all_sum(nll, hits, len(signals))
-            common.check_finite(cfg, step, loss, grad_norm)
-            opt.step()
-            opt.zero_grad()
-            done, values = step + 1, {}
-            metrics.tokens += n_tokens
+                model.train()
+                loss = hits = 0.0
+                for i, micro_batch in enumerate(runs.chunks(samples, cfg.micro_bsz)):
+                    x, y, weight, cu_seqlens = layout(micro_batch, run.device)  # each [B, T]
+                    state = None
+                    for a, b, cu in pieces(x.shape[1], cu_seqlens, backward_len):
+                        last = i == accumulation - 1 and b == x.shape[1]
+                        packed = dict(cu_seqlens=cu, targets=y[:, a:b], chunk_len=cfg.chunk_len)
+                        with nullcontext() if last else no_sync():
+                            scores, state = wrapped(x[:, a:b], state, **packed)
+                            nll = -(weight[:, a:b] * scores.logps).sum() / n_targets
+                            (nll * run.world).backward()  # DDP averages over processes: x world
+                        state = {key: value.detach() for key, value in state.items()}
+                        loss += nll.detach()
+                        hits += (weight[:, a:b] * scores.hits).sum() / n_targets
+                grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+                loss, accuracy, stop = runs.all_sum(loss, hits, len(signals))
+                runs.check_finite(cfg, step, loss, grad_norm)
+                opt.step()
+                opt.zero_grad()
+                done, values = step + 1, {}
+                metrics.tokens += n_tokens
 
-            if done == max_steps or (cfg.eval_every and done % cfg.eval_every == 0):
-                values = validate()
-            if values or done % cfg.log_every == 0 or done in (1, max_steps):
-                metrics.progress(
-                    done,
-                    max_steps,
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=grad_norm,
-                    accuracy=accuracy,
-                    **values,
-                )
-            common.end_step(cfg, save, done, max_steps, stop)
-    common.end_run(cfg, metrics, max_steps, "*-final.*")
+                # ---- evaluate, log, save
+                if done == max_steps or runs.due(done, cfg.eval_every):
+                    values = validate(model, val_documents, tokenizer, cfg, run)
+                    best_loss = tune.save_best(
+                        model, cfg, run, values.get("val_loss"), best_loss, about
+                    )
+                if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
+                    values = {"accuracy": accuracy, **values}
+                    metrics.progress(done, max_steps, loss, lr, grad_norm, **values)
+                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
+                if checkpoint:
+                    tune.save_tuned(model, cfg, run, checkpoint, about)
+                if checkpoint or stop:
+                    runs.save_last(cfg, run, model, opt, same, step=done, best_loss=best_loss)
+                    metrics.plot("loss", "val_loss")
+                if stop and done < max_steps:
+                    runs.stopped(cfg, done, max_steps)
+                    sys.exit(130)
+        runs.finished(cfg, metrics, max_steps, "*-final.*")
 
 
 if __name__ == "__main__":

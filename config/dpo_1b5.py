@@ -1,5 +1,6 @@
-# DPO on RWKV-7 1.5B, one 80 GB card; --tune=lora --lr=2e-5 --lr_final=2e-6 fits 24 GB. Not measured yet.
-# data: JSONL of {"prompt": text or messages, "chosen", "rejected"}; python prepare.py pairs data/prefs.jsonl sums it up
+# DPO on RWKV-7 1.5B, one 80 GB card; --tune=lora --lr=2e-5 --lr_final=2e-6 fits 24 GB. Not measured
+# yet. data: JSONL of {"prompt": text or messages, "chosen", "rejected"}; to sum it up:
+#   python prepare.py pairs data/prefs.jsonl
 data = "data/prefs.jsonl"
 val_data = "data/prefs_val.jsonl"
 init_from = "out/sft_1b5/rwkv-final.pth"

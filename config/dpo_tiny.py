@@ -1,9 +1,9 @@
-# DPO with an NLL term on pairs of the small model's own answers, one right and one wrong. First: config/sft_tiny.py, then
-#   python sample.py batch data/tasks_prompts.jsonl data/tasks_samples.jsonl --model=out/sft_tiny/rwkv-final.pth --n=8 \
-#       --max_new_tokens=20 --temperature=1.5 --seed=42     (at 1 most prompts have no wrong answer among eight)
+# DPO with an NLL term on pairs of the small model's own answers, one right and one wrong. First:
+# config/sft_tiny.py, then
+#   python sample.py batch data/tasks_prompts.jsonl data/tasks_samples.jsonl \
+#       --model=out/sft_tiny/rwkv-final.pth --n=8 --max_new_tokens=20 --temperature=1.5 --seed=42
+#       (at temperature 1 most prompts have no wrong answer among eight)
 #   python tasks.py pairs data/tasks_samples.jsonl --out=data/tasks_pairs
-import prepare
-import sample
 import tasks
 
 data = "data/tasks_pairs.jsonl"
@@ -21,16 +21,4 @@ warmup_steps = 10
 max_steps = 200
 eval_every = 0
 save_every = 0
-
-
-def eval_fn(model, tokenizer):
-    """Exact match of greedy answers to 1,000 held-out tasks."""
-    rows = tasks.prompts(1000, "heldout 0", held_out=True)
-    ids = [prepare.render_chat(row["prompt"], tokenizer, generation_prompt=True)[0] for row in rows]
-    answers = sample.generate(
-        model, ids, max_new_tokens=20, temperature=0, tokenizer=tokenizer, batch_size=250
-    )
-    right = [
-        tasks.check(row["prompt"][-1]["content"], answer.text) for row, answer in zip(rows, answers)
-    ]
-    return {"exact_match": sum(right) / len(right)}
+eval_fn = tasks.exact_match  # of greedy answers to 1,000 held-out tasks

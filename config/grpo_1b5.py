@@ -1,4 +1,5 @@
-# GRPO on RWKV-7 G1 1.5B with math problems, eight cards: torchrun --nproc_per_node=8 train_grpo.py config/grpo_1b5.py
+# GRPO on RWKV-7 G1 1.5B with math problems, eight cards:
+#   torchrun --nproc_per_node=8 train_grpo.py config/grpo_1b5.py
 # Not measured yet. --tune=lora --lr=1e-5, or --tune=state --lr=1e-3, need far less memory.
 # data: JSONL of {"prompt": [{"role": "user", "content": "…"}], "answer": "42"}, as GSM8K
 from config.rewards import has_format, numeric

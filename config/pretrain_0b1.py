@@ -1,6 +1,9 @@
-# RWKV-7 0.1B as RWKV-LM's minipile demo trains it: its data file, its order of windows, its loss table.
-#   minipile.bin / minipile.idx: the files of RWKV-LM's RWKV-v7/train_temp, 1,498,226,207 World tokens, prime 2,926,181
-#   mean loss of each 20.6 M tokens as upstream publishes it (+- 0.01): 4.876 4.029 3.802 3.663 3.579 3.511 3.462 …
+# RWKV-7 0.1B as RWKV-LM's minipile demo trains it: its data file, its order of windows, its loss
+# table.
+#   minipile.bin / minipile.idx: the files of RWKV-LM's RWKV-v7/train_temp, 1,498,226,207 World
+#   tokens, prime 2,926,181
+#   mean loss of each 20.6 M tokens as upstream publishes it (+- 0.01):
+#   4.876 4.029 3.802 3.663 3.579 3.511 3.462 …
 #   torchrun --nproc_per_node=1 train_pretrain.py config/pretrain_0b1.py
 data = "data/minipile"
 tokenizer = "world"

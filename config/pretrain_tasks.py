@@ -1,8 +1,10 @@
-# The small base model that every tiny post-training config starts from: RWKV-7 on the text skills of tasks.py.
+# The small base model that every tiny post-training config starts from: RWKV-7 on the text skills
+# of tasks.py.
 #   python tasks.py --out=data/tasks
 #   python prepare.py data/tasks_text.jsonl --out=data/tasks --tokenizer=bytes --val=0.01
 #   python train_pretrain.py config/pretrain_tasks.py
-# A minute and a half on one CPU thread. Trained no longer on purpose: the later stages need something to mend.
+# A minute and a half on one CPU thread. Trained no longer on purpose: the later stages need
+# something to mend.
 data = "data/tasks_train"
 val_data = "data/tasks_val"
 out_dir = "out/pretrain_tasks"

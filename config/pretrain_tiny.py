@@ -1,5 +1,6 @@
-# A small RWKV-7 on the Python standard library's sources, in minutes on two CPU cores: runs/pretrain_python.sh
-from common import fast_dtype
+# A small RWKV-7 on the Python standard library's sources, in minutes on two CPU cores:
+#   runs/pretrain_python.sh
+from gosling.runs import fast_dtype
 
 data = "data/stdlib_train"
 val_data = "data/stdlib_val"

@@ -1,4 +1,5 @@
-# A reward model of the small model's own answers, one right and one wrong to each prompt. First the pairs of dpo_tiny.py.
+# A reward model of the small model's own answers, one right and one wrong to each prompt. First the
+# pairs of dpo_tiny.py.
 data = "data/tasks_pairs.jsonl"
 val_data = "data/tasks_pairs_val.jsonl"
 init_from = "out/sft_tiny/rwkv-final.pth"

@@ -1,11 +1,13 @@
-"""Rewards and parts of rewards, plain functions; a config imports them:
+"""Rewards and parts of rewards: plain functions.
 
-from config.rewards import exact, numeric, has_format, overlong_penalty
+A config imports them:
 
-def overlong(prompts, completions, completion_ids, **columns):
-    return overlong_penalty(map(len, completion_ids), max_completion_length, 128)
+    from config.rewards import exact, numeric, has_format, overlong_penalty
 
-reward = [numeric, has_format(r"<think>.*</think>.+"), overlong]
+    def overlong(prompts, completions, completion_ids, **columns):
+        return overlong_penalty(map(len, completion_ids), max_completion_length, 128)
+
+    reward = [numeric, has_format(r"<think>.*</think>.+"), overlong]
 """
 
 import json
@@ -21,22 +23,23 @@ def exact(prompts, completions, answer, **columns):
     """1 for the text of the column `answer`, blanks around it aside; None for a row without one."""
     return [
         None if a is None else float(text.strip() == str(a).strip())
-        for text, a in zip(completions, answer)
+        for text, a in zip(completions, answer, strict=True)
     ]
 
 
 def numeric(prompts, completions, answer, **columns):
-    """1 for an answer that equals the column `answer`: as math-verify sees it if that is installed, else the text's last
-    number. None for a row without one, and for what math-verify had no time for."""
+    """1 for an answer that equals the column `answer`: as math-verify sees it if that is installed,
+    else the text's last number. None for a row without one, and for what math-verify had no time
+    for."""
     asked = [i for i, a in enumerate(answer) if a is not None]
-    out = [None] * len(completions)
-    for i, verdict in zip(asked, verified([(str(answer[i]), completions[i]) for i in asked])):
-        out[i] = verdict
-    return out
+    verdicts = verified([(str(answer[i]), completions[i]) for i in asked])
+    rewards = dict(zip(asked, verdicts, strict=True))
+    return [rewards.get(i) for i in range(len(completions))]
 
 
 def has_format(pattern):
-    """-> a reward: 1 if the whole text matches the regular expression; its dot also matches line ends."""
+    """-> a reward: 1 if the whole text matches the regular expression, whose dot also matches line
+    ends."""
     whole = re.compile(pattern, re.S)
 
     def has_format(prompts, completions, **columns):
@@ -57,15 +60,19 @@ def last_number(text):
 
 
 def equal_numbers(answer, text):
-    want, got = last_number(answer), last_number(text)
-    return float(
-        want is not None and got is not None and abs(want - got) <= 1e-9 * max(abs(want), abs(got))
-    )
+    """1.0 if the last numbers of both are the same, else 0.0."""
+    expected, found = last_number(answer), last_number(text)
+    if expected is None or found is None:
+        return 0.0
+    return float(abs(expected - found) <= 1e-9 * max(abs(expected), abs(found)))
 
 
 def verified(pairs, command=(sys.executable, __file__), seconds=None):
-    """[(answer, text), …] -> [1.0, 0.0 or None]. In a process of its own, which can be stopped: some expressions take sympy
-    for ever. It writes a line for each pair, so that what was done by then counts."""
+    """[(answer, text), ...] -> [1.0, 0.0 or None]
+
+    In a process of its own, which can be stopped: some expressions take sympy for ever. It writes a
+    line for each pair, so that what was done by then counts.
+    """
     try:
         child = subprocess.run(
             command,
@@ -76,11 +83,11 @@ def verified(pairs, command=(sys.executable, __file__), seconds=None):
         )
         if child.returncode:
             raise RuntimeError(f"the checking process ended with {child.stderr.strip()[-300:]}")
-        done = child.stdout
+        printed = child.stdout
     except subprocess.TimeoutExpired as e:
-        done = (e.stdout or b"").decode()
-    said = [json.loads(line) for line in done.splitlines() if line in ("1.0", "0.0")]
-    return said + [None] * (len(pairs) - len(said))
+        printed = (e.stdout or b"").decode()
+    verdicts = [json.loads(line) for line in printed.splitlines() if line in ("1.0", "0.0")]
+    return verdicts + [None] * (len(pairs) - len(verdicts))
 
 
 def main():

@@ -1,26 +1,32 @@
-# The paper's preset (arXiv 2401.10020) on RWKV-7 1.5B: SFT on instructions and judge examples, then two rounds, each on new
-# prompts of its own. Not measured yet. The paper's 70B model: SFT lr 5.5e-6 -> 1.1e-6, DPO 1e-6 -> 1e-7, beta 0.1, batch 16.
-#   python self_reward.py make-eft config/self_reward_1b5.py --samples=answers_with_scores.jsonl --out=data/eft
-#   cat data/ift.jsonl data/eft.jsonl > data/ift_eft.jsonl    conversations and {"prompt", "completion"} rows in one file
+# The paper's preset (arXiv 2401.10020) on RWKV-7 1.5B: SFT on instructions and judge examples, then
+# two rounds. Not measured yet. The paper's 70B model: SFT lr 5.5e-6 -> 1.1e-6, DPO 1e-6 -> 1e-7,
+# beta 0.1, batch 16.
+#   data/ift_eft.jsonl: conversations, and judge examples {"prompt": judge_template filled in,
+#   "completion": a justification and the score}, in one file
 #   torchrun --nproc_per_node=8 self_reward.py config/self_reward_1b5.py
-from self_reward import new_prompts, self_reward, sft
+from self_reward import self_reward, sft
 
-# The paper's additive prompt; what it says after the answer stands before it here, so that all of it is read once.
-judge_template = """User: Review the user's question and the corresponding response using the additive 5-point scoring system \
-described below. Points are accumulated based on the satisfaction of each criterion:
-- Add 1 point if the response is relevant and provides some information related to the user's inquiry, even if it is \
-incomplete or contains some irrelevant content.
-- Add another point if the response addresses a substantial portion of the user's question, but does not completely resolve \
-the query or provide a direct answer.
-- Award a third point if the response answers the basic elements of the user's question in a useful way, regardless of whether \
-it seems to have been written by an AI Assistant or if it has elements typically found in blogs or search results.
-- Grant a fourth point if the response is clearly written from an AI Assistant's perspective, addressing the user's question \
-directly and comprehensively, and is well-organized and helpful, even if there is slight room for improvement in clarity, \
-conciseness or focus.
-- Bestow a fifth point for a response that is impeccably tailored to the user's question by an AI Assistant, without extraneous \
-information, reflecting expert knowledge, and demonstrating a high-quality, engaging, and insightful answer.
-After examining the user's instruction and the response, briefly justify your total score, up to 100 words, and conclude with \
-the score using the format: "Score: <total points>"
+# The paper's additive prompt; what it says after the answer stands before it, so that all of it is
+# read once.
+judge_template = """\
+User: Review the user's question and the corresponding response using the additive 5-point \
+scoring system described below. Points are accumulated based on the satisfaction of each \
+criterion:
+- Add 1 point if the response is relevant and provides some information related to the user's \
+inquiry, even if it is incomplete or contains some irrelevant content.
+- Add another point if the response addresses a substantial portion of the user's question, but \
+does not completely resolve the query or provide a direct answer.
+- Award a third point if the response answers the basic elements of the user's question in a \
+useful way, regardless of whether it seems to have been written by an AI Assistant or if it has \
+elements typically found in blogs or search results.
+- Grant a fourth point if the response is clearly written from an AI Assistant's perspective, \
+addressing the user's question directly and comprehensively, and is well-organized and helpful, \
+even if there is slight room for improvement in clarity, conciseness or focus.
+- Bestow a fifth point for a response that is impeccably tailored to the user's question by an AI \
+Assistant, without extraneous information, reflecting expert knowledge, and demonstrating a \
+high-quality, engaging, and insightful answer.
+After examining the user's instruction and the response, briefly justify your total score, up to \
+100 words, and conclude with the score using the format: "Score: <total points>"
 User: {prompt}
 <response>{response}</response>
 
@@ -39,11 +45,10 @@ _dpo = dict(
     save_every=100,
     eval_every=0,
 )
-_new = dict(seeds="data/ift_prompts.jsonl", max_completion_length=256)
 
 init_from = "RWKV-x070-World-1.5B.pth"
 out_dir = "out/self_reward_1b5"
-prompts = "data/ift_prompts.jsonl"  # of the instructions, {"prompt": messages}: seeds, and for the KL to the start
+prompts = "data/prompts.jsonl"  # {"prompt": messages}, of instructions that are not in the SFT data
 eval_data = "data/ift_val.jsonl"
 max_drop = 0.05
 num_candidates = 4
@@ -65,8 +70,6 @@ stages = [
         save_every=100,
         eval_every=0,
     ),
-    new_prompts(max_prompts=5000, **_new),
-    self_reward(**_dpo),
-    new_prompts(max_prompts=9000, **_new),
-    self_reward(**_dpo),
+    self_reward(max_prompts=3000, **_dpo),
+    self_reward(first_prompt=3000, **_dpo),
 ]

@@ -1,5 +1,6 @@
-# RWKV-7 1.5B on your conversations, one 80 GB card; --tune=lora --lr=2e-4 --lr_final=2e-5 fits 24 GB. Not measured yet.
-# data: a JSONL of {"messages": [{"role", "content"}]}; look at it first: python prepare.py show data/chats.jsonl
+# RWKV-7 1.5B on your conversations, one 80 GB card; --tune=lora --lr=2e-4 --lr_final=2e-5 fits
+# 24 GB. Not measured yet. data: a JSONL of {"messages": [{"role", "content"}]}; look at it first:
+#   python prepare.py show data/chats.jsonl
 data = "data/chats.jsonl"
 val_data = "data/chats_val.jsonl"
 init_from = "RWKV-x070-World-1.5B.pth"

@@ -1,5 +1,6 @@
-# A learned start for RWKV-7 1.5B: 3.1 million numbers, a file of 12.6 MB, on one card of 16 GB. Not measured yet.
-# data: a JSONL of {"messages": …}, or a folder of them for a state each; look first: python prepare.py show data/persona.jsonl
+# A learned start for RWKV-7 1.5B: 3.1 million numbers, a file of 12.6 MB, on one card of 16 GB. Not
+# measured yet. data: a JSONL of {"messages": …}, or a folder of them for a state each; look first:
+#   python prepare.py show data/persona.jsonl
 data = "data/persona.jsonl"
 val_data = "data/persona_val.jsonl"
 init_from = "RWKV-x070-World-1.5B.pth"

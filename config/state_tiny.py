@@ -1,6 +1,5 @@
-# The skill that SFT never saw, as a learned start of the small model of tasks.py: 400 rows. First: config/sft_tiny.py.
-import prepare
-import sample
+# The skill that SFT never saw, as a learned start of the small model of tasks.py: 400 rows. First:
+# config/sft_tiny.py.
 import tasks
 
 data = "data/tasks_unseen.jsonl"
@@ -19,12 +18,4 @@ save_every = 0
 
 def eval_fn(model, tokenizer):
     """Exact match of greedy answers to 1,000 held-out tasks of the unseen skill."""
-    rows = tasks.prompts(1000, "heldout 0", [tasks.UNSEEN], held_out=True)
-    ids = [prepare.render_chat(row["prompt"], tokenizer, generation_prompt=True)[0] for row in rows]
-    answers = sample.generate(
-        model, ids, max_new_tokens=20, temperature=0, tokenizer=tokenizer, batch_size=250
-    )
-    right = [
-        tasks.check(row["prompt"][-1]["content"], answer.text) for row, answer in zip(rows, answers)
-    ]
-    return {"exact_match": sum(right) / len(right)}
+    return tasks.exact_match(model, tokenizer, skills=[tasks.UNSEEN])

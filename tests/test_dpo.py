@@ -1,28 +1,27 @@
-"""train_dpo.py, preference data, shared prompts: losses by hand, gradients, the same numbers however it is run."""
+"""train_dpo.py, shared prompts: losses by hand, gradients, the same however it is run."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers import GROUPS, kill_after, random_model, rows, torchrun, trained_gradient, tune, write
 
-import common
-import prepare
 import train_dpo
-from common import UserError
-from conftest import ROOT
-from model import RWKV, RWKVConfig, fork, forked, forked_backward
-from test_model import random_model
-from test_pretrain import kill_after
-from test_sft import rows, write
-from test_state import tune
+from gosling.batch import fork, score_forks
+from gosling.config import UserError
+from gosling.data import read_preferences
+from gosling.tokenizer import load_tokenizer
+from gosling.tune import load_model
+from model import RWKV, RWKVConfig
 from train_dpo import Config, dpo_loss
 
-BYTES = prepare.load_tokenizer("bytes")
-sigma = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+BYTES = load_tokenizer("bytes")
+
+
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
 
 # chosen, rejected, reference's chosen and rejected, tokens of both: three pairs
 C, R, RC, RR = [-10.0, -4.0, -7.5], [-12.0, -3.0, -7.0], [-11.0, -4.5, -7.0], [-11.5, -2.0, -8.0]
@@ -30,14 +29,17 @@ NC, NR = [5, 2, 4], [6, 1, 4]
 
 
 def by_hand(c, q, rc, rq, nc, nq, loss_type, beta, e, gamma):
+    """The formulas of the docstring in plain numbers."""
     h = beta * ((c - rc) - (q - rq))
-    return {
-        "sigmoid": lambda: -(1 - e) * math.log(sigma(h)) - e * math.log(sigma(-h)),
-        "robust": lambda: (-(1 - e) * math.log(sigma(h)) + e * math.log(sigma(-h))) / (1 - 2 * e),
-        "hinge": lambda: max(0.0, 1 - h),
-        "ipo": lambda: ((c - rc) / nc - (q - rq) / nq - 1 / (2 * beta)) ** 2,
-        "simpo": lambda: -math.log(sigma(beta * (c / nc - q / nq) - gamma)),
-    }[loss_type]()
+    if loss_type == "sigmoid":
+        return -(1 - e) * math.log(sigma(h)) - e * math.log(sigma(-h))
+    if loss_type == "robust":
+        return (-(1 - e) * math.log(sigma(h)) + e * math.log(sigma(-h))) / (1 - 2 * e)
+    if loss_type == "hinge":
+        return max(0.0, 1 - h)
+    if loss_type == "ipo":
+        return ((c - rc) / nc - (q - rq) / nq - 1 / (2 * beta)) ** 2
+    return -math.log(sigma(beta * (c / nc - q / nq) - gamma))  # simpo
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,8 @@ def test_numbers_that_can_be_checked_on_paper():
 
 
 def test_at_the_reference_ln2_and_the_gradient_of_each_token():
-    """Check 12; 13: cDPO with e = 0.5 is symmetric, smoothing changes the loss, robust with e = 0 is sigmoid."""
+    """And cDPO with e = 0.5 is symmetric, smoothing changes the loss, robust with e = 0 is
+    sigmoid."""
     tokens = torch.randn(4, 2, 7, dtype=torch.float64).requires_grad_()
     logps = tokens.sum(-1)
     losses, chosen, rejected = dpo_loss(*logps.T, *logps.detach().T, beta=0.3)
@@ -136,21 +139,25 @@ def test_at_the_reference_ln2_and_the_gradient_of_each_token():
 
 
 def test_ipo_per_token_and_in_sums():
-    """Check 14: twice the tokens, half the log-ratio of each: the sums stay, the means halve."""
-    a, n = (
-        [torch.tensor(x) for x in (C, R, RC, RR)],
-        dict(chosen_len=torch.tensor(NC), rejected_len=torch.tensor(NR)),
-    )
-    delta = lambda losses: 5 - losses.sqrt()  # noqa: E731  (1 / (2 beta) = 5; every delta here is below it)
-    once, twice = (
-        delta(dpo_loss(*a, loss_type="ipo", **{k: v * f for k, v in n.items()})[0]) for f in (1, 2)
-    )
+    """Twice the tokens, half the log-ratio of each: the sums stay, the means halve."""
+    logps = [torch.tensor(x) for x in (C, R, RC, RR)]
+
+    def mean_difference(factor):
+        lengths = [factor * torch.tensor(n) for n in (NC, NR)]
+        options = dict(chosen_len=lengths[0], rejected_len=lengths[1])
+        losses = dpo_loss(*logps, loss_type="ipo", **options)[0]
+        return 5 - losses.sqrt()  # 1 / (2 beta) = 5, and every difference here is below it
+
+    once, twice = mean_difference(1), mean_difference(2)
     assert torch.allclose(twice, once / 2, atol=1e-5) and once.abs().min() > 0.1
-    spin = dpo_loss(*a, beta=0.1)[
-        0
-    ]  # check 17: SPIN's loss, l(lambda (log-ratio of the human answer - of the sampled one))
-    want = [-math.log(sigma(0.1 * ((c - rc) - (r - rr)))) for c, r, rc, rr in zip(C, R, RC, RR)]
-    assert spin.tolist() == [pytest.approx(w, abs=1e-6) for w in want]
+
+
+def test_spins_loss_is_dpos():
+    """SPIN: l(lambda (log-ratio of the human's answer - log-ratio of the model's own))."""
+    losses = dpo_loss(*(torch.tensor(x) for x in (C, R, RC, RR)), beta=0.1)[0]
+    for loss, c, r, rc, rr in zip(losses.tolist(), C, R, RC, RR, strict=True):
+        want = -math.log(sigma(0.1 * ((c - rc) - (r - rr))))
+        assert loss == pytest.approx(want, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -169,40 +176,34 @@ def test_what_does_not_go_together(bad, words):
         dpo_loss(*torch.zeros(2, 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # shared prompts
 
-GROUPS = [
-    ([5, 9, 3, 8, 1, 7, 2], [[4, 4, 0], [6, 2, 9, 1, 0]]),
-    ([7], [[3, 0], [1, 1, 1, 0]]),
-    (list(range(40, 80)), [[9] * 20, [8, 0]]),
-]
+
+def pair_loss(logps):
+    """logps [2, 3] of GROUPS -> DPO's loss against a reference a little away from them."""
+    away = torch.tensor([[0.3, -0.2, 0.1], [-0.1, 0.4, 0.2]], dtype=logps.dtype)
+    return dpo_loss(*logps, *(logps.detach() + away), beta=0.5)[0].sum()
 
 
-def pair_loss(scores, forks):
-    logps = forks.per_answer(scores.logps).view(-1, 2).T
-    return dpo_loss(
-        *logps,
-        *(logps.detach() + torch.tensor([[0.3, -0.2, 0.1], [-0.1, 0.4, 0.2]], dtype=logps.dtype)),
-        beta=0.5,
-    )[0].sum(), None
-
-
-def trained_gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+def shared_gradient(model, chunk_len=0):
+    """Loss and gradient of pair_loss when a prompt runs once for both answers."""
+    forks = fork(GROUPS)
+    model.zero_grad()
+    scores = score_forks(model, forks, chunk_len)
+    loss = pair_loss(forks.per_answer(scores.logps).view(-1, 2).T)
+    loss.backward()
+    return loss.item(), trained_gradient(model)
 
 
 @pytest.mark.parametrize("version", ["x060", "x070"])
 @pytest.mark.parametrize("mode", ["full", "state"])
 def test_shared_prompts_equal_the_two_full_sequences(version, mode):
-    """Checks 18, 19, 21: log-probabilities, gradient, gradient in chunks, also of the initial state."""
+    """Log-probabilities, gradient, gradient in chunks, also of the initial state."""
     model = random_model(version).double()
     if mode == "state":
         tune(model, shift=True)
-    forks = fork(GROUPS)
-    model.zero_grad()
-    loss, _ = forked_backward(model, forks, lambda s: pair_loss(s, forks))
-    got = trained_gradient(model)
+    loss, got = shared_gradient(model)
     model.zero_grad()
     logps = []
     for prompt, answers in GROUPS:
@@ -210,34 +211,28 @@ def test_shared_prompts_equal_the_two_full_sequences(version, mode):
             ids = torch.tensor([prompt + answer])
             logps.append(model.token_logprobs(ids[:, :-1], ids[:, 1:])[0, len(prompt) - 1 :].sum())
     logps = torch.stack(logps).view(-1, 2).T
+    forks = fork(GROUPS)
     with torch.no_grad():
-        shared = forks.per_answer(forked(model, forks).logps).view(-1, 2).T
-        chunked = forks.per_answer(forked(model, forks, chunk_len=7).logps).view(-1, 2).T
-    torch.testing.assert_close(shared, logps.detach(), atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(chunked, logps.detach(), atol=1e-9, rtol=1e-9)
-    want_loss = dpo_loss(
-        *logps,
-        *(logps.detach() + torch.tensor([[0.3, -0.2, 0.1], [-0.1, 0.4, 0.2]], dtype=torch.float64)),
-        beta=0.5,
-    )[0].sum()
+        for chunk_len in (0, 7):
+            scores = score_forks(model, forks, chunk_len)
+            shared = forks.per_answer(scores.logps).view(-1, 2).T
+            torch.testing.assert_close(shared, logps.detach(), atol=1e-9, rtol=1e-9)
+    want_loss = pair_loss(logps)
     want_loss.backward()
     want = trained_gradient(model)
-    assert (
-        float(loss) == pytest.approx(float(want_loss), rel=1e-9)
-        and (got - want).norm() < 1e-9 * want.norm()
-    )
+    assert loss == pytest.approx(float(want_loss), rel=1e-9)
+    assert (got - want).norm() < 1e-9 * want.norm()
     for chunk_len in (8, 13):
-        model.zero_grad()
-        loss, _ = forked_backward(model, forks, lambda s: pair_loss(s, forks), chunk_len)
-        assert float(loss) == pytest.approx(float(want_loss), rel=1e-9)
-        assert (trained_gradient(model) - want).norm() < 1e-9 * want.norm()
+        loss, got = shared_gradient(model, chunk_len)
+        assert loss == pytest.approx(float(want_loss), rel=1e-9)
+        assert (got - want).norm() < 1e-9 * want.norm()
 
 
 def test_prompts_of_one_token_alone():
     model = tune(random_model("x070"))
     groups = [([5], [[3, 4, 0], [2, 0]]), ([9], [[1, 0], [7, 7, 0]])]
     forks = fork(groups)
-    logps = forks.per_answer(forked(model, forks).logps)
+    logps = forks.per_answer(score_forks(model, forks).logps)
     want = [
         model.token_logprobs(torch.tensor([p + a[:-1]]), torch.tensor([a])).sum()
         for p, answers in groups
@@ -246,7 +241,7 @@ def test_prompts_of_one_token_alone():
     torch.testing.assert_close(logps, torch.stack(want), atol=1e-5, rtol=1e-5)
     for chunk_len in (0, 2):
         model.zero_grad()
-        forked_backward(model, forks, lambda s: (-s.logps.sum(), None), chunk_len)
+        (-score_forks(model, forks, chunk_len).logps.sum()).backward()
         assert trained_gradient(model).norm() > 0
 
 
@@ -254,85 +249,18 @@ def test_in_float32_with_other_company():
     """A pair's log-probabilities do not depend on its batch-mates: 1e-6 of their size."""
     model = random_model("x070")
     together = fork(GROUPS)
-    together = together.per_answer(forked(model, together).logps)
+    together = together.per_answer(score_forks(model, together).logps)
     for i, group in enumerate(GROUPS):
         alone = fork([group])
         torch.testing.assert_close(
-            alone.per_answer(forked(model, alone).logps),
+            alone.per_answer(score_forks(model, alone).logps),
             together[2 * i : 2 * i + 2],
             atol=1e-5,
             rtol=1e-6,
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data
-
-
-def test_preferences_in_every_shape(tmp_path, capsys):
-    chat = [{"role": "user", "content": "hi"}]
-    write(
-        tmp_path / "p.jsonl",
-        {"prompt": chat, "chosen": "yes", "rejected": "no", "margin": 0.5},
-        {
-            "prompt": chat,
-            "chosen": [{"role": "assistant", "content": "yes"}],
-            "rejected": [{"role": "assistant", "content": "no"}],
-        },
-        {"prompt": "once ", "chosen": "upon", "rejected": "more"},
-        {"prompt": chat, "responses": ["a", "b", "c"], "scores": [1, 2.5, 0]},
-        {"prompt": "x", "chosen": "same", "rejected": "same"},
-        {"prompt": chat, "chosen": "a ", "rejected": " a"},
-        {"prompt": "long" * 30, "chosen": "a", "rejected": "b"},
-        {"prompt": "x", "responses": ["a", "b"], "scores": [1, 1]},
-    )
-    got = prepare.read_preferences(tmp_path / "p.jsonl", BYTES, 100)
-    prompt = BYTES.encode("User: hi\n\nAssistant:")
-    assert (
-        got[0]
-        == got[1]._replace(margin=0.5)
-        == (prompt, [BYTES.encode(" yes") + [0], BYTES.encode(" no") + [0]], None, 0.5)
-    )
-    assert got[2] == (
-        BYTES.encode("once "),
-        [BYTES.encode("upon") + [0], BYTES.encode("more") + [0]],
-        None,
-        0.0,
-    )
-    assert got[3].scores == [1, 2.5, 0] and len(got) == 4
-    said = capsys.readouterr().out
-    assert (
-        "1 rows of the same text" in said
-        and "1 rows of the same ids" in said
-        and "1 rows of more than ctx_len=100" in said
-    )
-    assert "1 rows of scores that are all equal" in said and "4 remain" in said
-    prepare.main(["pairs", str(tmp_path / "p.jsonl"), "--tokenizer=bytes", "--ctx_len=100"])
-    said = capsys.readouterr().out
-    assert "3 pairs, 1 rows of scored answers" in said and "in 66.7%, equally long 33.3%" in said
-
-
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        ({"prompt": "x", "chosen": "", "rejected": "b"}, "an answer is empty"),
-        ({"prompt": "", "chosen": "a", "rejected": "b"}, "and not empty"),
-        ({"prompt": "x", "chosen": "a"}, "'rejected' is missing"),
-        ({"prompt": "x", "responses": ["a"], "scores": [1]}, "at least two"),
-        ({"prompt": "x", "responses": ["a", "b"], "scores": [1, "2"]}, "go in pairs"),
-        ({"prompt": "x", "chosen": "a\ud800", "rejected": "b"}, "not UTF-8"),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "text or a list"),
-        ({"prompt": "x", "chosen": "a", "rejected": "b", "margin": "wide"}, "expected"),
-        ([1], "expected a JSON object"),
-    ],
-)
-def test_bad_rows_name_file_and_line(row, words, tmp_path):
-    write(tmp_path / "p.jsonl", {"prompt": "x", "chosen": "a", "rejected": "b"}, row)
-    with pytest.raises(UserError, match=f"p.jsonl:2: .*{words}"):
-        prepare.read_preferences(tmp_path / "p.jsonl", BYTES, 100)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # runs
 
 
@@ -431,26 +359,9 @@ def test_loss_does_not_depend_on_micro_batch_chunks_or_processes(base, tmp_path)
         "chunks": dict(chunk_len=7),
     }.items():
         train_dpo.main(tiny(base, tmp_path / name, **over, **more))
-    cfg = tiny(
-        base, tmp_path / "2x2", micro_bsz=2, chunk_len=7, **over
-    )  # in chunks too DDP sees every parameter
-    flags = [f"--{f}={v}" for f, v in common.config_dict(cfg).items() if v not in (None, "()", "")]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--master_port",
-            str(29900 + os.getpid() % 1000),
-            "--",
-            "train_dpo.py",
-            *flags,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    # In chunks, too, DDP sees every parameter.
+    cfg = tiny(base, tmp_path / "2x2", micro_bsz=2, chunk_len=7, **over)
+    done = torchrun("train_dpo.py", cfg, nproc=2)
     assert done.returncode == 0, done.stderr
     want = rows(tmp_path / "1x8")
     for name in ("1x1", "1x2", "chunks", "2x2"):
@@ -472,10 +383,10 @@ def test_the_reference_is_kept_and_known_to_be_stale(base, tmp_path, capsys):
     kept = torch.load(f"{data}.ref.pt", weights_only=True)["logps"]
     model, pairs = (
         RWKV.from_pretrained(base / "base.pth"),
-        prepare.read_preferences(data, BYTES, 4096),
+        read_preferences(data, BYTES, 4096),
     )
-    for row, both in list(zip(pairs, kept))[::7]:
-        for answer, logp in zip(row.answers, both):
+    for row, both in list(zip(pairs, kept, strict=False))[::7]:
+        for answer, logp in zip(row.answers, both, strict=False):
             ids = torch.tensor([row.prompt + answer])
             assert float(
                 model.token_logprobs(ids[:, :-1], ids[:, 1:])[0, len(row.prompt) - 1 :].sum()
@@ -485,11 +396,11 @@ def test_the_reference_is_kept_and_known_to_be_stale(base, tmp_path, capsys):
     assert f"reference: {data}.ref.pt\n" in said and "computing" not in said
     write(data, *(json.loads(line) for line in data.read_text().splitlines()[1:]))
     train_dpo.main(tiny(base, tmp_path / "c", data=str(data)))
-    assert "is of other data, weights or batches; computing it again" in capsys.readouterr().out
+    assert "again: it is of other data, weights or batches" in capsys.readouterr().out
     train_dpo.main(
         tiny(base, tmp_path / "d", data=str(data), reference=str(tmp_path / "c/rwkv-final.pth"))
     )
-    assert "is of other data, weights or batches; computing it again" in capsys.readouterr().out
+    assert "again: it is of other data, weights or batches" in capsys.readouterr().out
     assert (
         rows(tmp_path / "d")[0]["rewards/margins"] < -1e-4
     )  # the trained reference prefers the chosen ones, the base not yet
@@ -512,7 +423,7 @@ def test_resume_is_bit_for_bit(tune, base, tmp_path):
     a, b = (
         torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")
     )
-    assert (a["best"], a["waited"]) == (b["best"], b["waited"])
+    assert (a["best_loss"], a["waited"]) == (b["best_loss"], b["waited"])
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
 
 
@@ -537,17 +448,17 @@ def test_stops_early_and_goes_back_to_the_best(tune, file, base, tmp_path):
     )
     train_dpo.main(cfg)
     assert [row["mine"] for row in rows(tmp_path / "run")] == [0.1, 0.5, 0.9, 0.8, 0.7]
-    read = lambda name: train_dpo.load_model(tmp_path / "run" / name)[0]  # noqa: E731
-    idx = torch.arange(20)[None]
+    idx, suffix = torch.arange(20)[None], file[file.index(".") :]
     final, best, later = (
-        read(name)(idx)[0]
-        for name in (file, "best" + file[file.index(".") :], file.replace("final", "3"))
+        load_model(tmp_path / "run" / name)[0](idx)[0]
+        for name in (file, f"best{suffix}", file.replace("final", "3"))
     )
     assert torch.equal(final, best) and not torch.equal(final, later)
 
 
 def test_the_nll_term_lifts_the_chosen_answer(base, tmp_path):
-    """Check 15: one pair, 200 steps: with the term the chosen log-probability rises; without, it is logged."""
+    """One pair, 200 steps: with the term the chosen log-probability rises; without, it is
+    logged."""
     write(tmp_path / "one.jsonl", {"prompt": "a", "chosen": "xyz", "rejected": "xyw"})
     for alpha in (1.0, 0.0):
         train_dpo.main(

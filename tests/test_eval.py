@@ -1,14 +1,14 @@
-"""eval.py: lm-evaluation-harness on tasks of local files, against the model's own numbers one text at a time."""
+"""eval.py: lm-evaluation-harness on tasks of local files, against one text at a time."""
 
 import json
 import math
 
 import pytest
 import torch
+from helpers import random_model
 
-import prepare
-import sample
-from model import RWKV, RWKVConfig
+from gosling.engine import generate
+from gosling.tokenizer import load_tokenizer
 
 pytest.importorskip("lm_eval")
 ROWS = [
@@ -53,11 +53,10 @@ metric_list: [{{metric: byte_perplexity}}]
 def files(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    torch.manual_seed(0)
-    model, tokenizer = RWKV(RWKVConfig("x070", 2, 64, 257)), prepare.load_tokenizer("bytes")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
+    model, tokenizer = (
+        random_model("x070", n_layer=2, n_embd=64, vocab_size=257),
+        load_tokenizer("bytes"),
+    )
     model.save_pretrained(tmp_path / "m.pth")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for name, text in TASKS.items():
@@ -65,22 +64,16 @@ def files(tmp_path, monkeypatch):
     return tmp_path, model.eval(), tokenizer
 
 
+@torch.no_grad()
 def logp(model, tokenizer, context, text):
-    """alone, token by token"""
-    ids, state, total, greedy = (
-        [0, *tokenizer.encode(context)] if not context else tokenizer.encode(context),
-        None,
-        0.0,
-        True,
-    )
-    rest = tokenizer.encode(text)
-    for i, token in enumerate(ids + rest):
-        if i >= len(ids):
-            total += logits.log_softmax(-1)[token].item()
-            greedy &= logits.argmax().item() == token
-        with torch.no_grad():
-            logits, state = model(torch.tensor([[token]]), state)
-        logits = logits[0, -1].float()
+    """(log-probability of text after context, whether it is the greedy one), token by token."""
+    context_ids, ids = tokenizer.encode(context) or [0], tokenizer.encode(text)
+    total, greedy = 0.0, True
+    logits, state = model(torch.tensor([context_ids]))
+    for token in ids:
+        total += logits[0, -1].log_softmax(-1)[token].item()
+        greedy &= logits[0, -1].argmax().item() == token
+        logits, state = model(torch.tensor([[token]]), state)
     return total, greedy
 
 
@@ -103,19 +96,18 @@ def test_three_kinds_of_tasks(files):
         for row in ROWS
     ]
     assert got["results"]["choose"]["acc,none"] == pytest.approx(sum(right) / len(right))
-    for row, said in zip(ROWS, got["samples"]["choose"]):
-        for text, ((value, greedy),) in zip(row["choices"], said["resps"]):
-            assert (float(value), greedy in (True, "True")) == (
-                pytest.approx(logp(model, tokenizer, row["question"], text)[0], abs=1e-4),
-                logp(model, tokenizer, row["question"], text)[1],
-            )
+    for row, answer in zip(ROWS, got["samples"]["choose"], strict=True):
+        for text, ((value, greedy),) in zip(row["choices"], answer["resps"], strict=True):
+            want, is_greedy = logp(model, tokenizer, row["question"], text)
+            assert float(value) == pytest.approx(want, abs=1e-4)
+            assert (greedy in (True, "True")) == is_greedy
     nats = sum(logp(model, tokenizer, "", row["text"])[0] for row in ROWS)
     size = sum(len(row["text"]) for row in ROWS)
     assert got["results"]["roll"]["byte_perplexity,none"] == pytest.approx(
         math.exp(-nats / size), rel=1e-4
     )
-    for row, said in zip(ROWS, got["samples"]["write"]):
-        (alone,) = sample.generate(
+    for row, answer in zip(ROWS, got["samples"]["write"], strict=True):
+        (alone,) = generate(
             model,
             [tokenizer.encode(row["question"])],
             temperature=0,
@@ -123,7 +115,7 @@ def test_three_kinds_of_tasks(files):
             stop=("7",),
             tokenizer=tokenizer,
         )
-        assert said["resps"][0][0] == alone.text and "7" not in alone.text
+        assert answer["resps"][0][0] == alone.text and "7" not in alone.text
 
 
 def test_a_greedy_continuation_is_seen(files):
@@ -131,7 +123,7 @@ def test_a_greedy_continuation_is_seen(files):
 
     folder, model, tokenizer = files
     lm = eval.adapter(model, tokenizer)
-    (best,) = sample.generate(
+    (best,) = generate(
         model, [tokenizer.encode("1 + 1 =")], temperature=0, max_new_tokens=3, tokenizer=tokenizer
     )
     (_, yes), (_, no) = lm._loglikelihood_tokens(

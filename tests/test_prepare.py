@@ -1,4 +1,4 @@
-"""Corpora to token files: the bytes on disk read and written by hand, splits, memory, and every bad input."""
+"""Corpora to token files: the bytes on disk by hand, splits, memory, and every bad input."""
 
 import json
 import lzma
@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 import prepare
-from common import UserError
-from prepare import TokenFile, TokenFileWriter, load_tokenizer
+from gosling import tokenizer
+from gosling.config import UserError
+from gosling.data import read_examples, read_preferences, read_prompts, read_replies
+from gosling.token_files import TokenFile, TokenFileWriter
+from gosling.tokenizer import load_tokenizer
 
 ROOT = Path(prepare.__file__).parent
 
@@ -40,17 +43,15 @@ def by_hand(prefix):
     assert m == n + 1
     sizes = struct.unpack_from(f"<{n}i", idx, 34)
     offsets = struct.unpack_from(f"<{n}q", idx, 34 + 4 * n)
-    assert (
-        struct.unpack_from(f"<{m}q", idx, 34 + 12 * n) == tuple(range(m))
-        and len(idx) == 34 + 12 * n + 8 * m
-    )
+    assert struct.unpack_from(f"<{m}q", idx, 34 + 12 * n) == tuple(range(m))
+    assert len(idx) == 34 + 12 * n + 8 * m
     width, letter = {8: (2, "H"), 9: (4, "I")}[code]
-    assert len(data) == width * sum(sizes) and offsets == tuple(
-        width * sum(sizes[:i]) for i in range(n)
-    )
-    return code, [
-        list(struct.unpack_from(f"<{size}{letter}", data, at)) for size, at in zip(sizes, offsets)
-    ]
+    assert len(data) == width * sum(sizes)
+    assert offsets == tuple(width * sum(sizes[:i]) for i in range(n))
+    documents = []
+    for size, offset in zip(sizes, offsets, strict=True):
+        documents.append(list(struct.unpack_from(f"<{size}{letter}", data, offset)))
+    return code, documents
 
 
 def upstream_pair(prefix, documents, code=8, letter="H"):
@@ -205,14 +206,13 @@ def test_interrupted_writer_leaves_nothing(tmp_path):
     upstream_pair(tmp_path / "old", [[5, 0]])
     for error in (KeyboardInterrupt, ValueError):
         for name in ("new", "old"):
-            with pytest.raises(error):
-                with TokenFileWriter(tmp_path / name, np.uint16) as f:
-                    f.add([1, 2, 3])
-                    raise error
+            with pytest.raises(error), TokenFileWriter(tmp_path / name, np.uint16) as f:
+                f.add([1, 2, 3])
+                raise error
     for ids in ([70000], [-1], [1, 65536, 2]):
-        with pytest.raises(UserError, match="outside 0..65535"):
-            with TokenFileWriter(tmp_path / "new", np.uint16) as f:
-                f.add(ids)
+        bad = pytest.raises(UserError, match="outside 0..65535")
+        with bad, TokenFileWriter(tmp_path / "new", np.uint16) as f:
+            f.add(ids)
     assert sorted(os.listdir(tmp_path)) == ["old.bin", "old.idx"] and by_hand(tmp_path / "old") == (
         8,
         [[5, 0]],
@@ -220,14 +220,13 @@ def test_interrupted_writer_leaves_nothing(tmp_path):
 
 
 def test_failing_index_leaves_nothing(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="cannot write .*x.*No space"):
-        with TokenFileWriter(tmp_path / "x", np.uint16) as f:
-            f.add([1, 0])
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
 
-            def full(*_, **__):
-                raise OSError(28, "No space left on device")
-
-            monkeypatch.setattr(np, "cumsum", full)
+    bad = pytest.raises(UserError, match="cannot write .*x.*No space")
+    with bad, TokenFileWriter(tmp_path / "x", np.uint16) as f:
+        f.add([1, 0])
+        monkeypatch.setattr(np, "cumsum", full)
     assert os.listdir(tmp_path) == []
 
 
@@ -519,7 +518,8 @@ def test_bad_arrays(tmp_path, values, tokenizer, message):
 
 
 def test_value_that_does_not_fit_is_found_after_many_good_ones(tmp_path):
-    """The first batches are already written by then; nothing of them is left, and what was there before is."""
+    """The first batches are already written by then; nothing of them is left, and what was there
+    before is."""
     run(
         jsonl(tmp_path / "in.jsonl", ["7 8"]),
         f"--out={tmp_path}/x",
@@ -543,8 +543,8 @@ def test_value_that_does_not_fit_is_found_after_many_good_ones(tmp_path):
         (["empty.txt"], "no documents in empty.txt; left out 1 empty documents"),
         (["folder"], "no documents in folder"),
         (["in.txt", "--tokenizer=wolrd"], "'wolrd': no such name or file; choose world"),
-        (["in.txt", "--val=1"], "--val=1.0"),
-        (["in.txt", "--val=-0.1"], "--val=-0.1"),
+        (["in.txt", "--val=1"], "val='1.0': expected"),
+        (["in.txt", "--val=-0.1"], "val='-0.1': expected"),
         (["in.txt", "--tokenizer=bpe:100"], "SIZE >= 257"),
         (["in.txt", "--tokenizer=bpe:"], "expected bpe:SIZE"),
         (["in.txt", "--tokenizer=integers:9"], "in.txt: .*'hello'"),
@@ -586,7 +586,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare.VocabTokenizer, "encode", interrupted)
+    monkeypatch.setattr(tokenizer.VocabTokenizer, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(source, f"--out={tmp_path}/new/x", "--tokenizer=integers:3")
     assert files_in(tmp_path) == ["in.jsonl"]
@@ -600,7 +600,7 @@ def test_no_sidecar_of_an_earlier_run_beside_new_tokens(tmp_path, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "save_tokenizer", killed)
+    monkeypatch.setattr(tokenizer.VocabTokenizer, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         run(source, f"--out={tmp_path}/x", "--tokenizer=world")
     assert files_in(tmp_path) == [
@@ -641,7 +641,7 @@ def test_command_line(tmp_path):
     (tmp_path / "in.txt").write_text("hello\n" * 50)
     done = cli("in.txt", "--out", "d/x", "--tokenizer=bytes", cwd=tmp_path)
     assert done.returncode == 0 and "x_train: 1 documents" in done.stdout and done.stderr == ""
-    for words in (["gone.txt", "--out=x"], ["inspect", "gone"], ["vocab", "gone.txt"]):
+    for words in (["gone.txt", "--out=x"], ["inspect", "gone"], ["show", "gone.jsonl"]):
         done = cli(*words, cwd=tmp_path)
         assert (
             done.returncode == 1
@@ -654,7 +654,7 @@ def test_command_line(tmp_path):
 
 @pytest.mark.parametrize(
     "words, field",
-    [([], "--skip_bad"), (["inspect"], "prefix, its .bin"), (["vocab"], "one token per line")],
+    [([], "--skip_bad"), (["inspect"], "prefix, its .bin"), (["show"], "examples to print")],
 )
 def test_help(words, field):
     done = cli(*words, "--help")
@@ -695,19 +695,53 @@ def hub(tmp_path, monkeypatch):
 def test_hugging_face_names_go_where_a_file_goes(hub):
     tokenizer = prepare.load_tokenizer("bytes")
     prepare.main([f"hf:{hub}/texts:train", f"--out={hub}/t", "--tokenizer=bytes", "--val=0"])
-    data = prepare.TokenFile(hub / "t_train")
+    data = TokenFile(hub / "t_train")
     assert [tokenizer.decode(data.doc(i)) for i in range(len(data))] == [
         f"line {i}" for i in range(5)
     ]
-    assert prepare.read_examples(f"hf:{hub}/chats:train", tokenizer, 99) == [
+    assert read_examples(f"hf:{hub}/chats:train", tokenizer, 99) == [
         prepare.render_chat(
             [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}], tokenizer
         )
     ]
-    (pair,) = prepare.read_preferences(
+    (pair,) = read_preferences(
         f"hf:{hub}/prefs:train", tokenizer, 99
     )  # whole conversations bring their prompt along
     assert tokenizer.decode(pair.prompt) == "User: hi\n\nAssistant:"
     assert [tokenizer.decode(ids) for ids in pair.answers] == [" yes", " no"]
     with pytest.raises(UserError, match="chats:tset: .*expected hf:DATASET:SPLIT"):
-        prepare.read_examples(f"hf:{hub}/chats:tset", tokenizer, 99)
+        read_examples(f"hf:{hub}/chats:tset", tokenizer, 99)
+
+
+# ---- prompts, which are read without a command
+
+
+def test_prompts_and_replies(tmp_path):
+    bytes_tokenizer, path = load_tokenizer("bytes"), tmp_path / "p.jsonl"
+    chat = [{"role": "user", "content": "hi"}]
+    rows = [{"prompt": "once "}, {"prompt": chat, "answer": 3}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    once, hi = b("once "), b("User: hi\n\nAssistant:")
+    expected = [(once, rows[0]), (hi, rows[1])]
+    assert read_prompts(path, bytes_tokenizer, longest=len(hi), unique=True) == expected
+    with pytest.raises(UserError, match="p.jsonl:2: the prompt has 20 tokens; .* leaves 19"):
+        read_prompts(path, bytes_tokenizer, longest=19)
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    assert len(read_prompts(path, bytes_tokenizer)) == 3
+    with pytest.raises(UserError, match="p.jsonl: prompts 1 and 3 are the same"):
+        read_prompts(path, bytes_tokenizer, unique=True)
+    for row, message in (({"prompt": ""}, "missing or empty"), ({"prompt": ["hi"]}, "messages")):
+        path.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=f"p.jsonl:3: .*{message}"):
+            read_prompts(path, bytes_tokenizer)
+    path.write_text("\n")
+    with pytest.raises(UserError, match="p.jsonl holds no prompts"):
+        read_prompts(path, bytes_tokenizer)
+
+    reply = {"role": "assistant", "content": "yes"}
+    rows = [{"messages": [*chat, reply]}, {"prompt": "once ", "completion": "upon"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_replies(path, bytes_tokenizer) == [
+        (hi, {"prompt": chat, "chosen": "yes"}),
+        (once, {"prompt": "once ", "chosen": "upon"}),
+    ]

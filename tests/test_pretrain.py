@@ -1,8 +1,7 @@
-"""train_pretrain.py: upstream's steps, the same numbers however it is run, resume, and errors before anything is lost."""
+"""train_pretrain.py: upstream's steps, the same numbers however it is run, resume, and errors
+before anything is lost."""
 
-import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -11,12 +10,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, command, kill_after, rows, torchrun
 
-import common
-import prepare
 import train_pretrain
-from common import UserError
-from conftest import ROOT
+from gosling import config, files, runs
+from gosling.config import UserError
+from gosling.token_files import TokenFile, TokenFileWriter
 from model import RWKV, RWKVConfig
 from train_pretrain import Config, magic_prime, window_starts
 
@@ -48,7 +47,7 @@ def data(tmp_path_factory):
     """2,400 tokens of text with some order in it."""
     prefix = tmp_path_factory.mktemp("data") / "text"
     rng = np.random.default_rng(0)
-    with prepare.TokenFileWriter(prefix, np.uint16) as f:
+    with TokenFileWriter(prefix, np.uint16) as f:
         for _ in range(12):
             words = [
                 w + 1 for i in rng.integers(0, 5, 33) for w in b"the a of in to".split()[i] + b" "
@@ -57,39 +56,11 @@ def data(tmp_path_factory):
     return prefix
 
 
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def weights(out, name="rwkv-final.pth"):
     return torch.load(out / name, weights_only=True)
 
 
-def command(cfg, *extra, nproc=1):
-    flags = [f"--{k}={v}" for k, v in common.config_dict(cfg).items() if v is not None]
-    launch = (
-        [sys.executable]
-        if nproc == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={nproc}",
-            "--master_port",
-            str(29500 + os.getpid() % 1000),
-            "--",
-        ]
-    )  # else its parser takes --log for its own
-    return [*launch, "train_pretrain.py", *flags, *extra]
-
-
-def run(cfg, *extra, nproc=1):
-    return subprocess.run(
-        command(cfg, *extra, nproc=nproc), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the optimiser: eight steps as upstream's formulas give them, written out by hand
 
 MISTAKES = [
@@ -104,10 +75,11 @@ MISTAKES = [
 
 
 def upstreams_steps(version, data, cfg, mistake="none"):
-    """reference: AdamW with groups, clipping and schedule written out in float64 numbers, gradients by autograd."""
+    """reference: AdamW with groups, clipping and schedule written out in float64 numbers, gradients
+    by autograd."""
     torch.manual_seed(cfg.seed)
     model = RWKV(RWKVConfig(version, cfg.n_layer, cfg.n_embd, 257))
-    tokens = prepare.TokenFile(data).tokens
+    tokens = TokenFile(data).tokens
     m, v = {}, {}
     for step in range(cfg.max_steps):
         starts = window_starts(
@@ -123,7 +95,7 @@ def upstreams_steps(version, data, cfg, mistake="none"):
             model(x[:, :-1])[0].flatten(0, 1), x[:, 1:].flatten()
         )
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        grads = dict(zip(named, torch.autograd.grad(loss, list(named.values()))))
+        grads = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=False))
         norm = math.sqrt(sum(g.double().square().sum().item() for g in grads.values()))
         scale = 1.0 if mistake == "no clipping" else min(1.0, cfg.grad_clip / (norm + 1e-6))
         progress = min(max((step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps), 0), 1)
@@ -177,7 +149,8 @@ def test_eight_steps_end_where_upstreams_would(version, data, tmp_path):
     }
 
     def distance(other):
-        """of each tensor, as a share of the way it went; a tensor that did not move has gone no way"""
+        """of each tensor, as a share of the way it went; a tensor that did not move has gone no
+        way"""
         return {
             n: ((ours[n] - other[n]).norm() / way).item()
             for n in ours
@@ -185,7 +158,8 @@ def test_eight_steps_end_where_upstreams_would(version, data, tmp_path):
         }
 
     right = distance(upstreams_steps(version, data, cfg))
-    # Adam with eps = 1e-18 turns the last bit of a tiny gradient into a full step, so a few numbers may differ
+    # Adam with eps = 1e-18 turns the last bit of a tiny gradient into a full step, so a few numbers
+    # may differ
     assert np.median(list(right.values())) < 1e-3 and max(right.values()) < 0.05, right
     seen = {
         mistake: distance(upstreams_steps(version, data, cfg, mistake)) for mistake in MISTAKES[1:]
@@ -198,7 +172,7 @@ def test_eight_steps_end_where_upstreams_would(version, data, tmp_path):
 def test_schedule():
     args = dict(lr=1.0, lr_final=0.1, warmup_steps=10, max_steps=110)
     for step, want in ((0, 0.01), (5, 0.505), (10, 1.0), (60, 0.55), (110, 0.1), (500, 0.1)):
-        assert common.lr_at(step, **args) == pytest.approx(want)
+        assert runs.lr_at(step, **args) == pytest.approx(want)
 
 
 def test_every_parameter_is_in_one_group():
@@ -216,7 +190,7 @@ def test_every_parameter_is_in_one_group():
         assert "decay" not in {g["name"] for g in model.param_groups(1e-3, 0.0)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # data order
 
 
@@ -251,32 +225,33 @@ def test_magic_prime_order_is_upstreams():
     assert sorted(starts) == [i * 32 for i in range(1229)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the same numbers however it is run
 
 
 def test_loss_and_weights_do_not_depend_on_micro_batch_or_processes(data, tmp_path):
-    """One process x 8, 1 x 2, and two processes x 2: losses and gradient norms of every step, and the weights."""
+    """One process x 8, 1 x 2, and two processes x 2: losses and gradient norms of every step, and
+    the weights."""
     cfgs = {
         name: tiny(data, tmp_path / name, micro_bsz=m, val_data=str(data))
         for name, m in (("1x8", 8), ("1x2", 2), ("2x2", 2))
     }
     train_pretrain.main(cfgs["1x8"])
     train_pretrain.main(cfgs["1x2"])
-    done = run(cfgs["2x2"], nproc=2)
+    done = torchrun("train_pretrain.py", cfgs["2x2"], nproc=2)
     assert done.returncode == 0, done.stderr
     want = rows(tmp_path / "1x8")
     for name in ("1x2", "2x2"):
         got = rows(tmp_path / name)
         assert len(got) == len(want) == 6
-        for a, b in zip(got, want):
+        for a, b in zip(got, want, strict=False):
             for key in ("loss", "grad_norm"):
                 assert a[key] == pytest.approx(b[key], rel=1e-5), (name, a["step"], key)
         assert got[-1]["val_loss"] == pytest.approx(want[-1]["val_loss"], rel=1e-5)
 
 
 def test_gradients_do_not_depend_on_the_micro_batch(data):
-    tokens = prepare.TokenFile(data).tokens
+    tokens = TokenFile(data).tokens
     torch.manual_seed(0)
     model = RWKV(RWKVConfig("x070", 2, 64, 257))
     with torch.no_grad():
@@ -302,13 +277,15 @@ def test_resume_is_bit_for_bit(version, data, tmp_path):
         for name in ("whole", "parts")
     )
     train_pretrain.main(whole)
-    kill_after(parts, steps=4)
-    train_pretrain.main(Config(**{**common.config_dict(parts), "resume": True}))
+    kill_after(parts, 4, train_pretrain.main)
+    train_pretrain.main(Config(**{**config.config_dict(parts), "resume": True}))
     for name, w in weights(tmp_path / "whole").items():
         assert torch.equal(w, weights(tmp_path / "parts")[name]), name
     a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts"))
-    assert a["best"] == b["best"] and a["step"] == b["step"] == 6
-    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
+    assert a["best_loss"] == b["best_loss"] and a["step"] == b["step"] == 6
+    for x, y in zip(
+        a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=False
+    ):
         assert all(torch.equal(x[k], y[k]) for k in x)
     strip = [
         [
@@ -320,35 +297,18 @@ def test_resume_is_bit_for_bit(version, data, tmp_path):
     assert strip[0] == strip[1]
 
 
-def kill_after(cfg, steps, main=train_pretrain.main):
-    """Run cfg in this process and stop it, as SIGTERM does, once so many steps are done."""
-
-    def at(step):
-        if step == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    real = common.Metrics.log
-    common.Metrics.log = lambda self, step, **values: (real(self, step, **values), at(step))
-    try:
-        with pytest.raises(SystemExit) as e:
-            main(cfg)
-        assert e.value.code == 130
-    finally:
-        common.Metrics.log = real
-
-
 def test_resume_on_another_number_of_processes_and_with_more_steps(data, tmp_path):
     whole, parts = (
         tiny(data, tmp_path / "whole", micro_bsz=4),
         tiny(data, tmp_path / "parts", micro_bsz=4),
     )
     train_pretrain.main(whole)
-    kill_after(parts, steps=3)
-    done = run(parts, "--resume", nproc=2)
+    kill_after(parts, 3, train_pretrain.main)
+    done = torchrun("train_pretrain.py", parts, "--resume", nproc=2)
     assert done.returncode == 0, done.stderr
-    for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "parts")):
+    for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "parts"), strict=False):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    more = Config(**{**common.config_dict(whole), "resume": True, "max_steps": 8})
+    more = Config(**{**config.config_dict(whole), "resume": True, "max_steps": 8})
     train_pretrain.main(more)
     assert [row["step"] for row in rows(tmp_path / "whole")] == list(range(1, 9))
 
@@ -364,17 +324,19 @@ def test_continued_pretraining_starts_from_the_file(data, tmp_path):
             n_layer=7,
         )
     )
-    config = json.loads((tmp_path / "b/config.json").read_text())
-    assert config["arch"]["n_layer"] == 2  # the file's, not the flag's
+    about = files.read_json(tmp_path / "b/config.json")
+    assert about["arch"]["n_layer"] == 2  # the file's, not the flag's
     assert rows(tmp_path / "b")[0]["loss"] < rows(tmp_path / "a")[0]["loss"]
 
 
 def test_sigterm_and_sigkill_leave_a_whole_checkpoint(data, tmp_path):
-    """A second process: SIGTERM saves and says how to go on; SIGKILL at some moment leaves the last one."""
+    """A second process: SIGTERM saves and says how to go on; SIGKILL at some moment leaves the last
+    one."""
     cfg = tiny(data, tmp_path / "run", max_steps=100000, save_every=1)
     for sig in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+        resume = ["--resume"] if (tmp_path / "run").exists() else []
         p = subprocess.Popen(
-            command(cfg, *(["--resume"] if (tmp_path / "run").exists() else [])),
+            command("train_pretrain.py", cfg, *resume),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -405,7 +367,7 @@ def rows_safe(out):
     return [line for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # bad input: one line, the thing and the remedy
 
 
@@ -442,14 +404,14 @@ def test_resume_with_another_architecture_or_order(data, tmp_path):
     with pytest.raises(UserError, match="already holds a run; --resume"):
         train_pretrain.main(cfg)
     for over, words in (
-        (dict(n_layer=3), "architecture: n_layer was 2, is 3"),
-        (dict(version="x060"), "architecture"),
-        (dict(seed=7), "data order: seed was 42, is 7"),
+        (dict(n_layer=3), "n_layer was 2, is 3"),
+        (dict(version="x060"), "version was x070, is x060"),
+        (dict(seed=7), "seed was 42, is 7"),
         (dict(ctx_len=8), "ctx_len was 16, is 8"),
     ):
         with pytest.raises(UserError, match=words):
             train_pretrain.main(
-                Config(**{**common.config_dict(cfg), "resume": True, "max_steps": 4, **over})
+                Config(**{**config.config_dict(cfg), "resume": True, "max_steps": 4, **over})
             )
 
 
@@ -471,28 +433,8 @@ def test_nan_stops_before_the_weights_are_saved(data, tmp_path):
     assert not list((tmp_path / "run").glob("*.p*"))
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
-    """In a second process that may not write files above 200 kB."""
-    common.save_torch({"a": torch.zeros(1000)}, tmp_path / "last.pt")
-    code = f"""
-import resource, signal, sys, torch, common
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-sys.excepthook = common._one_line_errors
-common.save_torch({{"a": torch.ones(1000_000)}}, {str(tmp_path / "last.pt")!r})
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: cannot write")
-        and done.stderr.count("\n") == 1
-    ), done.stderr
-    assert torch.equal(torch.load(tmp_path / "last.pt", weights_only=True)["a"], torch.zeros(1000))
-    assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
-
-
 def test_command_line_errors_are_one_line_and_status_1(data, tmp_path):
-    done = run(tiny(data, tmp_path / "run", n_embd=100))
+    done = torchrun("train_pretrain.py", tiny(data, tmp_path / "run", n_embd=100))
     assert (
         done.returncode == 1
         and done.stderr.startswith("error: n_embd=100")

@@ -8,24 +8,22 @@ import subprocess
 import sys
 import time
 
+import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
-import prepare
 import sample
-from common import UserError
-from conftest import ROOT
+from gosling import engine
+from gosling.config import UserError, read_flags
+from gosling.data import render_chat
+from gosling.tokenizer import load_tokenizer
 from model import RWKV, RWKVConfig
 
 
 def random_model(version="x070"):
-    torch.manual_seed(0)
-    m = RWKV(RWKVConfig(version, 2, 64, 257))
-    with torch.no_grad():
-        for p in m.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return m
+    return helpers.random_model(version, n_layer=2, n_embd=64, vocab_size=257)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +35,8 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [3, 3]]
 
 
 def test_greedy_equals_a_plain_loop(model):
-    for prompt, c in zip(
-        PROMPTS, sample.generate(model, PROMPTS, max_new_tokens=12, temperature=0)
-    ):
+    completions = sample.generate(model, PROMPTS, max_new_tokens=12, temperature=0)
+    for prompt, c in zip(PROMPTS, completions, strict=True):
         ids = list(prompt)
         for _ in range(12):
             ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
@@ -47,12 +44,8 @@ def test_greedy_equals_a_plain_loop(model):
 
 
 def test_logprobs_are_what_training_computes_at_the_same_temperature(model):
-    for c, prompt in zip(
-        sample.generate(
-            model, PROMPTS, max_new_tokens=20, temperature=0.7, top_p=0.8, top_k=50, seed=1
-        ),
-        PROMPTS,
-    ):
+    options = dict(max_new_tokens=20, temperature=0.7, top_p=0.8, top_k=50, seed=1)
+    for prompt, c in zip(PROMPTS, sample.generate(model, PROMPTS, **options), strict=True):
         ids = torch.tensor([prompt + c.tokens])
         want = model.token_logprobs(ids[:, :-1], ids[:, 1:], temperature=0.7)[0, len(prompt) - 1 :]
         torch.testing.assert_close(torch.tensor(c.logprobs), want, atol=1e-5, rtol=1e-5)
@@ -91,7 +84,8 @@ def test_sampling_follows_the_distribution():
         before = p.cumsum(0) - p
         keep = (before < top_p) & (torch.arange(5) < (top_k or 5))
         want = (p * keep / (p * keep).sum()).double()
-        ids, logps = sample.pick(logits.expand(40000, -1), u.float(), temperature, top_p, top_k)
+        options = engine.Options(temperature=temperature, top_p=top_p, top_k=top_k)
+        ids, logps = engine.pick(logits.expand(40000, -1), u.float(), options)
         got = ids.bincount(minlength=5).double() / 40000
         assert ((got - want).abs() <= 4 * (want * (1 - want) / 40000).sqrt() + 1e-9).all(), (
             got,
@@ -103,9 +97,9 @@ def test_sampling_follows_the_distribution():
 
 
 def test_states_fork_and_carry_on(model):
-    """One state for all prompts, a row per prompt, and the sequence read whole, give the same tokens."""
+    """One state for all prompts, a row per prompt, and whole sequences give the same tokens."""
     head = [4, 5, 6, 7]
-    _, state = sample.prefill(model, [head])
+    _, state = engine.prefill(model, [head])
     whole = sample.generate(model, [head + p for p in PROMPTS], max_new_tokens=8, seed=3)
     shared = sample.generate(model, PROMPTS, max_new_tokens=8, seed=3, state=state)
     own = {k: v.repeat(1, 4, *[1] * (v.dim() - 2)) for k, v in state.items()}
@@ -117,15 +111,15 @@ def test_long_prompts_are_read_in_pieces(model, monkeypatch):
     ids = torch.randint(0, 257, (50,)).tolist()
     prompts = [ids, ids[:3], ids[:9], ids[:20]]
     want = [model(torch.tensor([p]))[0][0, -1] for p in prompts]
-    monkeypatch.setattr(sample, "PREFILL", 13)
-    logits, _ = sample.prefill(model, prompts)
+    monkeypatch.setattr(engine, "PREFILL", 13)
+    logits, _ = engine.prefill(model, prompts)
     torch.testing.assert_close(logits, torch.stack(want), atol=2e-5, rtol=1e-4)
     with pytest.raises(UserError, match="prompt is empty"):
-        sample.prefill(model, [[1], []])
+        engine.prefill(model, [[1], []])
 
 
 def test_stops_at_ids_and_at_texts(model):
-    tokenizer = prepare.load_tokenizer("bytes")
+    tokenizer = load_tokenizer("bytes")
     free = sample.generate(
         model, [[5]], max_new_tokens=30, seed=2, tokenizer=tokenizer, stop_ids=()
     )[0]
@@ -191,7 +185,8 @@ def test_the_number_of_slots_and_the_batch_mates_change_nothing(model):
         len({len(c.tokens) for c in whole}) > 5 and len({t for c in whole for t in c.tokens}) > 100
     )
     for slots in (16, 3):
-        for a, b in zip(whole, sample.generate(model, prompts, batch_size=slots, **options)):
+        refilled = sample.generate(model, prompts, batch_size=slots, **options)
+        for a, b in zip(whole, refilled, strict=True):
             assert a.tokens == b.tokens and a.finish_reason == b.finish_reason
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
     some = [40, 3, 17]  # other mates, other order: the indices say which streams
@@ -206,13 +201,18 @@ def test_the_number_of_slots_and_the_batch_mates_change_nothing(model):
 
 
 def test_refill_keeps_every_decode_full_and_reads_each_prompt_once(model, monkeypatch):
-    calls, real = [], RWKV.forward
+    read, decoded, real_prefill, real_decode = [], [], engine.prefill, engine.decode
 
-    def spy(self, idx, *args, **kwargs):
-        calls.append((tuple(idx.shape), "out" in kwargs))
-        return real(self, idx, *args, **kwargs)
+    def prefill(model, prompts, state=None):
+        read.extend(prompts)
+        return real_prefill(model, prompts, state)
 
-    monkeypatch.setattr(RWKV, "forward", spy)
+    def decode(model, step, ids, state):
+        decoded.append(len(ids))
+        return real_decode(model, step, ids, state)
+
+    monkeypatch.setattr(engine, "prefill", prefill)
+    monkeypatch.setattr(engine, "decode", decode)
     limits = [2, 9, 3, 8, 4, 10]
     out = sample.generate(
         model,
@@ -222,17 +222,17 @@ def test_refill_keeps_every_decode_full_and_reads_each_prompt_once(model, monkey
         stop_ids=(),
     )
     assert [len(c.tokens) for c in out] == limits
-    decodes = [shape for shape, decode in calls if decode]
-    assert set(decodes) == {(2, 1)}
-    # the schedule by hand: a slot takes the next row as soon as its own ends; the first token costs no step
+    assert set(decoded) == {2}
+    # The schedule by hand: a slot takes the next row as soon as its own ends; the first token
+    # costs no step.
     free = [0, 0]
     for limit in limits:
         slot = free.index(min(free))
         free[slot] += limit - 1
-    assert len(decodes) == max(free) < sum(max(limits[i : i + 2]) - 1 for i in (0, 2, 4))
-    calls.clear()
+    assert len(decoded) == max(free) < sum(max(limits[i : i + 2]) - 1 for i in (0, 2, 4))
+    read.clear()
     sample.generate(model, [[1, 2, 3], [4], [1, 2, 3]], n=5, max_new_tokens=2, batch_size=16)
-    assert sum(shape[1] for shape, decode in calls if not decode) == 4
+    assert read == [[1, 2, 3], [4]]
 
 
 def exact(
@@ -249,7 +249,10 @@ def exact(
     repetition=1.0,
     bias=None,
 ):
-    """The distribution that a token is drawn from, written down anew, token by token. seen: generated so far."""
+    """The distribution that a token is drawn from, written down anew, token by token.
+
+    seen: what was generated so far.
+    """
     z = [float(x) for x in logits]
     for t in set(seen) | set(prompt):
         z[t] = z[t] / repetition if z[t] > 0 else z[t] * repetition
@@ -295,7 +298,10 @@ def exact(
     ],
 )
 def test_chi_square_against_exact_probabilities(options):
-    """A vocabulary of 8 and a network that says the same whatever it read; second and third tokens, so that penalties act."""
+    """A vocabulary of 8 and a network that says the same whatever it read.
+
+    Three tokens, so that penalties act.
+    """
     model = RWKV(RWKVConfig("x070", 1, 64, 8))
     with torch.no_grad():
         model.ln_out.weight.zero_()
@@ -337,7 +343,7 @@ def test_chi_square_against_exact_probabilities(options):
 
 def test_blanks_and_digits_are_not_counted_as_in_the_runners(model):
     """With the tokenizer known, a frequency penalty leaves "1" alone and holds back "b"."""
-    tokenizer = prepare.load_tokenizer("bytes")
+    tokenizer = load_tokenizer("bytes")
     one, b = tokenizer.encode("1b")
     for t, kept in ((one, True), (b, False)):
         c = sample.generate(
@@ -361,7 +367,7 @@ def test_a_wide_nucleus_is_the_same_as_a_sort_of_everything():
     )
     for top_p, min_p in ((0.95, 0.0), (1.0, 0.001)):
         for u in torch.rand(50, 6, generator=g):
-            got = sample.draw(p, u, top_p, 0, min_p)
+            got = engine.draw(p, u, top_p, 0, min_p)
             for row in range(6):
                 q, order = p[row].double().sort(descending=True)
                 q = q * (q.cumsum(0) - q < top_p) * (q >= min_p * q[0])
@@ -370,33 +376,33 @@ def test_a_wide_nucleus_is_the_same_as_a_sort_of_everything():
                 assert (
                     got[row] in near
                     and got[row]
-                    == sample.draw(p[row : row + 1], u[row : row + 1], top_p, 0, min_p)[0]
+                    == engine.draw(p[row : row + 1], u[row : row + 1], top_p, 0, min_p)[0]
                 )
     certain = torch.zeros(1, 5).index_fill(1, torch.tensor([1]), 0.7)
     assert (
-        sample.draw(certain, torch.tensor([1 - 2**-24]))[0] == 1
+        engine.draw(certain, torch.tensor([1 - 2**-24]))[0] == 1
     )  # never a token of probability 0
 
 
 def forced(model, tokens, **options):
     """generate, the tokens being dictated."""
-    real, left = sample.pick, list(tokens)
+    real, left = engine.pick, list(tokens)
 
     def pick(logits, u, *rest):
         ids = torch.full((len(logits),), left.pop(0))
         return ids, logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
-    sample.pick = pick
+    engine.pick = pick
     try:
         return sample.generate(
             model,
             [[5]],
             max_new_tokens=len(tokens),
-            tokenizer=prepare.load_tokenizer("bytes"),
+            tokenizer=load_tokenizer("bytes"),
             **options,
         )[0]
     finally:
-        sample.pick = real
+        engine.pick = real
 
 
 @pytest.mark.parametrize(
@@ -411,7 +417,7 @@ def forced(model, tokens, **options):
     ],
 )
 def test_stop_texts_over_token_borders(model, text, stop, want, used):
-    tokenizer = prepare.load_tokenizer("bytes")
+    tokenizer = load_tokenizer("bytes")
     c = forced(model, tokenizer.encode(text), stop=stop)
     assert c.text == want and c.tokens == tokenizer.encode(text)[:used] and len(c.logprobs) == used
     assert c.finish_reason == (
@@ -420,7 +426,7 @@ def test_stop_texts_over_token_borders(model, text, stop, want, used):
 
 
 def test_a_stop_id_inside_a_character_leaves_the_text_whole(model):
-    ids = prepare.load_tokenizer("bytes").encode("a漢")
+    ids = load_tokenizer("bytes").encode("a漢")
     c = forced(model, ids[:2] + [0], stop=())
     assert (
         c.tokens == ids[:2] + [0]
@@ -448,24 +454,21 @@ def test_final_states_are_those_of_prompt_and_completion_without_the_last_token(
     assert half.tokens + rest.tokens == whole.tokens and half.state["wkv"].shape[1] == 1
 
 
-def test_slots_from_a_memory_budget(model):
+def test_slots_from_a_memory_budget(model, monkeypatch):
     state = sum(v.nbytes for v in model.zero_state(1).values())
     for slots in (1, 7, 40):
         need = slots * (3 * state + 24 * 257)
-        assert sample.slots_for(model, need) == slots and sample.slots_for(model, need - 1) == max(
-            1, slots - 1
-        )
-    widths, real = set(), model.forward
-    model.forward = lambda idx, *a, **k: (
-        widths.add(len(idx)) if "out" in k else None,
-        real(idx, *a, **k),
-    )[1]
-    try:
-        sample.generate(
-            model, PROMPTS, n=4, max_new_tokens=3, memory=7 * (3 * state + 24 * 257), stop_ids=()
-        )
-    finally:
-        del model.forward
+        assert engine.slots_for(model, need) == slots
+        assert engine.slots_for(model, need - 1) == max(1, slots - 1)
+    widths, real = set(), engine.decode
+
+    def decode(model, step, ids, state):
+        widths.add(len(ids))
+        return real(model, step, ids, state)
+
+    monkeypatch.setattr(engine, "decode", decode)
+    memory = 7 * (3 * state + 24 * 257)
+    sample.generate(model, PROMPTS, n=4, max_new_tokens=3, memory=memory, stop_ids=())
     assert widths == {7}
 
 
@@ -514,9 +517,9 @@ def test_callback_sees_every_token(model):
 
 def test_scores_of_choices_are_those_of_whole_sequences(model, monkeypatch):
     choices = [[[7], [8, 9], [1, 2, 3]], [[5]], [[6, 6], [4]], [[2, 3], [2, 4], [200] * 30]]
-    _, state = sample.prefill(model, [[4, 5, 6]])
+    _, state = engine.prefill(model, [[4, 5, 6]])
     for start, width in ((None, 4096), (state, 4096), (None, 5)):
-        monkeypatch.setattr(sample, "PREFILL", width)
+        monkeypatch.setattr(engine, "PREFILL", width)
         sums = sample.score_choices(model, PROMPTS, choices, state=start, temperature=0.7)
         tokens = sample.score_choices(
             model, PROMPTS, choices, state=start, temperature=0.7, per_token=True
@@ -541,12 +544,12 @@ def test_scores_of_choices_are_those_of_whole_sequences(model, monkeypatch):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(temperature=-1), "temperature=-1: expected 0"),
-        (dict(top_p=0), "top_p=0: expected above"),
-        (dict(top_p=1.1), "top_p=1.1"),
-        (dict(top_k=-1), "top_k=-1"),
-        (dict(min_p=2), "min_p=2"),
-        (dict(repetition_penalty=0), "repetition_penalty=0"),
+        (dict(temperature=-1), "temperature='?-1'?: expected .* or equal to 0"),
+        (dict(top_p=0), "top_p='?0'?: expected .* greater than 0"),
+        (dict(top_p=1.1), "top_p='?1.1"),
+        (dict(top_k=-1), "top_k='?-1"),
+        (dict(min_p=2), "min_p='?2"),
+        (dict(repetition_penalty=0), "repetition_penalty='?0"),
         (dict(stop="x"), "need a tokenizer"),
         (dict(stop=["a", ""], tokenizer="bytes"), "stop='' is empty"),
         (dict(stop="hello", tokenizer="integers:200"), "stop='hello' can never be generated"),
@@ -555,17 +558,17 @@ def test_scores_of_choices_are_those_of_whole_sequences(model, monkeypatch):
         (dict(prompts=[[-1]]), "has id -1"),
         (dict(stop_ids=[300]), "stop_ids: 300 is not"),
         (dict(logit_bias={999: 1}), "logit_bias: 999"),
-        (dict(max_new_tokens=0), "max_new_tokens=0"),
-        (dict(batch_size=0), "batch_size=0"),
-        (dict(seed=-1), "seed=-1"),
-        (dict(n=0), "n=0"),
+        (dict(max_new_tokens=0), "max_new_tokens='?0"),
+        (dict(batch_size=0), "batch_size='?0"),
+        (dict(seed=-1), "seed='?-1"),
+        (dict(n=0), "n='?0"),
         (dict(prompts=[[1]] * 3, state=2), "state has 2 rows for 3 prompts"),
     ],
 )
 def test_bad_arguments_name_the_thing(model, options, words):
     options = {"prompts": [[1]], **options}
     if "tokenizer" in options:
-        options["tokenizer"] = prepare.load_tokenizer(options["tokenizer"])
+        options["tokenizer"] = load_tokenizer(options["tokenizer"])
     if "state" in options:
         options["state"] = model.zero_state(options["state"])
     with pytest.raises(UserError, match=words):
@@ -573,7 +576,7 @@ def test_bad_arguments_name_the_thing(model, options, words):
 
 
 def test_streaming_holds_back_half_a_character(capsys):
-    tokenizer = prepare.load_tokenizer("bytes")
+    tokenizer = load_tokenizer("bytes")
     ids, pieces = tokenizer.encode("aé漢b"), []
     for i in range(1, len(ids) + 1):
         pieces.append((0, sample.Completion(tokens=ids[:i])))
@@ -583,7 +586,7 @@ def test_streaming_holds_back_half_a_character(capsys):
 
 
 def test_streaming_never_shows_what_becomes_a_stop_text(capsys):
-    tokenizer, shown = prepare.load_tokenizer("bytes"), []
+    tokenizer, shown = load_tokenizer("bytes"), []
     ids = tokenizer.encode("a\n\nUs b\n\nUser:")
 
     def pieces():
@@ -617,7 +620,7 @@ def test_command_line(saved, tmp_path, monkeypatch, capsys):
     ]
 
     def run(*flags):
-        sample.main(sample.common.read_flags(sample.Config, [*base, *flags]))
+        sample.main(read_flags(sample.Config, [*base, *flags]))
         return capsys.readouterr().out
 
     one = run("--prompt=def ")
@@ -631,7 +634,7 @@ def test_command_line(saved, tmp_path, monkeypatch, capsys):
 
 def test_chat_reads_each_turn_once_and_equals_the_whole_rendering(model, monkeypatch):
     """The state kept between turns is the state of the conversation rendered as a whole."""
-    tokenizer, seen = prepare.load_tokenizer("bytes"), []
+    tokenizer, seen = load_tokenizer("bytes"), []
     real = sample.stream
 
     def spy(m, prompts, **options):
@@ -642,16 +645,16 @@ def test_chat_reads_each_turn_once_and_equals_the_whole_rendering(model, monkeyp
     lines = iter(["hello", "and you?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     messages = []
-    real_render = prepare.render_chat
-    monkeypatch.setattr(
-        prepare,
-        "render_chat",
-        lambda m, *a, **k: (messages.append([dict(x) for x in m]), real_render(m, *a, **k))[1],
-    )
+
+    def render(turns, *args, **options):
+        messages.append([dict(turn) for turn in turns])
+        return render_chat(turns, *args, **options)
+
+    monkeypatch.setattr(sample, "render_chat", render)
     sample.chat(
         model, tokenizer, sample.Config(), dict(max_new_tokens=6, seed=0, tokenizer=tokenizer)
     )
-    ids, _ = real_render(messages[-1], tokenizer, generation_prompt=True)
+    ids, _ = render_chat(messages[-1], tokenizer, generation_prompt=True)
     _, state = model(torch.tensor([ids[:-1]]))
     assert seen[-1][0] == ids[-1:]
     for k in state:
@@ -665,13 +668,13 @@ def test_chat_reads_each_turn_once_and_equals_the_whole_rendering(model, monkeyp
         (["--model=nowhere.pth"], "nowhere.pth does not exist"),
         (["--model=SAVED"], "vocabulary of 257 and no config.json"),
         (["--model=SAVED", "--tokenizer=integers:500"], "502 ids.*only 257"),
-        (["--model=SAVED", "--tokenizer=bytes", "--prompts=no.txt"], "no.txt does not exist"),
+        (["--model=SAVED", "--tokenizer=bytes", "--prompts=no.txt"], "no.txt cannot be read"),
     ],
 )
 def test_bad_input_is_one_line(flags, words, saved):
     flags = [f.replace("SAVED", str(saved)) for f in flags]
     with pytest.raises(UserError, match=words):
-        sample.main(sample.common.read_flags(sample.Config, [*flags, "--device=cpu"]))
+        sample.main(read_flags(sample.Config, [*flags, "--device=cpu"]))
 
 
 def test_batch_goes_on_where_it_was_killed(saved, tmp_path):

@@ -7,55 +7,53 @@ import sys
 
 import pytest
 import torch
+from helpers import ROOT, documents, kill_after, random_model, rows, torchrun, write
 
-import common
 import prepare
 import sample
 import train_sft
-from common import UserError
-from conftest import ROOT
-from model import RWKV, RWKVConfig
-from test_model import random_model
-from train_sft import Config, backward, pack, pad
+from gosling import config
+from gosling.batch import pack, pad
+from gosling.config import UserError
+from gosling.data import render_row
+from gosling.tokenizer import load_tokenizer
+from gosling.tune import LoRALinear, load_tuned, write_tuned
+from model import RWKV, RWKVConfig, pieces
+from train_sft import Config
 
-BYTES = prepare.load_tokenizer("bytes")
-
-
-def documents(n, seed=0, longest=40, vocab=320):
-    """Ragged (ids, mask) with two trained stretches each."""
-    g = torch.Generator().manual_seed(seed)
-    out = []
-    for _ in range(n):
-        T = int(torch.randint(4, longest, (1,), generator=g))
-        ids = torch.randint(0, vocab, (T,), generator=g).tolist()
-        mask = [int(i % 5 > 2) for i in range(T)]
-        mask[-1] = 1
-        out.append((ids, mask))
-    return out
+BYTES = load_tokenizer("bytes")
 
 
-def gradient(model, docs, layout=pack, chunk_len=0, bptt="full", state=None):
+def gradient(model, docs, layout=pack, chunk_len=0, bptt="full"):
+    """Loss and gradient of the documents, as the loop of train_sft.py makes them."""
     model.zero_grad()
-    x, y, w, borders = layout(docs)
-    loss, *_ = backward(model, x, y, w / sum(sum(m[1:]) for _, m in docs), borders, chunk_len, bptt)
-    return float(loss.sum()), torch.cat(
-        [p.grad.flatten() for p in model.parameters() if p.requires_grad]
-    )
+    x, y, weight, cu_seqlens = layout(docs)
+    n_targets, total, state = sum(sum(mask[1:]) for _, mask in docs), 0.0, None
+    backward_len = chunk_len if bptt == "truncated" else 0
+    for a, b, cu in pieces(x.shape[1], cu_seqlens, backward_len):
+        packed = dict(cu_seqlens=cu, targets=y[:, a:b], chunk_len=chunk_len)
+        scores, state = model(x[:, a:b], state, **packed)
+        loss = -(weight[:, a:b] * scores.logps).sum() / n_targets
+        loss.backward()
+        total += loss.item()
+        state = {key: value.detach() for key, value in state.items()}
+    grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    return total, torch.cat(grads)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # packing
 
 
 @pytest.mark.parametrize("version", ["x060", "x070"])
 def test_packed_loss_of_each_document_is_its_loss_alone(version):
     model, docs = random_model(version).double(), documents(9)
-    x, y, w, borders = pack(docs)
-    nll = -model(x, cu_seqlens=borders, targets=y)[0].logps[0]
+    x, y, w, cu_seqlens = pack(docs)
+    nll = -model(x, cu_seqlens=cu_seqlens, targets=y)[0].logps[0]
     for d, (ids, mask) in enumerate(docs):
         logits = model(torch.tensor([ids]))[0][0, :-1]
         alone = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-        at = slice(int(borders[d]), int(borders[d + 1]))
+        at = slice(int(cu_seqlens[d]), int(cu_seqlens[d + 1]))
         torch.testing.assert_close(nll[at], alone, atol=1e-9, rtol=1e-7)
         assert (
             y[0, at].tolist() == ids[1:] and w[0, at].tolist() == mask[1:]
@@ -75,27 +73,33 @@ def test_gradient_is_the_same_packed_padded_and_in_any_micro_batch(tune):
     loss, want = gradient(model, docs)
     padded, got = gradient(model, docs, pad)
     assert padded == pytest.approx(loss, rel=1e-5) and (got - want).norm() < 1e-5 * want.norm()
-    n = sum(sum(m[1:]) for _, m in docs)
+    n_targets = sum(sum(mask[1:]) for _, mask in docs)
     for size in (1, 2):
         model.zero_grad()
         total = 0.0
         for i in range(0, 8, size):
-            x, y, w, borders = pack(docs[i : i + size])
-            total += float(backward(model, x, y, w / n, borders)[0].sum())
+            x, y, weight, cu_seqlens = pack(docs[i : i + size])
+            logps = model(x, cu_seqlens=cu_seqlens, targets=y)[0].logps
+            nll = -(weight * logps).sum() / n_targets
+            nll.backward()
+            total += nll.item()
         got = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
         assert total == pytest.approx(loss, rel=1e-5) and (got - want).norm() < 1e-5 * want.norm()
 
 
 @pytest.mark.parametrize("version", ["x060", "x070"])
 def test_logprobs_of_a_completion_however_it_is_run(version):
-    """Prompt and completion in one run = prompt, state, completion = token by token = what the sampler says, whatever
-    the other rows and the right padding are."""
+    """Prompt and completion in one run = prompt, state, completion = token by token = what the
+    sampler says, whatever the other rows and the right padding are."""
     model = random_model(version)
     prompts = [[5, 6, 7, 8], [9], [3, 1, 4, 1, 5, 9, 2, 6]]
     said = sample.generate(model, prompts, max_new_tokens=11, temperature=0.8, seed=1)
-    docs = [(p + c.tokens, [0] * len(p) + [1] * len(c.tokens)) for p, c in zip(prompts, said)]
+    docs = [
+        (p + c.tokens, [0] * len(p) + [1] * len(c.tokens))
+        for p, c in zip(prompts, said, strict=False)
+    ]
     padded = model(pad(docs)[0], targets=pad(docs)[1], temperature=0.8)[0].logps
-    for row, (p, c) in enumerate(zip(prompts, said)):
+    for row, (p, c) in enumerate(zip(prompts, said, strict=False)):
         ids, n = torch.tensor([p + c.tokens]), len(p)
         whole = model.token_logprobs(ids[:, :-1], ids[:, 1:], temperature=0.8)[0, n - 1 :]
         _, state = model(ids[:, : n - 1]) if n > 1 else (None, None)
@@ -110,7 +114,7 @@ def test_logprobs_of_a_completion_however_it_is_run(version):
             assert (got - torch.tensor(c.logprobs)).abs().max() < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # long context
 
 
@@ -138,7 +142,37 @@ def test_chunked_backward_in_float32_and_with_checkpointing():
     assert (got - want).norm() < 1e-5 * want.norm()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_a_chunk_that_is_run_again_drops_what_it_dropped():
+    """With LoRA dropout, the recomputed forward of a chunk is the one that the loss was of."""
+    model, (doc,) = random_model("x070"), documents(1, seed=2, longest=60)
+    model.set_tune("lora", r=4, dropout=0.5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    x, y, weight, cu_seqlens = pack([doc])
+    model.train()
+
+    def grads(run_in_chunks):
+        torch.manual_seed(7)
+        model.zero_grad()
+        logps = run_in_chunks()
+        (-(weight * logps).sum()).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    def by_hand():
+        logps, state = [], None
+        for a, b, cu in pieces(x.shape[1], cu_seqlens, 8):
+            scores, state = model(x[:, a:b], state, cu_seqlens=cu, targets=y[:, a:b])
+            logps.append(scores.logps)
+        return torch.cat(logps, 1)
+
+    want = grads(by_hand)
+    got = grads(lambda: model(x, cu_seqlens=cu_seqlens, targets=y, chunk_len=8)[0].logps)
+    assert (got - want).norm() < 1e-5 * want.norm() and want.norm() > 0
+
+
+# ----------------------------------------------------------------------------------------------
 # LoRA
 
 
@@ -169,20 +203,22 @@ def test_a_fresh_lora_changes_no_bit_and_only_it_trains():
 
 def test_lora_is_w_plus_scale_b_a():
     model = random_model("x070")
-    layer, x = model.blocks[0].att.key, torch.randn(3, 128)
-    w = layer.weight.clone()
+    x, w = torch.randn(3, 128), model.blocks[0].att.key.weight.clone()
     for rslora, scale in ((False, 8 / 4), (True, 8 / 2)):
         model.set_tune("lora", r=4, alpha=8, rslora=rslora, targets=("att.key",))
+        layer = model.blocks[0].att.key
         torch.nn.init.normal_(layer.lora_B)
         torch.testing.assert_close(
             layer(x), x @ (w + scale * layer.lora_B @ layer.lora_A).T, atol=1e-4, rtol=1e-4
         )
-    assert model.blocks[0].ffn.key.lora_A is None and tuple(layer.lora_A.shape) == (4, 128)
+    assert not isinstance(model.blocks[0].ffn.key, LoRALinear)
+    assert tuple(layer.lora_A.shape) == (4, 128)
     layer.lora_dropout = 0.5
     assert not torch.equal(model.train().blocks[0].att.key(x), layer(x))
     model.eval()
     assert torch.equal(layer(x), layer(x))
     model.set_tune("full")  # without its adapter, every weight trains
+    layer = model.blocks[0].att.key
     assert torch.equal(layer(x), torch.nn.functional.linear(x, w)) and layer.weight.requires_grad
 
 
@@ -190,11 +226,13 @@ def test_a_fresh_lora_is_the_same_in_every_process():
     """Python orders a set of names by a hash that differs from process to process."""
     code = """
 import torch
-from model import RWKV, RWKVConfig
+from model import RWKV, RWKVConfig, pieces
 m = RWKV(RWKVConfig("x070", 2, 64, 50))
 torch.manual_seed(1)
 m.set_tune("lora", r=4)
-print(sum((i + 1) * p.double().sum().item() for i, (n, p) in enumerate(m.named_parameters()) if ".lora_A" in n))
+for name, p in m.named_parameters():
+    if ".lora_A" in name:
+        print(name, p.double().sum().item())
 """
     seen = {
         subprocess.run(
@@ -222,10 +260,10 @@ def test_extra_parameters_train_are_saved_and_have_a_reference(tmp_path):
     with model.reference():
         assert torch.equal(model(idx)[0], base)
     assert torch.equal(model(idx)[0], tuned) and not torch.equal(tuned, base)
-    path = model.save_tuned(tmp_path, "a")
+    path = write_tuned(model, tmp_path, "a")
     other = random_model("x070")
     other.set_tune("lora", r=2, targets=("ffn",), extra=("ln", "x_k"))
-    other.load_tuned(path)
+    load_tuned(other, path)
     assert torch.equal(other(idx)[0], tuned)
 
 
@@ -234,123 +272,16 @@ def test_lora_errors(tmp_path):
         random_model("x070").set_tune("lora", targets=("atn",))
     model = random_model("x070")
     model.set_tune("lora", r=4)
-    path = model.save_tuned(tmp_path, "a")
+    path = write_tuned(model, tmp_path, "a")
     other = random_model("x070", n_embd=192)
     other.set_tune("lora", r=4)
     with pytest.raises(
         UserError, match=r"a.safetensors is of another base.*\[4, 128\].*\[4, 192\]"
     ):
-        other.load_tuned(path)
+        load_tuned(other, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data
-
-
-def write(path, *rows):
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    )
-    return path
-
-
-CHAT = {
-    "messages": [
-        {"role": "user", "content": "a\n\nUser: b"},
-        {"role": "assistant", "content": "cd"},
-        {"role": "user", "content": "e"},
-        {"role": "assistant", "content": "f"},
-    ]
-}
-
-
-def test_every_shape_of_data(tmp_path):
-    e = BYTES.encode
-    head, middle = e("User: a\nUser: b\n\nAssistant:"), e("User: e\n\nAssistant:")
-    want = (
-        head + e(" cd\n\n") + middle + e(" f") + [0],
-        [0] * len(head) + [1] * 5 + [0] * len(middle) + [1] * 3,
-    )
-    sharegpt = {
-        "conversations": [
-            {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
-            for m in CHAT["messages"]
-        ]
-    }
-    path = write(
-        tmp_path / "a.jsonl",
-        CHAT,
-        sharegpt,
-        {"prompt": "ab", "completion": "cd"},
-        {"text": "xy"},
-        {"text": [5, 6, 7], "mask": [0, 0, 1]},
-    )
-    rows = prepare.read_examples(path, BYTES, 4096)
-    assert rows[0] == rows[1] == want
-    assert rows[2] == (e("abcd") + [0], [0, 0, 1, 1, 1]) and rows[3] == (e("xy") + [0], [1, 1, 1])
-    assert rows[4] == ([5, 6, 7], [0, 0, 1])
-    last = prepare.read_examples(
-        write(tmp_path / "b.jsonl", CHAT), BYTES, 4096, last_reply_only=True
-    )[0]
-    assert last == (want[0], [0] * (len(want[0]) - 3) + [1] * 3)
-    own = prepare.read_examples(path, BYTES, 4096, template=lambda row, tokenizer: ([1, 2], [0, 1]))
-    assert own == [([1, 2], [0, 1])] * 5
-
-
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        ("{", r"a.jsonl:2: not JSON"),
-        ("[1]", r"a.jsonl:2: expected a JSON object"),
-        ({"x": 1}, r"a.jsonl:2: expected .*keys \['x'\]"),
-        (
-            {"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": "y"}]},
-            r"a.jsonl:2: message 0.*'bot'",
-        ),
-        ({"messages": [{"role": "user", "content": "x"}]}, r"a.jsonl:2: no assistant turn"),
-        (
-            {"messages": [{"role": "assistant", "content": " "}]},
-            r"a.jsonl:2: message 0.*not an empty one",
-        ),
-        ({"messages": ["a"]}, r"a.jsonl:2: expected"),
-        ({"conversations": ["a"]}, r"a.jsonl:2: expected"),
-        ({"messages": [{"role": ["a"], "content": "x"}]}, r"a.jsonl:2: expected"),
-        ({"text": "\ud800 x"}, r"a.jsonl:2: not UTF-8"),
-        ({"text": [1, 2], "mask": [1]}, r'a.jsonl:2: "text" has 2 ids, "mask" 1'),
-        ({"text": [1, -2], "mask": [1, 1]}, r"a.jsonl:2: .*ids >= 0"),
-        ({"prompt": "x", "completion": ""}, r"a.jsonl:2: .*empty"),
-        ({"text": [1, 400], "mask": [1, 1]}, r"a.jsonl:2: id 400 does not fit"),
-    ],
-)
-def test_bad_rows_name_file_and_line(row, words, tmp_path):
-    with pytest.raises(UserError, match=words):
-        prepare.read_examples(write(tmp_path / "a.jsonl", CHAT, row), BYTES, 4096)
-
-
-def test_what_is_cut_or_dropped_is_counted(tmp_path, capsys):
-    path = write(
-        tmp_path / "a.jsonl",
-        CHAT,
-        {"prompt": "a" * 50, "completion": "b"},
-        {"prompt": "a" * 10, "completion": "b" * 50},
-    )
-    assert len(prepare.read_examples(path, BYTES, 32)) == 2
-    assert "3 documents cut to ctx_len=32 tokens, 1 dropped" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds nothing to train on"):
-        prepare.read_examples(path, BYTES, 4)
-
-
-def test_show_colours_what_is_trained(tmp_path, capsys):
-    prepare.main(["show", str(write(tmp_path / "a.jsonl", CHAT)), "--tokenizer=bytes"])
-    out = capsys.readouterr().out
-    assert (
-        "\033[32m cd\n\n\033[0m" in out
-        and "\033[32m f<end>\033[0m" in out
-        and "\033[90mUser: a\nUser: b" in out
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the script
 
 
@@ -360,7 +291,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     RWKV(RWKVConfig("x070", 2, 64, 257)).save_pretrained(folder / "base.pth")
-    words = "red green blue black white grey pink brown".split()
+    words = ["red", "green", "blue", "black", "white", "grey", "pink", "brown"]
     write(
         folder / "chats.jsonl",
         *(
@@ -371,7 +302,7 @@ def base(tmp_path_factory):
                 ]
             }
             for i in range(4)
-            for a, b in zip(words, words[i:] + words[:i])
+            for a, b in zip(words, words[i:] + words[:i], strict=False)
         ),
     )
     return folder
@@ -401,41 +332,20 @@ def tiny(base, out, **over):
     )
 
 
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_loss_does_not_depend_on_micro_batch_packing_or_processes(base, tmp_path):
-    runs = {
+    layouts = {
         "1x8": {},
         "1x1": dict(micro_bsz=1),
         "1x2": dict(micro_bsz=2),
         "padded": dict(packing=False),
         "chunks": dict(chunk_len=7),
     }
-    for name, over in runs.items():
+    for name, over in layouts.items():
         train_sft.main(tiny(base, tmp_path / name, **over))
-    cfg = tiny(base, tmp_path / "2x2", micro_bsz=2)
-    flags = [f"--{f}={v}" for f, v in common.config_dict(cfg).items() if v not in (None, "()", "")]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--master_port",
-            str(29600 + os.getpid() % 1000),
-            "--",
-            "train_sft.py",
-            *flags,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = torchrun("train_sft.py", tiny(base, tmp_path / "2x2", micro_bsz=2), nproc=2)
     assert done.returncode == 0, done.stderr
     want = rows(tmp_path / "1x8")
-    for name in [*runs, "2x2"]:
+    for name in [*layouts, "2x2"]:
         for a, b in zip(rows(tmp_path / name), want, strict=True):
             for key in ("loss", "accuracy", "grad_norm"):
                 assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-7), (name, a["step"], key)
@@ -465,7 +375,7 @@ def test_overfits_32_conversations_and_stops_by_itself(tune, lr, base, tmp_path)
     else:
         model, tokenizer = RWKV.from_pretrained(base / "base.pth"), BYTES
         model.set_tune("lora", r=16, targets=("att", "ffn", "head"), extra=("emb", "ln"))
-        model.load_tuned(tmp_path / "lora/lora-final.safetensors")
+        load_tuned(model, tmp_path / "lora/lora-final.safetensors")
     chats = [
         json.loads(line)["messages"] for line in (base / "chats.jsonl").read_text().splitlines()
     ]
@@ -481,7 +391,7 @@ def test_without_the_end_token_in_the_mask_it_does_not_stop(base, tmp_path):
     """The check of the test above can fail."""
 
     def no_end(row, tokenizer):
-        ids, mask = prepare.render_row(row, tokenizer)
+        ids, mask = render_row(row, tokenizer)
         return ids, [*mask[:-1], 0]
 
     train_sft.main(
@@ -509,8 +419,6 @@ def test_without_the_end_token_in_the_mask_it_does_not_stop(base, tmp_path):
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_resume_is_bit_for_bit(tune, base, tmp_path):
-    from test_pretrain import kill_after
-
     over = dict(
         tune=tune,
         val_data=str(base / "chats.jsonl"),
@@ -526,7 +434,7 @@ def test_resume_is_bit_for_bit(tune, base, tmp_path):
     a, b = (
         torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")
     )
-    assert a["best"] == b["best"] and a["model"].keys() == b["model"].keys()
+    assert a["best_loss"] == b["best_loss"] and a["model"].keys() == b["model"].keys()
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert (tmp_path / "whole" / ("best.pth" if tune == "full" else "best.safetensors")).exists()
     assert len(a["model"]) < 40 or tune == "full"  # of a LoRA run, the adapter alone
@@ -534,7 +442,7 @@ def test_resume_is_bit_for_bit(tune, base, tmp_path):
 
 def test_eval_fn_and_template_come_from_the_config_file(base, tmp_path):
     (tmp_path / "c.py").write_text("def eval_fn(model, tokenizer):\n    return {'seven': 7.0}\n")
-    cfg = common.load_config(
+    cfg = config.load_config(
         Config,
         [
             str(tmp_path / "c.py"),
@@ -566,7 +474,6 @@ def test_eval_fn_and_template_come_from_the_config_file(base, tmp_path):
         (dict(adapter="x.safetensors"), "adapter is for --tune=lora"),
         (dict(tokenizer=""), "vocabulary of 257 and no config.json"),
         (dict(micro_bsz=3), "not a multiple of micro_bsz"),
-        (dict(tune="lora", chunk_len=8, lora_dropout=0.1), "lora_dropout would make different"),
     ],
 )
 def test_bad_input(over, words, base, tmp_path):

@@ -5,11 +5,14 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import tasks
-from conftest import ROOT
+
+ROOT = Path(tasks.__file__).parent
 
 EXAMPLES = {  # worked out by hand
     "reverse bdac": "cadb",
@@ -43,7 +46,7 @@ def task_of(row):
 
 
 def text_lines(rows):
-    """(task, what is shown as the answer, "ok", "no" or None) of every line of the pretraining text."""
+    """(task, the answer as shown, "ok", "no" or None) of every line of the pretraining text."""
     for row in rows:
         for line in row["text"].split("\n"):
             m = re.fullmatch(r"(check )?([a-z ]+) = (\w+)(?: : (ok|no))?", line)
@@ -51,7 +54,7 @@ def text_lines(rows):
             yield m[2], m[3], m[4]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # rules and checker
 
 
@@ -105,7 +108,7 @@ def test_what_is_no_task_is_an_error(text):
         tasks.check(text, "abc")
 
 
-@pytest.mark.parametrize("skill", tasks.RULES)
+@pytest.mark.parametrize("skill", tasks.ALL_SKILLS)
 def test_generated_tasks(skill):
     rng, seen = random.Random(1), []
     for _ in range(300):
@@ -130,10 +133,12 @@ def test_a_slip_is_one_wrong_letter(word):
     for slip in slips:
         assert abs(len(slip) - len(word)) <= 1 and slip.isupper() == word.isupper()
         if len(slip) == len(word):  # changed: one place; swapped: the same letters
-            assert sum(a != b for a, b in zip(slip, word)) == 1 or sorted(slip) == sorted(word)
+            assert sum(a != b for a, b in zip(slip, word, strict=True)) == 1 or sorted(
+                slip
+            ) == sorted(word)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the split
 
 
@@ -177,7 +182,7 @@ def test_prompts_are_disjoint_by_split_and_differ_by_seed():
     assert tasks.prompts(50, 0) == tasks.prompts(210, 0)[:50] == tasks.prompts(50, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the files
 
 
@@ -222,7 +227,7 @@ def test_pretraining_text(files):
         and abs(share["ok"] - 0.15) < 0.02
         and abs(share["no"] - 0.15) < 0.02
     )
-    assert {task.split()[0] for task, *_ in lines} == set(tasks.RULES)  # the unseen skill too
+    assert {task.split()[0] for task, *_ in lines} == set(tasks.ALL_SKILLS)  # the unseen skill too
 
 
 def test_same_seed_same_bytes_other_seed_others(tmp_path):
@@ -248,7 +253,49 @@ def test_report():
 
 def test_the_tiny_config_reads_no_window_twice():
     import train_pretrain
-    from common import load_config
+    from gosling.config import load_config
 
     cfg = load_config(train_pretrain.Config, [str(ROOT / "config/pretrain_tasks.py")])
     assert cfg.max_steps * cfg.global_bsz * cfg.ctx_len < 0.99 * tasks.Config().text_tokens
+
+
+def test_pairs_are_one_right_and_one_wrong_answer(tmp_path, capsys):
+    samples, rows = tmp_path / "samples.jsonl", tasks.prompts(20, 0)
+    for row in rows:
+        row["completions"] = [{"text": " " + row["answer"]}, "", row["answer"] + "x", row["answer"]]
+    rows[3]["completions"] = ["wrong"]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tasks.pairs(tasks.PairsConfig(str(samples), out=str(tmp_path / "p")))
+    assert re.findall(r"([0-9]+) pairs", capsys.readouterr().out) == ["17", "2"]
+    for name in ("p.jsonl", "p_val.jsonl"):
+        for line in (tmp_path / name).read_text(encoding="utf-8").splitlines():
+            pair = json.loads(line)
+            assert list(pair) == ["prompt", "chosen", "rejected", "skill"]
+            assert tasks.is_right(pair, pair["chosen"])
+            assert pair["rejected"] and not tasks.is_right(pair, pair["rejected"])
+
+
+def test_exact_match_asks_the_held_out_tasks(monkeypatch, capsys):
+    from gosling import engine
+    from gosling.tokenizer import load_tokenizer
+
+    tokenizer, asked = load_tokenizer("bytes"), []
+
+    def generate(model, prompts, **options):
+        """A model that always answers as it should, but for the first task."""
+        completions = []
+        for ids in prompts:
+            text = tokenizer.decode(ids)
+            task = text.removeprefix("User: ").removesuffix("\n\nAssistant:")
+            answer = tasks.solve(task) if asked else "?"
+            asked.append(task)
+            completions.append(SimpleNamespace(text=" " + answer))
+        return completions
+
+    monkeypatch.setattr(engine, "generate", generate)
+    assert tasks.exact_match(None, tokenizer, rows=20) == {"exact_match": 0.95}
+    assert all(map(tasks.is_held_out, asked)) and len(set(asked)) == 20
+    assert "all       0.950 of 20" in capsys.readouterr().out
+    asked.clear()
+    tasks.exact_match(None, tokenizer, skills=[tasks.UNSEEN], rows=20)
+    assert {task.split()[0] for task in asked} == {tasks.UNSEEN}

@@ -1,4 +1,4 @@
-"""Tokenizers and the chat template, against the rwkv package, definitions and expectations worked out by hand."""
+"""Tokenizers and the chat template, against the rwkv package and what is worked out by hand."""
 
 import json
 import pathlib
@@ -8,9 +8,10 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-import prepare
-from common import UserError
-from prepare import load_tokenizer, render_chat, save_tokenizer
+from gosling import tokenizer as tokenizer_module
+from gosling.config import UserError
+from gosling.data import render_chat
+from gosling.tokenizer import VocabTokenizer, load_tokenizer, parse_vocab, train_bpe
 
 TEXTS = [
     "",
@@ -47,8 +48,12 @@ def world():
 
 @pytest.fixture(scope="module")
 def bpe():
-    return prepare.train_bpe(
-        ["the cat sat on the mat\n" * 2000, pathlib.Path(prepare.__file__).read_text()], 300
+    return train_bpe(
+        [
+            "the cat sat on the mat\n" * 2000,
+            pathlib.Path(tokenizer_module.__file__).read_text(encoding="utf-8"),
+        ],
+        300,
     )
 
 
@@ -106,12 +111,12 @@ def test_world_decodes_what_is_no_token_to_nothing(world):
 def test_world_file_is_world(tmp_path, world):
     import pyrwkv_tokenizer
 
-    data = open(pyrwkv_tokenizer.RWKVTokenizer().vocab_filepath, "rb").read()
+    data = pathlib.Path(pyrwkv_tokenizer.RWKVTokenizer().vocab_filepath).read_bytes()
     (tmp_path / "v.txt").write_bytes(data.replace(b"\n", b"\r\n"))
     again = load_tokenizer(tmp_path / "v.txt")
     assert (again.name, again.vocab_size) == ("world", 65536)
     # the slow path for other files of the format gives the same ids as the fast one for World
-    slow = prepare.VocabTokenizer(prepare.parse_vocab(data.decode(), "v.txt")[0], "v.txt")
+    slow = VocabTokenizer(parse_vocab(data.decode(), "v.txt")[0], "v.txt")
     for text in TEXTS + [random_text(100) for _ in range(50)]:
         assert slow.encode(text) == world.encode(text)
 
@@ -161,7 +166,7 @@ def test_bpe(bpe, tmp_path):
         and len(bpe.encode(" the")) == 1
     )
     assert bpe.decode([0, 299, 0, 5000]) == bpe.decode([299])
-    assert save_tokenizer(bpe, tmp_path) == "tokenizer.json"
+    assert bpe.save(tmp_path) == "tokenizer.json"
     for where in (tmp_path, tmp_path / "tokenizer.json"):
         again = load_tokenizer(where)
         assert again.encode(TEXTS[3]) == bpe.encode(TEXTS[3]) and (
@@ -199,37 +204,25 @@ def test_words(tmp_path):
     assert (t.vocab_size, t.end_id) == (4, 0)
     with pytest.raises(UserError, match="token 1, 'down', is not in .*vocab.txt"):
         t.encode("up down")
-    assert save_tokenizer(t, tmp_path / "run") == "vocab.txt" and load_tokenizer(
-        tmp_path / "run"
-    ).encode("up") == [3]
+    assert t.save(tmp_path / "run") == "vocab.txt" and load_tokenizer(tmp_path / "run").encode(
+        "up"
+    ) == [3]
 
 
-def test_vocab_command_and_greedy_match(tmp_path, capsys):
-    (tmp_path / "t.txt").write_text(
-        "# comment\na\nab\nabc\né\n'\n\\\n \n\x85\nx y\n", encoding="utf-8"
-    )
-    prepare.main(["vocab", str(tmp_path / "t.txt"), f"--out={tmp_path / 'v.txt'}"])
-    lines = (tmp_path / "v.txt").read_text(encoding="utf-8").split("\n")
-    assert (
-        lines[:4] == ["1 'a' 1", "2 'ab' 2", "3 'abc' 3", "4 'é' 2"]
-        and "9 tokens" in capsys.readouterr().out
-    )
-    t = load_tokenizer(tmp_path / "v.txt")
-    assert t.vocab_size == 10 and t.encode("abcaba aé'\\\x85") == [3, 2, 1, 7, 1, 4, 5, 6, 8]
-    assert t.decode([3, 4, 0, 99]) == "abcé" and t.encode("x y") == [9]
-    with pytest.raises(UserError, match="token 1, 'zz', is not in .*v.txt"):
-        t.encode("abzz")
-    slow = load_tokenizer(
-        tmp_path / "t.txt"
-    )  # a list with white space in a token is matched in the same way
-    assert (
-        slow.encode("abcaba aé'\\\x85") == [3, 2, 1, 7, 1, 4, 5, 6, 8]
-        and slow.decode([1, 7, 1]) == "a a"
-    )
-    (tmp_path / "t.txt").write_text("a\nb\na\n")
-    with pytest.raises(UserError, match="t.txt, line 3: id 3 .* token b'a' is taken"):
-        prepare.main(["vocab", str(tmp_path / "t.txt"), f"--out={tmp_path / 'w.txt'}"])
-    assert not (tmp_path / "w.txt").exists()
+def test_greedy_match_of_a_list_and_of_a_vocab_file(tmp_path):
+    tokens = ["a", "ab", "abc", "é", "'", "\\", " ", "\x85", "x y"]
+    lines = [f"{i} {token!r} {len(token.encode())}\n" for i, token in enumerate(tokens, 1)]
+    (tmp_path / "list.txt").write_text("# comment\n" + "\n".join(tokens) + "\n", encoding="utf-8")
+    (tmp_path / "vocab.txt").write_text("".join(lines), encoding="utf-8")
+    for name in ("list.txt", "vocab.txt"):  # white space in a token: the list is no list of words
+        t = load_tokenizer(tmp_path / name)
+        assert t.vocab_size == 10 and t.encode("abcaba aé'\\\x85") == [3, 2, 1, 7, 1, 4, 5, 6, 8]
+        assert t.decode([3, 4, 0, 99]) == "abcé" and t.encode("x y") == [9]
+        with pytest.raises(UserError, match=f"token 1, 'zz', is not in .*{name}"):
+            t.encode("abzz")
+    (tmp_path / "list.txt").write_text("a\nb\na\n", encoding="utf-8")
+    with pytest.raises(UserError, match="list.txt, line 3: id 3 .* token b'a' is taken"):
+        load_tokenizer(tmp_path / "list.txt")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +258,7 @@ def test_folders_and_names(tmp_path):
         ):
             load_tokenizer(name)
     for name in ("world", "bytes", "integers:7"):
-        assert save_tokenizer(load_tokenizer(name), tmp_path / "none") == name
+        assert load_tokenizer(name).save(tmp_path / "none") == name
     assert not (tmp_path / "none").exists()
 
 
@@ -324,7 +317,10 @@ def test_chat_generation_prompt(world):
 
 
 def test_chat_prefix_is_stable(world):
-    """What was generated stays as it is when the chat goes on, so does a kept state. '。\\n' is one World token."""
+    """What was generated stays as it is when the chat goes on, and so does its state.
+
+    '。\\n' is one World token.
+    """
     chat = [
         {"role": "user", "content": "好"},
         {"role": "assistant", "content": "好。"},

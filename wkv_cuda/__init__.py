@@ -1,13 +1,16 @@
 """WKV-6 and WKV-7, the recurrences of RWKV-6 (x060) and RWKV-7 (x070).
 
-Shapes: B rows, T time, H heads, N head size; r k v a b [B, T, H, N]; logw = log of the decay, <= 0, same shape;
-u [H, N]; state [B, H, N, N], rows = value, columns = key. Packed: B = 1, `cu_seqlens` [D + 1] gives the borders of D
-documents laid end to end, state [D, H, N, N]; a document of length 0 passes its state through.
+Shapes: B rows, T time, H heads, N head size; r k v a b [B, T, H, N]; logw = log of the decay, <= 0,
+same shape; u [H, N]; state [B, H, N, N], rows = value, columns = key. Packed: B = 1, `cu_seqlens`
+[D + 1] gives the borders of D documents laid end to end, state [D, H, N, N]; a document of length 0
+passes its state through.
 
 `naive` below is the specification. The other forms agree with it to rounding:
   "chunked"   PyTorch matrix products over chunks of tokens, any device (chunked.py)
-  "cpu"       C++, one task per sequence and head, built by the first call that needs a gradient (cpu.py)
-  "cuda_seq"  one CUDA thread block per sequence and head, token by token, built at first use (cuda_seq.py)
+  "cpu"       C++, a task per sequence and head, built by the first call that needs a gradient
+              (cpu.py)
+  "cuda_seq"  a CUDA thread block per sequence and head, token by token, built at first use
+              (cuda_seq.py)
   "cuda"      the same on tensor cores, 16 tokens at a time, for bf16 (cuda.py)
 """
 
@@ -22,17 +25,21 @@ BACKENDS = ("naive", *FORMS)
 
 
 def wkv7(r, logw, k, v, a, b, state=None, *, cu_seqlens=None, backend=None):
-    """RWKV-7:  S <- S diag(w) + (S a) b' + v k';  y = S r, read after the update.  (arXiv 2503.14456, section 3)
+    """RWKV-7 (arXiv 2503.14456, section 3), read after the update:
 
-    Returns (y [B, T, H, N] in r's dtype, state [B or D, H, N, N] in float32, or float64 for float64 inputs); both carry
-    gradients, also to the initial state. `backend`: one of BACKENDS, or None for the fastest that fits.
-    ValueError on shapes that do not fit together.
+      S <- S diag(w) + (S a) b' + v k';  y = S r
+
+    Returns (y [B, T, H, N] in r's dtype, state [B or D, H, N, N] in float32, or float64 for float64
+    inputs); both carry gradients, also to the initial state. `backend`: one of BACKENDS, or None
+    for the fastest that fits. ValueError on shapes that do not fit together.
     """
     return _run(7, backend, dict(r=r, logw=logw, k=k, v=v, a=a, b=b), state, cu_seqlens)
 
 
 def wkv6(r, logw, k, v, u, state=None, *, cu_seqlens=None, backend=None):
-    """RWKV-6:  y = (S + v (u * k)') r, read before the update;  S <- S diag(w) + v k'.  (arXiv 2404.05892, section 4)
+    """RWKV-6 (arXiv 2404.05892, section 4), read before the update:
+
+      y = (S + v (u * k)') r;  S <- S diag(w) + v k'
 
     u [H, N]; the rest as in wkv7. The decay has no lower bound.
     """
@@ -40,7 +47,8 @@ def wkv6(r, logw, k, v, u, state=None, *, cu_seqlens=None, backend=None):
 
 
 def _check(inputs, state, cu_seqlens):
-    """Shapes and devices; -> the state, zeros where None was given, in float32 or float64 inputs' own."""
+    """ValueError for shapes or devices that do not fit -> the state, zeros for None, in float32, or
+    float64 for float64 inputs."""
     r = inputs["r"]
     if r.dim() != 4 or not r.is_floating_point():
         raise ValueError(f"r is {r.dtype} {tuple(r.shape)}, expected floats [B, T, H, N]")
@@ -49,29 +57,25 @@ def _check(inputs, state, cu_seqlens):
         shape, axes = ((H, N), "[H, N]") if name == "u" else (r.shape, "[B, T, H, N]")
         if x.shape != shape or x.device != r.device or not x.is_floating_point():
             raise ValueError(
-                f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected floats {axes} = {tuple(shape)} "
-                f"on {r.device} like r"
+                f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected floats {axes} = "
+                f"{tuple(shape)} on {r.device} like r"
             )
     if cu_seqlens is not None:
-        borders = torch.as_tensor(cu_seqlens).flatten().tolist()
-        if (
-            B != 1
-            or len(borders) < 2
-            or borders[0] != 0
-            or borders[-1] != T
-            or borders != sorted(borders)
-        ):
+        ends = torch.as_tensor(cu_seqlens).flatten().tolist()
+        rising = len(ends) > 1 and ends == sorted(ends) and (ends[0], ends[-1]) == (0, T)
+        if B != 1 or not rising:
             raise ValueError(
-                f"cu_seqlens wants B = 1 and borders rising from 0 to T = {T}; got B = {B}, {borders[:8]}…"
+                f"cu_seqlens wants B = 1 and numbers rising from 0 to T = {T}; got B = {B}, "
+                f"{ends[:8]}…"
             )
-        B = len(borders) - 1
+        B = len(ends) - 1
     dtype = torch.promote_types(r.dtype, torch.float32)
     if state is None:
         return r.new_zeros(B, H, N, N, dtype=dtype)
     if state.shape != (B, H, N, N) or state.device != r.device:
         raise ValueError(
-            f"state is {tuple(state.shape)} on {state.device}, expected [sequences, H, N, N] = {(B, H, N, N)} on "
-            f"{r.device}"
+            f"state is {tuple(state.shape)} on {state.device}, expected [sequences, H, N, N] = "
+            f"{(B, H, N, N)} on {r.device}"
         )
     return state.to(dtype)
 
@@ -92,21 +96,21 @@ def _run(version, backend, named, state, cu_seqlens):
 
 
 def _unsupported(form, inputs):
-    """None, or what these inputs, r logw k v and the rest, have that a compiled form does not take."""
+    """What these inputs, r logw k v and the rest, have that a compiled form does not take; None."""
     device, N = inputs[0].device, inputs[0].shape[-1]
     if device.type != form.DEVICE:
         return f"r is on {device}, not {form.DEVICE}"
     if N not in form.HEAD_SIZES:
         return f"head size {N}, not {' or '.join(map(str, form.HEAD_SIZES))}"
     for i, x in enumerate(inputs):
-        if (
-            i != 1 and x.dim() == 4 and x.dtype not in form.DTYPES
-        ):  # logw and u are used in float32 whatever they are
+        # logw and u are used in float32, whatever they are.
+        if i != 1 and x.dim() == 4 and x.dtype not in form.DTYPES:
             return f"{x.dtype}, not {' or '.join(map(str, form.DTYPES))}"
+    return None
 
 
 def _fastest(inputs, state):
-    """The backend for None. On a CPU only a call that needs a gradient builds; others take what is there."""
+    """The backend for None. On a CPU only a call that needs a gradient builds the C++."""
     r = inputs[0]
     if r.is_cuda and r.dtype != torch.float64:
         sequential = not (_unsupported(cuda_seq, inputs) or cuda_seq.unavailable())
@@ -115,9 +119,10 @@ def _fastest(inputs, state):
         if not (missing := _unsupported(cuda, inputs) or cuda.unavailable()):
             return "cuda"
         other = "sequential kernel" if sequential else "PyTorch form"
-        warnings.warn(
-            f"no WKV kernel on tensor cores ({missing}); the slower {other} takes over"
-        )  # shown once
+        warnings.warn(  # shown once
+            f"no WKV kernel on tensor cores ({missing}); the slower {other} takes over",
+            stacklevel=2,
+        )
         if sequential:
             return "cuda_seq"
     if not _unsupported(cpu, inputs):
@@ -128,27 +133,26 @@ def _fastest(inputs, state):
 
 
 def naive(version, inputs, state, cu_seqlens):
-    """The specification: one loop over T, vectorised over batch and heads. Autograd keeps every state.
+    """The specification: one loop over T, over all rows and heads. Autograd keeps every state.
 
-    r' S.T for S r, and sums in place: the same numbers, and on a CPU several times faster for one token of many rows."""
+    r' S.T for S r, and sums in place: the same numbers, and on a CPU several times faster for one
+    token of many rows.
+    """
     if cu_seqlens is not None:
-        borders = torch.as_tensor(cu_seqlens).tolist()
-        pieces = [
-            naive(
-                version, [x if x.dim() == 2 else x[:, i:j] for x in inputs], state[d : d + 1], None
-            )
-            for d, (i, j) in enumerate(zip(borders, borders[1:]))
-        ]
-        return torch.cat([y for y, _ in pieces], 1), torch.cat([S for _, S in pieces])
+        ends, documents = torch.as_tensor(cu_seqlens).tolist(), []
+        for d in range(len(ends) - 1):
+            of_document = [x if x.dim() == 2 else x[:, ends[d] : ends[d + 1]] for x in inputs]
+            documents.append(naive(version, of_document, state[d : d + 1], None))
+        ys, states = zip(*documents, strict=True)
+        return torch.cat(ys, 1), torch.cat(states)
     dtype, S, ys = torch.promote_types(inputs[0].dtype, torch.float32), state, []
     if version == 7:
         r, logw, k, v, a, b = [x.to(dtype) for x in inputs]
         for t in range(r.shape[1]):
             Sa = a[:, t, :, None] @ S.mT  # [B, H, 1, N]
-            S = (S * logw[:, t].exp()[:, :, None]).addcmul_(
-                Sa.mT, b[:, t, :, None]
-            )  # in place, in the new S
-            S = S.addcmul_(v[:, t, ..., None], k[:, t, :, None])
+            S = S * logw[:, t].exp()[:, :, None]
+            S = S.addcmul_(Sa.mT, b[:, t, :, None])  # S + (S a) b', in place, in the new S
+            S = S.addcmul_(v[:, t, ..., None], k[:, t, :, None])  # S + v k'
             ys.append((r[:, t, :, None] @ S.mT)[:, :, 0])  # [B, H, N]
     else:
         r, logw, k, v, u = [x.to(dtype) for x in inputs]

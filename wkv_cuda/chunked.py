@@ -1,23 +1,25 @@
-"""The recurrences in chunks of L tokens: a few batched matrix products instead of T dependent steps.
+"""The recurrences in chunks of L tokens: a few batched matrix products instead of T dependent
+steps.
 
-Plain PyTorch, any device, float32 inside (float64 for float64 inputs). Forward and backward are written out, so that
-memory is the inputs plus one state per chunk, and nothing grows with T x N x N.
+Plain PyTorch, any device, float32 inside (float64 for float64 inputs). Forward and backward are
+written out, so that memory is the inputs plus one state per chunk, and nothing grows with T x N x
+N.
 
-Shapes: Q chunk-heads (chunks of all sequences times heads), L tokens, N head size. A chunk step i of every sequence
-stands together, longest sequence first, so that the state pass is a loop over contiguous slices; a padded token has
-logw = 0 and r = k = v = a = b = 0, which leaves the state as it is.
+Shapes: Q chunk-heads (chunks of all sequences times heads), L tokens, N head size. A chunk step i
+of every sequence stands together, longest sequence first, so that the state pass is a loop over
+contiguous slices; a padded token has logw = 0 and r = k = v = a = b = 0, which leaves the state as
+it is.
 """
 
 import torch
 import torch.nn.functional as F
 
-MAX_EXPONENT = (
-    40.0  # of WKV-7's factors inside a chunk: the product of two, exp(80), still is a float32
-)
+# Of WKV-7's factors inside a chunk: the product of two, exp(80), still is a float32.
+MAX_EXPONENT = 40.0
 SEGMENT = {"cpu": 48}  # chunk-heads worked on at a time, elsewhere 4096
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # tokens <-> chunks
 
 
@@ -25,7 +27,8 @@ class Chunks:
     """Where the tokens of B rows, or of the D documents of one packed row, lie in chunks.
 
     alive[i]: how many sequences have an i-th chunk. order: sequence of each slot, longest first.
-    index [n_chunks * L]: token of each place, of all laid end to end, B T for padding. back [B T]: place of each token.
+    index [n_chunks * L]: token of each place, of all laid end to end, B T for padding. back [B T]:
+    place of each token.
     """
 
     def __init__(self, shape, cu_seqlens, L, device):
@@ -79,11 +82,12 @@ class Chunks:
         return x.view(-1, H, self.L, N).transpose(1, 2).reshape(-1, H, N)[self.back][None]
 
     def segments(self, H):
-        """Consecutive chunk steps, [[(first chunk-head, end), …], …], enough of them for a good matrix product and few
-        enough that a segment's temporaries stay in the cache (measured: twice as fast as all chunks at once)."""
+        """Consecutive chunk steps, [[(first chunk-head, end), …], …], enough of them for a good
+        matrix product and few enough that a segment's temporaries stay in the cache (measured:
+        twice as fast as all chunks at once)."""
         ends = torch.tensor([0] + self.alive).cumsum(0) * H
         segments, enough = [[]], SEGMENT.get(self.device.type, 4096)
-        for step in zip(ends[:-1].tolist(), ends[1:].tolist()):
+        for step in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
             if segments[-1] and step[1] - segments[-1][0][0] > enough:
                 segments.append([])
             segments[-1].append(step)
@@ -106,10 +110,12 @@ def sum_after(x):
 
 
 def unit_lower_inverse(A):
-    """(I - A)^-1 of strictly lower triangular A [Q, L, L], L a power of two, by doubling blocks of true inverses:
-    [[M1, 0], [M2 A21 M1, M2]]. Bounded where the Neumann product I + A + A^2 … is not (repeated keys)."""
+    """(I - A)^-1 of strictly lower triangular A [Q, L, L], L a power of two, by doubling blocks of
+    true inverses: [[M1, 0], [M2 A21 M1, M2]]. Bounded where the Neumann product I + A + A^2 … is
+    not (repeated keys)."""
     Q, L = A.shape[:2]
-    # L (L + 1) numbers a matrix, the last L unused: then the diagonal blocks of all matrices are one evenly spaced batch
+    # L (L + 1) numbers a matrix, the last L unused: then the diagonal blocks of all matrices are
+    # one evenly spaced batch
     M, A_ = A.new_zeros(Q, L * (L + 1)), A.new_empty(Q, L * (L + 1))
     M[:, : L * L : L + 1] = 1
     A_[:, : L * L].view(Q, L, L).copy_(A)
@@ -123,15 +129,16 @@ def unit_lower_inverse(A):
     return M[:, : L * L].view(Q, L, L)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # WKV-7
 
 
 def _intra7(r, logw, k, a, b):
     """What a chunk can know without its incoming state, decays referred to the chunk's middle.
 
-    With c the cumulative log decay and m its value in the middle: AR = [a exp(c_prev - m); r exp(c - m)] and
-    BK = [b; k] exp(m - c), both [Q, 2L, N]; G = their scores, causal, [Q, 2L, 2L]; M = (I - A_ab)^-1.
+    With c the cumulative log decay and m its value in the middle: AR = [a exp(c_prev - m); r exp(c
+    - m)] and BK = [b; k] exp(m - c), both [Q, 2L, N]; G = their scores, causal, [Q, 2L, 2L]; M = (I
+    - A_ab)^-1.
     """
     L = r.shape[1]
     c = logw.cumsum(1)
@@ -150,8 +157,9 @@ def _intra7(r, logw, k, a, b):
 
 
 class Chunked7(torch.autograd.Function):
-    """r logw k v a b [Q, L, N], state [D, H, N, N] sorted, segments -> y [Q, L, N], state. Formulas: in a chunk, with
-    Sc = S exp(m):  U = M (A Sc' + A_ak V),  Y = R Sc' + A_rb U + A_rk V,  S <- (Sc + U'B + V'K) exp(c_L - m)."""
+    """r logw k v a b [Q, L, N], state [D, H, N, N] sorted, segments -> y [Q, L, N], state.
+    Formulas: in a chunk, with Sc = S exp(m):  U = M (A Sc' + A_ak V),  Y = R Sc' + A_rb U + A_rk V,
+    S <- (Sc + U'B + V'K) exp(c_L - m)."""
 
     @staticmethod
     def forward(ctx, r, logw, k, v, a, b, state, segments):
@@ -206,7 +214,8 @@ class Chunked7(torch.autograd.Function):
                 (dk, dBK[:, L:], En),
             ):
                 torch.mul(d, e, out=grad[q])
-            # every factor depends on c through its exponent; the chunk's end carries what all later tokens need
+            # every factor depends on c through its exponent; the chunk's end carries what all later
+            # tokens need
             dAR *= AR
             dc = dAR[:, L:] - (BK * dBK).view(-1, 2, L, BK.shape[-1]).sum(1)
             dc[:, :-1] += dAR[:, 1:L]
@@ -215,14 +224,16 @@ class Chunked7(torch.autograd.Function):
         return dr, dlogw, dk, dv, da, db, dS.view_as(dstate), None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# WKV-6: no inverse, but a decay without a lower bound, so no single reference point keeps the factors in range
+# ----------------------------------------------------------------------------------------------
+# WKV-6: no inverse, but a decay without a lower bound, so no single reference point keeps the
+# factors in range
 
 
 def _levels6(r, logw, k):
-    """Scores r_i k_j exp(decay from j to i) of all pairs i > j in a chunk, by hierarchical midpoints: for n = L/2 … 1
-    the lower left n x n quadrant of every 2n block refers its decays to the block's middle. Both factors are then <= 1
-    however fast the decay, and each exponent is a sum over its own tokens, never a difference of two large sums.
+    """Scores r_i k_j exp(decay from j to i) of all pairs i > j in a chunk, by hierarchical
+    midpoints: for n = L/2 … 1 the lower left n x n quadrant of every 2n block refers its decays to
+    the block's middle. Both factors are then <= 1 however fast the decay, and each exponent is a
+    sum over its own tokens, never a difference of two large sums.
 
     Yields (n, R', K', exponential of R', of K'), each [Q L / 2n, n, N]."""
     Q, L, N = r.shape
@@ -248,8 +259,9 @@ def _quadrants(A, n):
 
 
 class Chunked6(torch.autograd.Function):
-    """r logw k v [Q, L, N], u [Q, 1, N], state [D, H, N, N] sorted, segments -> y, state. With c the cumulative log
-    decay, A the scores and d = r . (u k):  Y = (R exp(c_prev)) S' + (A + diag d) V;  S <- S exp(c_L) + V' K exp(c_L - c)."""
+    """r logw k v [Q, L, N], u [Q, 1, N], state [D, H, N, N] sorted, segments -> y, state. With c
+    the cumulative log decay, A the scores and d = r . (u k):  Y = (R exp(c_prev)) S' + (A + diag d)
+    V;  S <- S exp(c_L) + V' K exp(c_L - c)."""
 
     @staticmethod
     def forward(ctx, r, logw, k, v, u, state, segments):
@@ -286,8 +298,9 @@ class Chunked6(torch.autograd.Function):
                 m, p = j - i, slice(i - q.start, j - q.start)
                 D[p] = dS[:m]
                 torch.addcmul(new[p], D[p], P[p], out=dS[:m])
-            # rho, kappa: gradients of r and k without the bonus. The decay's gradient is summed where each decay acts,
-            # never as a difference of large terms, so that it stays exact where the decay is fast and the gradient small
+            # rho, kappa: gradients of r and k without the bonus. The decay's gradient is summed
+            # where each decay acts, never as a difference of large terms, so that it stays exact
+            # where the decay is fast and the gradient small
             rho, kappa = (dy[q] @ S0[q]).mul_(from_start), (v[q] @ D).mul_(to_end)
             dW = sum_after(r[q] * rho) + sum_before(k[q] * kappa)
             dW += ((D * S0[q]).sum(1) * P[:, 0])[:, None]
@@ -310,7 +323,7 @@ class Chunked6(torch.autograd.Function):
         return dr, dlogw, dk, dv, du, dS.view_as(dstate), None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 
 
 def wkv(version, inputs, state, cu_seqlens, L=32):
@@ -320,9 +333,10 @@ def wkv(version, inputs, state, cu_seqlens, L=32):
     fastest = 0.0
     if version == 7:
         logw = logw.clamp(min=-MAX_EXPONENT)
-        # centred factors reach exp(L/2 * fastest decay); RWKV-7's own bound, 0.6065, allows chunks of 128
+        # centred factors reach exp(L/2 * fastest decay); RWKV-7's own bound, 0.6065, allows chunks
+        # of 128
         fastest = -logw.detach().amin().item() if logw.numel() else 0.0
-    while L > 1 and (fastest * L / 2 > MAX_EXPONENT or L // 2 >= shape[1]):
+    while L > 1 and (fastest * L > 2 * MAX_EXPONENT or shape[1] <= L // 2):
         L //= 2
     chunks = Chunks(shape, cu_seqlens, L, r.device)
     split = [chunks.split(x) for x in (r, logw, k, v, *rest) if x.dim() == 4]
@@ -330,6 +344,5 @@ def wkv(version, inputs, state, cu_seqlens, L=32):
         split.append(rest[0].repeat(len(split[0]) // shape[2], 1)[:, None])
     form = Chunked7 if version == 7 else Chunked6
     y, S = form.apply(*split, state[chunks.order].to(dtype), chunks.segments(shape[2]))
-    return chunks.join(y).to(inputs[0].dtype), torch.empty_like(S).index_copy(
-        0, chunks.order, S
-    ).to(state.dtype)
+    last = torch.empty_like(S).index_copy(0, chunks.order, S).to(state.dtype)
+    return chunks.join(y).to(inputs[0].dtype), last

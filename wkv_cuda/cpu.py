@@ -1,8 +1,9 @@
-"""C++ for the CPU. wkv_cpu.cpp: the recurrence token by token. step_cpu.cpp: one token through a whole network, for
-generation. train_cpu.cpp: the end of the loss, and token mixing.
+"""C++ for the CPU. wkv_cpu.cpp: the recurrence token by token. step_cpu.cpp: one token through a
+whole network, for generation. train_cpu.cpp: the end of the loss, and token mixing.
 
-Compiled in a few seconds by the first call that needs a gradient; sampling does not wait for it. Head sizes 16, 32, … 128,
-fp32 and bf16. State and arithmetic are fp32. The number of threads (torch.set_num_threads) changes no bit of a result.
+Compiled in a few seconds by the first call that needs a gradient; sampling does not wait for it.
+Head sizes 16, 32, … 128, fp32 and bf16. State and arithmetic are fp32. The number of threads
+(torch.set_num_threads) changes no bit of a result.
 """
 
 import ctypes
@@ -22,7 +23,8 @@ SOURCES = [
     Path(__file__).parent / name
     for name in ("wkv_cpu.cpp", "step_cpu.cpp", "train_cpu.cpp", "cpu.h")
 ]
-# contraction to fused multiply-adds is the only licence with the arithmetic; nothing here is reordered
+# contraction to fused multiply-adds is the only licence with the arithmetic; nothing here is
+# reordered
 FLAGS = [
     "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",
     "-O3",
@@ -59,8 +61,9 @@ def launch(function, *args):
 
 
 def stepper(version, weights, sizes):
-    """step(ids [M] int64, state, written in place) -> logits [M, V] in float32; None if there is no library yet. weights:
-    all of the network's parameters in their order, of one dtype of DTYPES; sizes: those of a model's config."""
+    """step(ids [M] int64, state, written in place) -> logits [M, V] in float32; None if there is no
+    library yet. weights: all of the network's parameters in their order, of one dtype of DTYPES;
+    sizes: those of a model's config."""
     c, dtype = sizes, weights[0].dtype
     library, _ = _load(build=False)
     dims = (c.n_embd, c.dim_ffn, c.decay_rank, c.iclr_rank, c.value_rank, c.gate_rank, c.mix_rank)
@@ -104,8 +107,8 @@ def stepper(version, weights, sizes):
 
 
 def fits(x):
-    """Whether score_rows and mix take this tensor: float32 on a CPU, with content (bench/memory.py's have none), and the
-    library is there."""
+    """Whether score_rows and mix take this tensor: float32 on a CPU, with content
+    (bench/memory.py's have none), and the library is there."""
     return (
         type(x) is torch.Tensor
         and x.device.type == "cpu"
@@ -116,7 +119,8 @@ def fits(x):
 
 
 def mix(x, before, weights, grads=()):
-    """[x + (before - x) m for m in weights], x and before [.., C]; or with their gradients, those of x, before and each m."""
+    """[x + (before - x) m for m in weights], x and before [.., C]; or with their gradients, those
+    of x, before and each m."""
     outs = (
         [torch.empty_like(x) for x in (x, before, *weights)]
         if grads
@@ -133,8 +137,9 @@ def mix(x, before, weights, grads=()):
 
 
 def score_rows(z, targets, temperature, scores=None, grads=None, l2wrap=0.0):
-    """Rows of logits z [M, V] -> (logps, entropy, hits, lse) of the targets [M], each [M]; given these `scores` and `grads`
-    (d loss / d logps, and / d entropy or None): z becomes d loss / d z. None, and z as it was, if that is not to be had."""
+    """Rows of logits z [M, V] -> (logps, entropy, hits, lse) of the targets [M], each [M]; given
+    these `scores` and `grads` (d loss / d logps, and / d entropy or None): z becomes d loss / d z.
+    None, and z as it was, if that is not to be had."""
     if not fits(z):
         return None
     out = scores or [
@@ -155,24 +160,23 @@ _ops = {version: native.register(f"wkv{version}_cpu", version, launch) for versi
 
 @torch.compiler.assume_constant_result
 def unavailable(build=True):
-    """None if the op can be used now, else one line that says what is missing. Without `build` nothing is compiled."""
+    """None if the op can be used now, else one line that says what is missing. Without `build`
+    nothing is compiled."""
     return _load(build)[1]
 
 
 @functools.cache
 def _place():
-    """Where the library is or will be, and the command that builds it; (None, what is missing) without a compiler."""
+    """Where the library is or will be, and the command that builds it; (None, what is missing)
+    without a compiler."""
     cxx = (os.environ.get("CXX") or "c++").split()
     if shutil.which(cxx[0]) is None:
-        return (
-            None,
-            f"no C++ compiler: {cxx[0]} is not on PATH (apt install g++, xcode-select --install, or set CXX)",
-        )
+        remedy = "apt install g++, xcode-select --install, or set CXX"
+        return None, f"no C++ compiler: {cxx[0]} is not on PATH ({remedy})"
     command = [*cxx, *FLAGS]
     # the compiler's own macros tell its version and every instruction set of this processor
-    return native.place(
-        "cpu", command, SOURCES, [*cxx, FLAGS[0], "-dM", "-E", "-x", "c++", os.devnull]
-    ), command
+    macros = [*cxx, FLAGS[0], "-dM", "-E", "-x", "c++", os.devnull]
+    return native.place("cpu", command, SOURCES, macros), command
 
 
 _answer = []  # of _load, once it is final
@@ -188,6 +192,7 @@ def _load(build):
         _answer.append((library, missing))
         if missing:
             native.say(
-                f"the C++ recurrence for the CPU cannot be built, training uses the slower PyTorch form: {missing}"
+                "the C++ recurrence for the CPU cannot be built, training uses the slower "
+                f"PyTorch form: {missing}"
             )
     return library, missing

@@ -1,8 +1,9 @@
 """The recurrence on tensor cores, 16 tokens at a time: wkv6_chunk.cu and wkv7_chunk.cu.
 
-bf16 in and out, head size 64, compute capability 8.0 and newer. Products are of fp16 numbers, scaled by powers of two and
-summed in fp32; the carried state is fp32. For the backward pass one fp16 state per 32 tokens is kept. No atomics, so the
-same inputs give the same bits. Built together with the sequential kernels (cuda_seq.py), which take everything else.
+bf16 in and out, head size 64, compute capability 8.0 and newer. Products are of fp16 numbers,
+scaled by powers of two and summed in fp32; the carried state is fp32. For the backward pass one
+fp16 state per 32 tokens is kept. No atomics, so the same inputs give the same bits. Built together
+with the sequential kernels (cuda_seq.py), which take everything else.
 """
 
 import functools
@@ -25,26 +26,25 @@ def wkv(version, inputs, state, cu_seqlens):
 
 @torch.compiler.assume_constant_result
 def unavailable():
-    """None if the kernels can be used here, else one line that says what is missing. Builds them on the first call."""
+    """None if the kernels can be used here, else one line that says what is missing. Builds them on
+    the first call."""
     if missing := cuda_seq.unavailable():
         return missing
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "{} has compute capability {}.{}, the tensor-core kernels need 8.0".format(
-            torch.cuda.get_device_name(), *torch.cuda.get_device_capability()
-        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        name = torch.cuda.get_device_name()
+        return f"{name} has compute capability {major}.{minor}, the tensor-core kernels need 8.0"
     return trial("cuda")
 
 
 @functools.cache
 def trial(device):
-    """None if outputs and gradients of a small case are the PyTorch form's, else one line. A card proves itself once."""
+    """None if outputs and gradients of a small case are the PyTorch form's, else one line. A card
+    proves itself once."""
     g = torch.Generator().manual_seed(0)
     r, k, v, x, z = (torch.randn(1, 70, 1, 64, generator=g) for _ in range(5))
-    kappa, logw, state = (
-        F.normalize(x, dim=-1),
-        -0.6 * z.sigmoid(),
-        torch.randn(1, 1, 64, 64, generator=g),
-    )
+    kappa, logw = F.normalize(x, dim=-1), -0.6 * z.sigmoid()
+    state = torch.randn(1, 1, 64, 64, generator=g)
     for version, rest in ((7, (-kappa, kappa * x.sigmoid())), (6, (x[0, 0],))):
         results = []
         for form, dtype in ((wkv, torch.bfloat16), (chunked.wkv, torch.float32)):
@@ -54,30 +54,38 @@ def trial(device):
                 y, last = form(version, inputs[:-1], inputs[-1], None)
                 grads = torch.autograd.grad(y.float().square().sum() + last.square().sum(), inputs)
             results.append([t.detach().float() for t in (y, last, *grads)])
-        worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*results))
+        pairs = zip(*results, strict=True)
+        worst = max(float((kernel - plain).norm() / plain.norm()) for kernel, plain in pairs)
         if not worst < 2e-2:
-            return f"wkv{version} is off by {worst:.1e} on this card; please report it, with its name and driver"
+            return (
+                f"wkv{version} is off by {worst:.1e} on this card; please report it, with its name "
+                "and driver"
+            )
+    return None
 
 
 def span(S, H, total):
-    """Tokens of a span where S sequences of H heads leave most of a card idle (chunk.cuh), else 0. For 2 blocks on each of
-    132 processors, but not from the card at hand: the same inputs give the same bits everywhere."""
+    """Tokens of a span where S sequences of H heads leave most of a card idle (chunk.cuh), else 0.
+    For 2 blocks on each of 132 processors, but not from the card at hand: the same inputs give the
+    same bits everywhere."""
     spans = 264 // max(S * H, 1)
-    return (
-        max(total // (S * spans) // native.CHUNK * native.CHUNK, 512)
-        if spans >= 4 and total >= 1024 * S
-        else 0
-    )
+    if spans < 4 or total < 1024 * S:
+        return 0
+    return max(total // (S * spans) // native.CHUNK * native.CHUNK, 512)
 
 
 def keep(r, state, save):
     """The state at every chunk's start in fp16, and what passes from span to span."""
     (S, H, N, _), total = state.shape, len(r)
     slots, tokens = total // native.CHUNK + S if save else 0, span(S, H, total)
-    return (
-        r.new_empty(slots, H, SAVED_STATE, dtype=torch.float16),
-        state.new_empty(total // tokens + S if tokens else 0, H, 2, N, N),
-    )
+    spans = total // tokens + S if tokens else 0
+    saved_states = r.new_empty(slots, H, SAVED_STATE, dtype=torch.float16)
+    return saved_states, state.new_empty(spans, H, 2, N, N)
+
+
+def scratch(state, kept):
+    """Memory for the backward: a state for each span."""
+    return [kept[1].new_empty(len(kept[1]), *state.shape[1:])]
 
 
 def launch(function, *args):
@@ -88,12 +96,6 @@ def launch(function, *args):
 
 
 _ops = {
-    version: native.register(
-        f"wkv{version}_chunk",
-        version,
-        launch,
-        keep,
-        scratch=lambda state, kept: [kept[1].new_empty(len(kept[1]), *state.shape[1:])],
-    )
+    version: native.register(f"wkv{version}_chunk", version, launch, keep, scratch)
     for version in (6, 7)
 }

@@ -1,7 +1,8 @@
 """The recurrence token by token on CUDA: wkv6.cu and wkv7.cu.
 
-Head size 64, fp32, bf16 or fp16; logw any values <= 0, exp(logw) may underflow to 0. State and arithmetic are fp32; no
-atomics, so the same inputs give the same bits. nvcc builds these kernels and those of cuda.py in one library.
+Head size 64, fp32, bf16 or fp16; logw any values <= 0, exp(logw) may underflow to 0. State and
+arithmetic are fp32; no atomics, so the same inputs give the same bits. nvcc builds these kernels
+and those of cuda.py in one library.
 """
 
 import ctypes
@@ -34,7 +35,8 @@ def wkv(version, inputs, state, cu_seqlens):
 
 @torch.compiler.assume_constant_result  # so torch.compile may meet it on the way to the op
 def unavailable():
-    """None if the kernels can be used here, else one line that says what is missing. Builds them on the first call."""
+    """None if the kernels can be used here, else one line that says what is missing. Builds them on
+    the first call."""
     return library()[1]
 
 
@@ -48,30 +50,31 @@ def library():
     nvcc = shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
     if nvcc is None:
         return None, f"no nvcc: install the CUDA toolkit, or set CUDA_HOME to it (now {CUDA_HOME})"
-    cards = sorted(
-        {"%d%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    )
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    cards = sorted({f"{major}{minor}" for major, minor in capabilities})
     command = [nvcc, *FLAGS, *(f"-gencode=arch=compute_{card},code=sm_{card}" for card in cards)]
-    found, missing = native.load(
-        native.place("cuda", command, SOURCES, [nvcc, "--version"]), command, SOURCES
-    )
+    path = native.place("cuda", command, SOURCES, [nvcc, "--version"])
+    found, missing = native.load(path, command, SOURCES)
     if found and (error := found.wkv_probe()):
-        return (
-            None,
-            f"{torch.cuda.CudaError(error)}; the card is sm_{cards}, {nvcc}, PyTorch's CUDA {torch.version.cuda}",
+        return None, (
+            f"{torch.cuda.CudaError(error)}; the card is sm_{cards}, {nvcc}, PyTorch's CUDA "
+            f"{torch.version.cuda}"
         )
     return found, missing
 
 
+def aligned(x):
+    """x contiguous, its data at a multiple of 16 bytes."""
+    if x.data_ptr() % 16 == 0:
+        return x.contiguous()
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def launch(function, *args):
-    """Call a function of the library on the tensors' device and PyTorch's stream there: tensors as pointers, then numbers,
-    then the stream."""
-    aligned = lambda x: (
-        x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-    )
-    args = [
-        aligned(x) if isinstance(x, torch.Tensor) else x for x in args
-    ]  # alive until the launch
+    """Call a function of the library on the tensors' device and PyTorch's stream there: tensors as
+    pointers, then numbers, then the stream."""
+    # Kept in a list, so that they are alive until the launch.
+    args = [aligned(x) if isinstance(x, torch.Tensor) else x for x in args]
     raw = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else x for x in args]
     stream = torch.cuda.current_stream(args[0].device).cuda_stream if args[0].is_cuda else None
     with torch.cuda.device_of(args[0]):
@@ -80,9 +83,12 @@ def launch(function, *args):
         raise RuntimeError(f"{function}: {torch.cuda.CudaError(error)}")
 
 
+def scratch(state, kept):
+    """Memory for the backward: the size of what the forward kept."""
+    return native.empty_like(kept)
+
+
 _ops = {
-    version: native.register(
-        f"wkv{version}", version, launch, scratch=lambda state, kept: native.empty_like(kept)
-    )
+    version: native.register(f"wkv{version}", version, launch, scratch=scratch)
     for version in (6, 7)
 }

@@ -1,7 +1,9 @@
-"""What the compiled forms share: a library that is built once, and PyTorch ops with gradients around its functions.
+"""What the compiled forms share: a library that is built once, and PyTorch ops with gradients
+around its functions.
 
-The sources are plain C++ or CUDA, called through ctypes: no PyTorch header is involved. Nothing is built at import. The
-ops gosling::<name> and gosling::<name>_backward work under torch.compile, DDP and checkpointing.
+The sources are plain C++ or CUDA, called through ctypes: no PyTorch header is involved. Nothing is
+built at import. The ops gosling::<name> and gosling::<name>_backward work under torch.compile, DDP
+and checkpointing.
 """
 
 import contextlib
@@ -26,8 +28,9 @@ def say(line):
 
 
 def place(name, command, sources, about):
-    """Where the library is or will be. Its name holds a hash of the sources, the command and what the command `about` tells
-    of the compiler and the machine: an old build is never taken for a new one."""
+    """Where the library is or will be. Its name holds a hash of the sources, the command and what
+    the command `about` tells of the compiler and the machine: an old build is never taken for a new
+    one."""
     told = subprocess.run(about, capture_output=True).stdout
     content = b"\0".join(
         [*[path.read_bytes() for path in sources], told, *map(str.encode, command)]
@@ -40,10 +43,11 @@ def place(name, command, sources, about):
 
 
 def load(path, command, sources, build=True):
-    """(the library at `path`, None), built first by `command` if it is not there; or (None, what is missing in a line).
+    """(the library at `path`, None), built first by `command` if it is not there; or (None, what is
+    missing in a line).
 
-    Of many processes one builds. The others wait at a lock, which the system takes back however its holder ends; where the
-    file system has none, each builds, and moves a whole file in place."""
+    Of many processes one builds. The others wait at a lock, which the system takes back however its
+    holder ends; where the file system has none, each builds, and moves a whole file in place."""
 
     def there():
         with contextlib.suppress(
@@ -82,8 +86,8 @@ def load(path, command, sources, build=True):
 
 
 def run(op, inputs, state, cu_seqlens, logw_dtypes=(torch.float32,)):
-    """wkv_cuda's inputs through an op, which wants tokens flat: vectors [B * T, H, N] in one dtype, logw and u in fp32,
-    cu_seqlens int32 on the device. -> y in r's shape and dtype, state"""
+    """wkv_cuda's inputs through an op, which wants tokens flat: vectors [B * T, H, N] in one dtype,
+    logw and u in fp32, cu_seqlens int32 on the device. -> y in r's shape and dtype, state"""
     r, cu = inputs[0], cu_seqlens
     vectors = [x for i, x in enumerate(inputs) if i != 1 and x.dim() == 4]
     one = (
@@ -98,7 +102,8 @@ def run(op, inputs, state, cu_seqlens, logw_dtypes=(torch.float32,)):
 
 
 def keep_states(r, state, save):
-    """What the sequential forms keep: sa [total, H, N] and the state at every chunk's end [total // CHUNK + S, H, N, N]."""
+    """What the sequential forms keep: sa [total, H, N] and the state at every chunk's end [total //
+    CHUNK + S, H, N, N]."""
     total, slots = (len(r), len(r) // CHUNK + len(state)) if save else (0, 0)
     return state.new_empty(total, *r.shape[1:]), state.new_empty(slots, *state.shape[1:])
 
@@ -107,18 +112,26 @@ def empty_like(tensors):
     return [x.new_empty(x.shape) for x in tensors]  # contiguous, whatever the strides of `tensors`
 
 
-def register(name, version, launch, keep=keep_states, scratch=lambda state, kept: []):
+def no_scratch(state, kept):
+    return []
+
+
+def register(name, version, launch, keep=keep_states, scratch=no_scratch):
     """Make gosling::<name> and gosling::<name>_backward -> the first.
 
-    Tokens are flat here: vectors [total, H, N], cu [S + 1], the borders of S sequences, state [S, H, N, N].
-    launch(function, *tensors, S, H, total, dtype of r as in DTYPES): run a function of the library.
-    keep(r, state, save): empty tensors for what the forward also returns, for the backward; of one, WKV-6 has no sa.
-    scratch(state, kept): memory for the backward."""
+    Tokens are flat here: vectors [total, H, N], cu [S + 1], the borders of S sequences, state [S,
+    H, N, N]. launch(function, *tensors, S, H, total, dtype of r as in DTYPES): run a function of
+    the library. keep(r, state, save): empty tensors for what the forward also returns, for the
+    backward; of one, WKV-6 has no sa. scratch(state, kept): memory for the backward."""
     names = ("r", "logw", "k", "v", *(("a", "b") if version == 7 else "u"), "state")
     n, n_kept = len(names), 1 if version == 6 and keep is keep_states else 2
     tensors = ", ".join(f"Tensor {x}" for x in names) + ", Tensor cu"
-    outputs = lambda count: "(" + ", ".join(["Tensor"] * count) + ")"
-    sizes = lambda r, state: (len(state), *r.shape[1::-1], DTYPES[r.dtype])
+
+    def outputs(count):
+        return "(" + ", ".join(["Tensor"] * count) + ")"
+
+    def sizes(r, state):
+        return len(state), *r.shape[1::-1], DTYPES[r.dtype]
 
     def forward_outputs(*args):
         r, state, save = args[0], args[n - 1], args[-1]
@@ -140,9 +153,8 @@ def register(name, version, launch, keep=keep_states, scratch=lambda state, kept
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:-1], *output[2:])
-        ctx.set_materialize_grads(
-            False
-        )  # no zeros for what was saved, nor for a state that nobody used
+        # No zeros for what was saved, nor for a state that nobody used.
+        ctx.set_materialize_grads(False)
 
     def autograd(ctx, dy, dstate, *_):
         saved = ctx.saved_tensors  # read once: under checkpointing this is what recomputes

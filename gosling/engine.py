@@ -1,0 +1,524 @@
+"""The generation engine: prompts in, completions out, with their log-probabilities.
+
+A fixed number of slots decode together. Each prompt is read once and its state is forked into its
+n samples; when a completion ends, its slot goes to the next one that waits. No row feels another:
+what a completion is follows from its seed, its prompt's index and its sample's index alone.
+
+P prompts, B rows or slots, V vocabulary, L layers. A state is the network's: a dict [L, B, ...].
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from tqdm import tqdm
+
+from gosling.batch import pack_ids
+from gosling.config import Share, UserError, check, print0
+from gosling.tokenizer import tokenizer_of
+from gosling.tune import load_model
+from wkv_cuda import fused
+
+PREFILL = 4096  # prompt tokens read at a time, which bounds the memory of long and of many prompts
+TURNS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")  # a reply that begins another turn is over
+
+
+@dataclass
+class Sampling:
+    """How to sample: flags of the command line, keywords of `generate`."""
+
+    n: PositiveInt = 1  # samples of each prompt
+    max_new_tokens: PositiveInt = 256  # at most so many tokens of a sample
+    temperature: NonNegativeFloat = 1.0  # 0 = greedy
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # likeliest tokens of this total; 1 = all
+    top_k: NonNegativeInt = 0  # sample from so many likeliest tokens; 0 = all
+    min_p: Share = 0.0  # leave out tokens less likely than this share of the likeliest one's p
+    presence_penalty: float = 0.0  # taken off the logit of every token generated before
+    frequency_penalty: float = 0.0  # the same for each time that it was; not for blanks and digits
+    penalty_decay: Share = 1.0  # by which those counts shrink at every token; RWKV runners: 0.996
+    repetition_penalty: PositiveFloat = 1.0  # divides positive logits of tokens read or generated
+    stop: tuple[str, ...] = ()  # texts that end a sample
+    batch_size: PositiveInt | None = None  # sequences at a time; none = what fits in memory
+    seed: NonNegativeInt | None = None  # same seed, same text; none = another each time
+
+
+@dataclass
+class Options(Sampling):
+    """The other keywords of `generate`; max_new_tokens may be a list, one for each prompt."""
+
+    max_new_tokens: PositiveInt | list[PositiveInt] = 256
+    stop: str | list[str] | tuple[str, ...] = ()
+    stop_ids: Any = None  # ids that end a completion; none = the tokenizer's end id
+    logit_bias: Any = None  # {id: added to its logit}
+    tokenizer: Any = None  # for .text and stop
+    state: Any = None  # one row for all prompts, or a row for each; none = the initial state
+    return_state: bool = False  # whether each completion gets its .state
+    indices: Any = None  # the prompts' numbers, for their random streams; none = 0 .. P - 1
+    memory: int | None = None  # bytes that batch_size follows from, see slots_for
+
+
+@dataclass
+class Completion:
+    """What was sampled. While it grows, text is empty and finish_reason None."""
+
+    tokens: list = field(default_factory=list)  # ids, with the stop id that ended them
+    text: str = ""  # without the stop id, cut at the stop text
+    logprobs: list = field(default_factory=list)  # under softmax(logits / temperature) alone
+    finish_reason: str | None = None  # "stop" | "length"
+    state: dict | None = None  # on request, [L, 1, ...]: after the prompt and tokens[:-1]
+
+
+def load(path, device, dtype, tokenizer=""):
+    """-> (model in eval mode, its tokenizer, what the file says of itself).
+
+    path: weights, a LoRA or a tuned state. tokenizer: a name or a file; empty, the recorded one.
+    """
+    model, about = load_model(path, device, dtype)
+    return model.eval(), tokenizer_of(path, model.config.vocab_size, tokenizer, about), about
+
+
+@contextlib.contextmanager
+def inference(model):
+    """Dropout off; afterwards every module is in the mode it was in."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+# ----------------------------------------------------------------------------------------------
+# reading prompts
+
+
+def check_ids(model, lists, what="prompt"):
+    """UserError for the first list that is empty or holds an id that the model does not have."""
+    largest = model.config.vocab_size - 1
+    for i, ids in enumerate(lists, 1):
+        where = f"{what} {i} of {len(lists)}"
+        if not ids:
+            raise UserError(f"{where}: the {what} is empty; begin with the tokenizer's end id")
+        wrong = [token for token in (min(ids), max(ids)) if not 0 <= token <= largest]
+        if wrong:
+            raise UserError(f"{where} has id {wrong[0]}; this model's go from 0 to {largest}")
+
+
+def spans(lengths, most):
+    """Neighbours that fit in one packed pass, at most `most` of them -> [(i, j), ...].
+
+    What is longer than PREFILL goes alone.
+    """
+    pairs, first, total = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and (total + length > PREFILL or i - first >= most):
+            pairs.append((first, i))
+            first, total = i, 0
+        total += length
+    if lengths:
+        pairs.append((first, len(lengths)))
+    return pairs
+
+
+def slots_for(model, memory=None):
+    """How many sequences fit in `memory` bytes; by default 2 GiB, on CUDA a quarter of the card.
+
+    Each has its state, one of the prompts read ahead and one of those before, and half a dozen rows
+    of the vocabulary. The machine's load plays no part, so that runs repeat.
+    """
+    c, weight = model.config, model.emb.weight
+    if memory is None:
+        memory = 2**31
+        if weight.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(weight.device).total_memory // 4
+    shift_size = (model.compute_dtype or weight.dtype).itemsize
+    state_bytes = c.n_layer * c.n_embd * (4 * c.head_size + 2 * shift_size)
+    return max(1, int(memory) // (3 * state_bytes + 6 * 4 * c.vocab_size))
+
+
+def state_rows(state, rows, device):
+    """Rows of a caller's state, of which a single one stands for all -> state [L, rows, ...]"""
+    if state is None:
+        return None
+    rows = list(rows) if state["wkv"].shape[1] > 1 else [0] * len(rows)
+    return {key: value[:, rows].to(device) for key, value in state.items()}
+
+
+@torch.no_grad()
+def prefill(model, prompts, state=None):
+    """Read lists of ids, each from its row of `state` or from the initial one.
+
+    -> (logits [P, V] after the last token, state [L, P, ...]). Short prompts are read together,
+    packed end to end; a long one in pieces that hand the state on.
+    """
+    check_ids(model, prompts)
+    state = state or model.initial_state(len(prompts))
+    logits, states = [], []
+    for i, j in spans([len(ids) for ids in prompts], len(prompts)):
+        ids, cu_seqlens = pack_ids(prompts[i:j], model.emb.weight.device)  # [1, T]
+        after = {key: value[:, i:j] for key, value in state.items()}
+        if j > i + 1:
+            out, after = model(ids, after, cu_seqlens=cu_seqlens, last_only=True)
+        else:
+            for piece in ids.split(PREFILL, 1):
+                out, after = model(piece, after, last_only=True)
+        logits.append(out[:, 0])
+        states.append(after)
+    return torch.cat(logits), {key: torch.cat([s[key] for s in states], 1) for key in state}
+
+
+@dataclass
+class Slot:
+    """A completion that is being decoded."""
+
+    number: int  # prompt index * n + sample index
+    prompt_ids: list
+    limit: int  # most tokens
+    random: np.random.Generator
+    completion: Completion = field(default_factory=Completion)
+
+
+def waiting(model, prompts, o, n_slots):
+    """(Slot, its prompt's logits [V], its prompt's state [L, ...]) of every completion, in order.
+
+    Prompts are read a packed pass at a time, when their turn comes; equal ones are read once.
+    """
+    with_own_state = o.state is not None and o.state["wkv"].shape[1] > 1
+    equal = {}  # (ids, row of the state) -> indices of these prompts
+    for p, ids in enumerate(prompts):
+        equal.setdefault((tuple(ids), p if with_own_state else 0), []).append(p)
+    different = list(equal.values())
+    for i, j in spans([len(prompts[same[0]]) for same in different], n_slots):
+        firsts = [same[0] for same in different[i:j]]
+        start = state_rows(o.state, firsts, model.emb.weight.device)
+        logits, after = prefill(model, [prompts[p] for p in firsts], start)
+        for row, same in enumerate(different[i:j]):
+            state = {key: value[:, row] for key, value in after.items()}
+            for p in same:
+                for sample in range(o.n):
+                    random = np.random.default_rng((o.seed, o.indices[p], sample))
+                    slot = Slot(p * o.n + sample, prompts[p], o.max_new_tokens[p], random)
+                    yield slot, logits[row], state
+
+
+# ----------------------------------------------------------------------------------------------
+# choosing tokens
+
+
+def draw(p, u, top_p=1.0, top_k=0, min_p=0.0, width=256):
+    """p [B, V] probabilities, u [B] uniform in [0, 1) -> ids [B].
+
+    By the inverse of the cumulative distribution, so that a row's choice depends on its own numbers
+    alone. top_p, top_k and min_p (a share of the likeliest token's) each rule out tokens of p, the
+    likeliest one never. Only the `width` likeliest are sorted; rows that keep them all are drawn
+    again with more.
+    """
+    order = None
+    if top_k or top_p < 1 or min_p:
+        width = min(top_k or width, p.shape[1])
+        likeliest, order = p.topk(width)
+        keep = (likeliest.cumsum(-1) - likeliest < top_p) & (likeliest >= min_p * likeliest[:, :1])
+        cumulative = (likeliest * keep).cumsum(-1)
+    else:
+        cumulative = p.cumsum(-1)
+    # Below the sum even when rounded: the last token might be one that was ruled out.
+    total = cumulative[:, -1:]
+    target = torch.minimum(u[:, None] * total, total * (1 - 2**-23))
+    ids = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)
+    if order is None:
+        return ids[:, 0]
+    ids = order.gather(-1, ids)[:, 0]
+    if width < (top_k or p.shape[1]):
+        too_narrow = keep[:, -1]
+        if too_narrow.any():
+            ids[too_narrow] = draw(p[too_narrow], u[too_narrow], top_p, top_k, min_p, 16 * width)
+    return ids
+
+
+def pick(logits, u, o, changed=None):
+    """logits [B, V], u [B] -> (ids [B], log-probabilities [B] under softmax(logits / temperature)).
+
+    changed [B, V]: the logits after penalties and biases, which the choice is then made from.
+    """
+    temperature = o.temperature or 1.0
+    logp = (logits.float() / temperature).log_softmax(-1)
+    choose_from = logp if changed is None else (changed / temperature).log_softmax(-1)
+    if o.temperature == 0:
+        ids = choose_from.argmax(-1)
+    else:
+        ids = draw(choose_from.exp(), u, o.top_p, o.top_k, o.min_p)
+    return ids, logp.gather(-1, ids[:, None])[:, 0]
+
+
+class Penalties:
+    """What moves the logits away from the model's own: counts of each slot's tokens, and biases."""
+
+    def __init__(self, model, n_slots, options):
+        device, shape = model.emb.weight.device, (n_slots, model.config.vocab_size)
+        self.options = options
+        self.count = torch.zeros(shape, device=device)  # how often generated, decaying
+        self.generated = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.read = torch.zeros_like(self.generated)  # generated or in the prompt
+        self.bias = torch.zeros(shape[1], device=device)
+        for token, value in options.logit_bias.items():
+            self.bias[token] = value
+
+    def start(self, row, prompt_ids):
+        """A slot begins anew."""
+        self.count[row], self.generated[row], self.read[row] = 0, False, False
+        self.read[row, prompt_ids] = True
+
+    def apply(self, logits, rows):
+        """logits [rows, V] of these slots -> those that the choice is made from"""
+        o, logits = self.options, logits.float()
+        factor = torch.where(logits > 0, 1 / o.repetition_penalty, o.repetition_penalty)
+        logits = torch.where(self.read[rows], logits * factor, logits)
+        held_back = o.presence_penalty * self.generated[rows]
+        held_back = held_back + o.frequency_penalty * self.count[rows]
+        return logits - held_back + self.bias
+
+    def add(self, rows, ids):
+        """Count the tokens chosen. As in the RWKV runners, blanks and digits count 0 times."""
+        weights = torch.ones(len(ids), device=ids.device)
+        if self.options.tokenizer is not None:
+            texts = [self.options.tokenizer.decode([token]) for token in ids.tolist()]
+            weights = torch.tensor([text not in " \t0123456789" for text in texts]).to(weights)
+        self.count[rows] *= self.options.penalty_decay
+        self.count[rows, ids] += weights
+        self.generated[rows, ids] = self.read[rows, ids] = True
+
+
+# ----------------------------------------------------------------------------------------------
+# the engine
+
+
+def complete(model, prompts, options):
+    """Fill in the defaults that follow from other arguments; UserError for what makes no sense."""
+    o, largest = options, model.config.vocab_size - 1
+    check(o)
+    check_ids(model, prompts)
+    if isinstance(o.max_new_tokens, int):
+        o.max_new_tokens = [o.max_new_tokens] * len(prompts)
+    if o.stop_ids is None:
+        o.stop_ids = [] if o.tokenizer is None else [o.tokenizer.end_id]
+    o.stop_ids, o.logit_bias = set(o.stop_ids), o.logit_bias or {}
+    o.stop = (o.stop,) if isinstance(o.stop, str) else tuple(o.stop)
+    o.indices = range(len(prompts)) if o.indices is None else o.indices
+    o.seed = int(np.random.SeedSequence().entropy % 2**63) if o.seed is None else o.seed
+    for name, ids in (("stop_ids", o.stop_ids), ("logit_bias", o.logit_bias)):
+        for token in ids:
+            if not 0 <= token <= largest:
+                raise UserError(f"{name}: {token} is not an id of this model, 0 to {largest}")
+    if o.state and o.state["wkv"].shape[1] not in (1, len(prompts)):
+        n_rows = o.state["wkv"].shape[1]
+        raise UserError(f"state has {n_rows} rows for {len(prompts)} prompts; give one, or as many")
+    for text in o.stop:
+        if o.tokenizer is None:
+            raise UserError(f"stop={text!r}: stop texts need a tokenizer; give it, or stop_ids")
+        if not text:
+            raise UserError("stop='' is empty; leave it out")
+        try:
+            o.tokenizer.encode(text)
+        except UserError as e:
+            raise UserError(f"stop={text!r} can never be generated: {e}") from None
+    return o
+
+
+def grow(slot, token, logp, o):
+    """One more token of a slot's completion, which may be its last."""
+    c = slot.completion
+    c.tokens.append(token)
+    c.logprobs.append(logp)
+    # A stop text of m bytes lies within the last m tokens that are not empty; some are.
+    tail = 2 * max((len(text.encode()) for text in o.stop), default=0) + 4
+    recent = o.tokenizer.decode(c.tokens[-tail:]) if o.stop else ""
+    if token in o.stop_ids or any(text in recent for text in o.stop):
+        c.finish_reason = "stop"
+    elif len(c.tokens) == slot.limit:
+        c.finish_reason = "length"
+    if c.finish_reason and o.tokenizer is not None:
+        c.text = o.tokenizer.decode(c.tokens[:-1] if token in o.stop_ids else c.tokens)
+        found = [c.text.find(text) for text in o.stop if text in c.text]
+        c.text = c.text[: min(found, default=None)]
+
+
+@torch.no_grad()
+def stream(model, prompts, **options):
+    """Yield (number of the completion, Completion so far) at every new token.
+
+    The options are those of `generate`. A free slot for which nothing waits is computed on and
+    ignored. While this runs dropout is off.
+    """
+    model = getattr(model, "module", model)
+    o = complete(model, prompts, Options(**options))
+    n_slots = min(o.batch_size or slots_for(model, o.memory), len(prompts) * o.n)
+    queue = waiting(model, prompts, o, n_slots)
+    slots, state = [None] * n_slots, None  # state: [L, slots, ...]
+    ids = torch.zeros(n_slots, dtype=torch.long, device=model.emb.weight.device)  # last tokens
+    penalties, changed = None, None
+    if o.presence_penalty or o.frequency_penalty or o.repetition_penalty != 1 or o.logit_bias:
+        penalties = Penalties(model, n_slots, o)
+    with inference(model):
+        step = fused.decoder(model)  # the native form, which writes the state in place, or None
+        while True:
+            free = [row for row, slot in enumerate(slots) if slot is None]
+            started = list(zip(free, queue, strict=False))
+            for row, (slot, _, prompt_state) in started:
+                slots[row] = slot
+                state = state or empty_state(prompt_state, n_slots)
+                for key, value in prompt_state.items():
+                    state[key][:, row] = value
+                if penalties:
+                    penalties.start(row, slot.prompt_ids)
+            rows = [row for row, slot in enumerate(slots) if slot is not None]
+            if started:  # first tokens come from the prompts' logits
+                rows = [row for row, _ in started]
+                logits = torch.stack([prompt_logits for _, (_, prompt_logits, _) in started])
+            elif rows:
+                logits, state = decode(model, step, ids, state)
+                logits = logits if len(rows) == n_slots else logits[rows]
+            else:
+                return
+            uniform = [slots[row].random.random(dtype=np.float32) for row in rows]
+            uniform = torch.tensor(uniform, device=ids.device)
+            if penalties:
+                changed = penalties.apply(logits, rows)
+            new_ids, logps = pick(logits, uniform, o, changed)
+            ids[rows] = new_ids
+            if penalties:
+                penalties.add(rows, new_ids)
+            for row, token, logp in zip(rows, new_ids.tolist(), logps.tolist(), strict=True):
+                slot = slots[row]
+                grow(slot, token, logp, o)
+                if slot.completion.finish_reason:
+                    slots[row] = None
+                    if o.return_state:
+                        after = {key: v[:, row : row + 1].clone() for key, v in state.items()}
+                        slot.completion.state = after
+                yield slot.number, slot.completion
+
+
+def empty_state(row, n_slots):
+    """row: a state [L, ...] without slots -> zeros [L, slots, ...]"""
+    return {key: v.new_zeros(len(v), n_slots, *v.shape[1:]) for key, v in row.items()}
+
+
+def decode(model, step, ids, state):
+    """Another token for each slot: ids [B], state -> (logits [B, V], state)"""
+    if step is not None:
+        return step(ids, state).to(state["att_shift"].dtype), state
+    logits, state = model(ids[:, None], state)
+    return logits[:, 0], state
+
+
+def generate(model, prompts, *, n=1, callback=None, progress=True, **options):
+    """Sample n completions of each of P prompts, lists of ids -> P * n Completions, prompt-major.
+
+    options: the fields of Sampling and of Options. model: with its weights of this moment; it may
+    be a DDP wrapper. callback(number, Completion so far) is called at every token. progress: a bar,
+    on a terminal, when it takes longer than two seconds.
+    """
+    completions = [None] * (len(prompts) * n)
+    hidden = None if progress else True  # None: hidden unless on a terminal
+    with tqdm(total=len(completions), unit="seq", disable=hidden, delay=2) as bar:
+        for number, completion in stream(model, prompts, n=n, **options):
+            completions[number] = completion
+            if callback is not None:
+                callback(number, completion)
+            if completion.finish_reason:
+                bar.update()
+    return completions
+
+
+# ----------------------------------------------------------------------------------------------
+# on top of it
+
+
+@torch.no_grad()
+def score_choices(model, prompts, choices, *, state=None, temperature=1.0, per_token=False):
+    """Log-probabilities of fixed continuations.
+
+    choices: for each prompt a list of lists of ids -> for each prompt a list with each choice's
+    sum, or with per_token its list. A prompt is read once; its choices go on from copies of its
+    state, packed. state: as in `generate`.
+    """
+    model = getattr(model, "module", model)
+    if len(choices) != len(prompts) or temperature <= 0:
+        raise UserError(
+            f"{len(prompts)} prompts, {len(choices)} lists of choices, temperature={temperature}: "
+            "expected a list for each prompt and a temperature above 0"
+        )
+    check_ids(model, prompts)
+    check_ids(model, [ids for of_prompt in choices for ids in of_prompt], "choice")
+    scores = []
+    with inference(model):
+        for i, j in spans([len(ids) for ids in prompts], slots_for(model)):
+            start = state_rows(state, range(i, j), model.emb.weight.device)
+            logits, after = prefill(model, prompts[i:j], start)
+            first_logps = (logits.float() / temperature).log_softmax(-1)
+            scores += score_group(model, first_logps, after, choices[i:j], temperature)
+    if per_token:
+        return scores
+    return [[sum(logps) for logps in of_prompt] for of_prompt in scores]
+
+
+def score_group(model, first_logps, state, choices, temperature):
+    """Choices of prompts that are read -> their tokens' log-probabilities, lists like `choices`.
+
+    first_logps [P, V]: of what may follow the prompts; state [L, P, ...]: after the prompts.
+    """
+    owner = [p for p, of_prompt in enumerate(choices) for _ in of_prompt]
+    flat = [ids for of_prompt in choices for ids in of_prompt]
+    scores = [[first_logps[p, ids[0]].item()] for p, ids in zip(owner, flat, strict=True)]
+    for a, b in spans([len(ids) for ids in flat], slots_for(model)):
+        x, cu_seqlens = pack_ids([ids[:-1] for ids in flat[a:b]], first_logps.device)
+        y, _ = pack_ids([ids[1:] for ids in flat[a:b]], first_logps.device)
+        if x.shape[1] == 0:
+            continue
+        forked = {key: value[:, owner[a:b]] for key, value in state.items()}
+        logps = model.token_logprobs(x, y, forked, cu_seqlens=cu_seqlens, temperature=temperature)
+        for row, rest in zip(scores[a:b], logps[0].split(cu_seqlens.diff().tolist()), strict=True):
+            row += rest.tolist()
+    in_order = iter(scores)
+    return [[next(in_order) for _ in of_prompt] for of_prompt in choices]
+
+
+@torch.no_grad()
+def greedy_answer(model, prompt_ids, tokenizer, max_new_tokens=128):
+    """A greedy answer by the plainest loop there is -> text. `generate` is the fast way."""
+    state, device, ids = None, model.emb.weight.device, []
+    for piece in torch.tensor([prompt_ids], device=device).split(PREFILL, 1):
+        logits, state = model(piece, state, last_only=True)
+    for _ in range(max_new_tokens):
+        ids.append(int(logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.end_id:
+            return tokenizer.decode(ids[:-1])
+        text, turn, _ = tokenizer.decode(ids).partition(TURNS[0])
+        if turn:
+            return text
+        logits, state = model(torch.tensor([ids[-1:]], device=device), state)
+    return tokenizer.decode(ids)
+
+
+def show_answers(model, documents, tokenizer, off=False):
+    """Print what a model in eval mode answers where the last reply of each document begins.
+
+    documents: (ids, mask) pairs. off: also what it answers without its adapter or tuned state.
+    """
+    for ids, mask in documents:
+        end = len(mask) - mask[::-1].index(1)
+        start = end
+        while start > 0 and mask[start - 1]:
+            start -= 1
+        if start == 0:  # a document that is a reply from its first token on
+            continue
+        print0(f"  {tokenizer.decode(ids[:start])[-200:]!r}")
+        print0(f"    model: {greedy_answer(model, ids[:start], tokenizer)!r}")
+        if off:
+            with model.reference():
+                print0(f"    off:   {greedy_answer(model, ids[:start], tokenizer)!r}")
+        print0(f"    data:  {tokenizer.decode(ids[start:end])!r}")

@@ -1,0 +1,137 @@
+"""Files that appear whole or not at all, and files that are read with an error that names them."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from gosling.config import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """`with atomic_write(path) as tmp:` write to `tmp`; then it is fsynced and renamed.
+
+    A reader, or a run killed at any moment, sees the old file or the new one, never half of one.
+    A full disk leaves the old file as it was and is a UserError.
+    """
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        put_in_place(tmp, path)
+    except (OSError, RuntimeError) as e:
+        # torch.save reports a failed write as a RuntimeError of its zip writer.
+        zip_writer = "PytorchStreamWriter" in str(e) or "unexpected pos" in str(e)
+        if isinstance(e, RuntimeError) and not zip_writer:
+            raise
+        reason = getattr(e, "strerror", None) or "the write failed: is the disk full?"
+        raise UserError(
+            f"cannot write {path}: {reason}; what was there before is untouched. "
+            "Free some space or choose another folder, then run again"
+        ) from e
+    finally:
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+
+
+def put_in_place(tmp, path):
+    """Make `tmp` durable, give it the usual permissions (some writers do not), and rename it."""
+    with open(tmp, "rb") as f:
+        os.fsync(f.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    tmp.chmod(0o666 & ~umask)
+    os.replace(tmp, path)
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself; Windows cannot open a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def save_torch(obj, path):
+    """torch.save, atomically. `obj`: tensors and primitives, so that weights_only=True reads it."""
+    with atomic_write(path) as tmp:
+        torch.save(obj, tmp)
+
+
+def load_torch(path, device="cpu"):
+    """torch.load of tensors and primitives; a file that is none is an error that names it."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:
+        raise UserError(
+            f"{path} cannot be read as a PyTorch file of tensors ({str(e).splitlines()[0][:120]}): "
+            "truncated, or not a checkpoint"
+        ) from e
+
+
+def read_text(path, errors="strict"):
+    """A UTF-8 file -> str, its line ends as they are, without a byte order mark."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig", errors)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        byte = e.object[e.start]
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {e.start} is 0x{byte:02x}); convert it"
+        ) from None
+
+
+def read_json(path):
+    """A JSON file -> its value; {} if there is no such file."""
+    if not Path(path).is_file():
+        return {}
+    try:
+        return json.loads(read_text(path))
+    except ValueError:
+        raise UserError(f"{path} is not JSON; mend or remove it") from None
+
+
+def write_json(path, value):
+    """A JSON file, readable by people."""
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path, rows):
+    """JSON Lines, a row each."""
+    with atomic_write(path) as tmp, open(tmp, "w", encoding="utf-8") as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def whole_lines(path):
+    """The rows of a JSONL file that lines are appended to, [] if it is not there yet.
+
+    A kill can tear the last line: what follows the last line's end is cut off the file.
+    """
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_bytes().split(b"\n")[:-1]
+    os.truncate(path, sum(len(line) + 1 for line in lines))
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        raise UserError(f"{path} is not JSON Lines; mend or remove it") from None
+
+
+@contextlib.contextmanager
+def figure(path):
+    """`with figure(path) as ax:` a PNG of one pair of axes, drawn without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4))
+    yield ax
+    with atomic_write(path) as tmp:
+        fig.savefig(tmp, format="png", dpi=120, bbox_inches="tight")
+    plt.close(fig)

@@ -1,0 +1,547 @@
+"""A run: its processes and device, its schedule, its folder, checkpoints, signals and metrics.
+
+Nothing here knows the network or a method, and no training loop hides here: every function does one
+thing that a script's loop calls by name.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import platform
+import signal
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from gosling import config
+from gosling.config import UserError, config_dict, print0
+from gosling.files import atomic_write, figure, load_torch, save_torch, whole_lines, write_json
+from wkv_cuda import fused
+
+# ----------------------------------------------------------------------------------------------
+# processes and devices
+
+
+@dataclass
+class Run:
+    """Where this process runs."""
+
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype  # of activations and of frozen weights
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def processes(cfg):
+    """`with processes(cfg) as run:` config checked; device, dtype, seed and process group set up.
+
+    Under torchrun a live process group is reused and left alone; one that is made here is taken
+    down at the end.
+    """
+    config.check(cfg)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, dtype = pick_device(cfg)
+    owns_group = world > 1 and not dist.is_initialized()
+    if owns_group:
+        # A reward may take long; a process that dies is seen by torchrun, not by this limit.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=24))
+    torch.manual_seed(cfg.seed)
+    print0(describe_device(device, dtype, world))
+    try:
+        yield Run(rank, world, device, dtype)
+    finally:
+        if owns_group:
+            dist.destroy_process_group()
+
+
+def pick_device(cfg):
+    """cfg.device and cfg.dtype, either may be "auto" -> (torch.device, torch.dtype), made ready."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    first_available = next(name for name, is_there in available.items() if is_there)
+    try:
+        device = torch.device(first_available if cfg.device == "auto" else cfg.device)
+    except RuntimeError:
+        raise UserError(
+            f"device={cfg.device} is not a device; use auto, cpu, cuda, cuda:1 or mps"
+        ) from None
+    if not available.get(device.type, True):
+        raise UserError(
+            f"device={cfg.device}: PyTorch {torch.__version__} sees no {device.type.upper()} "
+            "device here; use --device=cpu, or install a driver and a build of PyTorch for it"
+        )
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        fused.keep_memory()
+    auto_dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, auto_dtype if cfg.dtype == "auto" else cfg.dtype)
+
+
+def describe_device(device, dtype, world):
+    """One line for the log."""
+    name = cpu_name()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    line = f"device: {device} x {world}, {str(dtype)[6:]}, torch {torch.__version__}, {name}, "
+    line += f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        line += f"; products in bfloat16 run at {bfloat16_speed():.1f} x the speed of float32"
+    return line
+
+
+@functools.cache
+def bfloat16_speed():
+    """How many times as fast as float32 this CPU multiplies bfloat16: about 2 with AVX512-BF16 or
+    AMX, well below 1 without."""
+
+    def seconds(dtype):
+        x, times = torch.ones(512, 512, dtype=dtype), []
+        for _ in range(4):
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def fast_dtype():
+    """For a config file: "bfloat16" where it is faster than float32 on a CPU too, else "auto"."""
+    return "bfloat16" if not torch.cuda.is_available() and bfloat16_speed() > 1.2 else "auto"
+
+
+def cpu_name():
+    """'AMD EPYC …', where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def all_reduce(x):
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        x = x.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(x)
+    return x
+
+
+def all_sum(*values):
+    """Sum python numbers or scalar tensors over all processes; -> list of float, in float64."""
+    values = [torch.as_tensor(value).detach().cpu().double() for value in values]
+    return all_reduce(torch.stack(values)).tolist()
+
+
+def gather(items):
+    """A list of primitives from every process -> all of them by rank, the same everywhere."""
+    if not dist.is_initialized():
+        return list(items)
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, list(items))
+    return [item for of_rank in lists for item in of_rank]
+
+
+def wrap(model, run):
+    """-> (the model to call while training, its no_sync): DDP when there are several processes."""
+    if run.world == 1:
+        return model, contextlib.nullcontext
+    device_ids = [run.device] if run.device.type == "cuda" else None
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+    return wrapped, wrapped.no_sync
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """SIGTERM and Ctrl-C as a list that the loop reads between steps, so that it can save first.
+
+    A second Ctrl-C interrupts at once. Outside the main thread (notebooks) signals are left alone.
+    """
+    received, before = [], {}
+
+    def handler(number, frame):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        print0(f"\n{signal.Signals(number).name}: finishing this step, then saving")
+
+    with contextlib.suppress(ValueError):
+        before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for s, old_handler in before.items():
+            signal.signal(s, old_handler)
+
+
+# ----------------------------------------------------------------------------------------------
+# steps: how many, which samples, at which learning rate
+
+
+def plan_steps(cfg, run, n_items):
+    """-> (optimiser steps of the whole run, backward passes of one step).
+
+    Accumulation follows from the global batch, so that a config gives the same run on any number
+    of processes.
+    """
+    per_pass = cfg.micro_bsz * run.world
+    if cfg.global_bsz % per_pass:
+        raise UserError(
+            f"global_bsz={cfg.global_bsz} is not a multiple of micro_bsz x processes = "
+            f"{cfg.micro_bsz} x {run.world}; change one of them"
+        )
+    if cfg.max_steps is not None and cfg.epochs is not None:
+        raise UserError("max_steps and epochs are both given; give one of them")
+    epochs = 1.0 if cfg.epochs is None else cfg.epochs
+    max_steps = math.ceil(epochs * n_items / cfg.global_bsz)
+    return max_steps if cfg.max_steps is None else cfg.max_steps, cfg.global_bsz // per_pass
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def shuffled(samples, n, seed):
+    """Which of n items the global sample numbers `samples` (step * global_bsz + position) are.
+
+    Every item once an epoch, each epoch in its own order. A function of seed and sample number
+    alone: any number of processes and any micro-batch see the same data, and so does a resumed run.
+    """
+    return [int(permutation(n, seed, sample // n)[sample % n]) for sample in samples]
+
+
+def samples_of(step, n, cfg, run):
+    """Numbers, of n, of this process's samples in an optimiser step."""
+    samples = range(step * cfg.global_bsz, (step + 1) * cfg.global_bsz)
+    return shuffled(samples[run.rank :: run.world], n, cfg.seed)
+
+
+def chunks(items, n):
+    """items, n at a time"""
+    return [items[i : i + n] for i in range(0, len(items), n)]
+
+
+def due(step, every):
+    """Whether something that happens every so many steps happens after this one; 0 = never."""
+    return every > 0 and step % every == 0
+
+
+def lr_at(step, lr, lr_final, warmup_steps, max_steps):
+    """Upstream's schedule: a cosine from lr to lr_final; the warm-up multiplies it by 0.01 .. 1.
+
+    A function of the step alone, so that a resumed run never warms up twice.
+    """
+    progress = (step - warmup_steps) / max(max_steps - warmup_steps, 1)
+    progress = min(max(progress, 0.0), 1.0)
+    value = lr_final + (lr - lr_final) * (0.5 + 0.5 * math.cos(math.pi * progress))
+    return value * (0.01 + 0.99 * step / warmup_steps if step < warmup_steps else 1.0)
+
+
+def set_lr(opt, cfg, step, max_steps):
+    """Give each group its share of lr_at. -> lr"""
+    lr = lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
+    for group in opt.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    return lr
+
+
+def make_optimizer(model, cfg, run):
+    """AdamW over model.param_groups, printed with counts; lr_scale: a group's share of the rate."""
+    groups = model.param_groups(cfg.lr, cfg.weight_decay)
+    c, n_all = model.config, sum(p.numel() for p in model.parameters())
+    print0(
+        f"model: {c.version}, {c.n_layer} layers x {c.n_embd}, vocabulary {c.vocab_size}, "
+        f"{n_all:,} parameters; trained:"
+    )
+    for group in groups:
+        group["lr_scale"] = group["lr"] / cfg.lr
+        n_parameters = sum(p.numel() for p in group["params"])
+        print0(
+            f"  {group['name']}: {len(group['params'])} tensors, {n_parameters:,} parameters, "
+            f"lr {group['lr']:g}, weight decay {group['weight_decay']:g}"
+        )
+    return torch.optim.AdamW(
+        groups,
+        betas=(cfg.beta1, cfg.beta2),
+        eps=cfg.adam_eps,
+        fused=run.device.type in ("cpu", "cuda"),
+    )
+
+
+def check_finite(cfg, step, loss, grad_norm):
+    """UserError, before the optimiser moves, if the loss or the gradient is not a number."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    last = Path(cfg.out_dir) / "last.pt"
+    stands = f" {last} stands;" if last.exists() else ""
+    raise UserError(
+        f"step {step + 1}: loss {loss}, gradient norm {float(grad_norm)}; stopped before this step "
+        f"touched the weights.{stands} try a lower --lr or --dtype=float32"
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# a run's folder: opened new or gone on from, saved to
+
+
+def trained_parameters(model):
+    """{official name: parameter} of what trains."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def identity(cfg, model, **of_the_data):
+    """What must be the same on resume: the network, and what the order of the data follows from."""
+    network = dataclasses.asdict(model.config)
+    return {**network, "seed": cfg.seed, "global_bsz": cfg.global_bsz, **of_the_data}
+
+
+@torch.no_grad()
+def resume(cfg, model, opt, same):
+    """With cfg.resume: parameters, optimiser and random numbers as in last.pt -> all of last.pt.
+
+    {} in a new run. same: from `identity`; the first difference between then and now is an error.
+    """
+    path = Path(cfg.out_dir) / "last.pt"
+    if not cfg.resume:
+        return {}
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist, so there is nothing to resume; check --out_dir, or start "
+            "without --resume"
+        )
+    last, trained = load_torch(path), trained_parameters(model)
+    if "same" not in last:
+        raise UserError(f"{path} was written by an older version; start a new run from its weights")
+    before = {**last["same"], **{name: list(p.shape) for name, p in last["model"].items()}}
+    today = {**same, **{name: list(p.shape) for name, p in trained.items()}}
+    for key in [*today, *before]:
+        if before.get(key) != today.get(key):
+            raise UserError(
+                f"{path}: {key} was {before.get(key)}, is {today.get(key)}; resume with the data "
+                "and settings it was made with, or start a new run with --init_from in another "
+                "--out_dir"
+            )
+    for name, p in trained.items():
+        p.copy_(last["model"][name])
+    opt.load_state_dict(last["optimizer"])
+    torch.set_rng_state(last["rng"])
+    print0(f"resumed {path} at step {last['step']}")
+    return last
+
+
+def save_last(cfg, run, model, opt, same, **values):
+    """last.pt, all that `resume` needs; values: the step, and what else the method wants back."""
+    if run.main:
+        save_torch(
+            {
+                "model": {name: p.detach() for name, p in trained_parameters(model).items()},
+                "optimizer": opt.state_dict(),
+                "rng": torch.get_rng_state(),
+                "same": same,
+                **values,
+            },
+            Path(cfg.out_dir) / "last.pt",
+        )
+
+
+def open_run(cfg, run, model, tokenizer, first_step, max_steps):
+    """Make out_dir, with config.json and the tokenizer in it -> Metrics.
+
+    config.json has every field of cfg, what was worked out from them, and the versions. A folder
+    that holds another run is refused unless resume is set: a forgotten flag loses nothing.
+    """
+    out = Path(cfg.out_dir)
+    if run.main:
+        if (out / "last.pt").exists() and not cfg.resume:
+            raise UserError(
+                f"{out} already holds a run; --resume goes on with it, or choose another --out_dir"
+            )
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"out_dir={out} cannot be made ({e.strerror}); choose another") from e
+        for half_written in out.glob(".*.tmp"):  # by a run that was killed
+            half_written.unlink()
+        resolved = {
+            "arch": dataclasses.asdict(model.config),
+            "tokenizer": tokenizer.save(out),
+            "max_steps": max_steps,
+            "processes": run.world,
+            "torch": torch.__version__,
+            "compute_dtype": str(run.dtype),
+        }
+        write_json(out / "config.json", {**config_dict(cfg), **resolved})
+    gather([])  # the others wait for the folder
+    return Metrics(cfg, run, first_step)
+
+
+def prune(path, keep):
+    """Of the files numbered like `path`, 'rwkv-100.pth', delete all but the `keep` newest."""
+    kind, suffix = Path(path).stem.split("-")[0], Path(path).suffix
+    numbered = []
+    for file in Path(path).parent.glob(f"{kind}-*{suffix}"):
+        number = file.stem.split("-")[1]
+        if number.isdigit():
+            numbered.append((int(number), file))
+    for _, old in sorted(numbered)[:-keep] if keep else ():
+        old.unlink()
+        old.with_suffix(".json").unlink(missing_ok=True)  # of a state
+
+
+def checkpoint_name(cfg, done, max_steps):
+    """What a checkpoint after `done` steps is called: "final", the step, or None for none."""
+    if done == max_steps:
+        return "final"
+    return str(done) if due(done, cfg.save_every) else None
+
+
+def stopped(cfg, done, max_steps):
+    """Say how to go on after a signal."""
+    last = Path(cfg.out_dir) / "last.pt"
+    print0(f"saved {last} at step {done}/{max_steps}; go on with the same command and --resume")
+
+
+def finished(cfg, metrics, max_steps, *files):
+    """The closing line; files: what to look at besides metrics.png."""
+    out = Path(cfg.out_dir)
+    if metrics.first_step >= max_steps:
+        print0(f"{out} is already at step {metrics.first_step}; a larger --max_steps goes on")
+        return
+    names = ", ".join(f"{out}/{file}" for file in (*files, "metrics.png"))
+    print0(f"done in {duration(time.time() - metrics.start)}: {names}")
+
+
+def duration(seconds):
+    """3725 -> '1h02m', 65 -> '1m05s'."""
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{seconds:02d}s"
+
+
+# ----------------------------------------------------------------------------------------------
+# metrics
+
+
+class Metrics:
+    """metrics.jsonl, metrics.png, and wandb, tensorboard or swanlab when asked for. Rank 0 writes.
+
+    first_step: where a resumed run goes on; lines beyond it are of work that was lost, and go.
+    """
+
+    def __init__(self, cfg, run, first_step=0):
+        self.path = Path(cfg.out_dir) / "metrics.jsonl"
+        self.active, self.first_step = run.main, first_step
+        self.start, self.tokens = time.time(), 0
+        if not self.active:
+            return
+        rows = [row for row in self.read() if row["step"] <= first_step] if first_step else []
+        with atomic_write(self.path) as tmp:
+            tmp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self.send = make_logger(cfg)
+
+    def read(self):
+        """The rows so far."""
+        return whole_lines(self.path)
+
+    def log(self, step, **values):
+        """One JSON line {"step": …, "time": seconds, name: number, …}."""
+        if not self.active:
+            return
+        row = {"step": step, "time": round(time.time() - self.start, 3), **values}
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise UserError(
+                f"cannot write {self.path}: {e.strerror}; free some space, then --resume"
+            ) from e
+        self.send(values, step)
+
+    def begin(self, values):
+        """The numbers from before the first step, {} for none; then the clock starts."""
+        if values:
+            self.log(0, **values)
+            print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self.start = time.time()
+
+    def progress(self, done, max_steps, loss, lr, grad_norm, quiet=(), **values):
+        """log, and a line on the screen without what is in `quiet`.
+
+        Tokens per second come from self.tokens, to which the loop adds.
+        """
+        elapsed = max(time.time() - self.start, 1e-9)
+        speed, grad_norm = self.tokens / elapsed, float(grad_norm)
+        left = elapsed / max(done - self.first_step, 1) * (max_steps - done)
+        self.log(done, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed, **values)
+        line = f"step {done}/{max_steps} | loss {loss:.4f} | lr {lr:.2e}"
+        line += f" | grad norm {grad_norm:.2f} | {speed:,.0f} tokens/s | {duration(left)} left"
+        shown = [f" | {name} {v:.4f}" for name, v in values.items() if name not in quiet]
+        print0(line + "".join(shown))
+
+    def plot(self, *names):
+        """metrics.png: the named series over steps."""
+        if not self.active:
+            return
+        rows = self.read()
+        with figure(self.path.with_name("metrics.png")) as ax:
+            for name in names:
+                points = [(row["step"], row[name]) for row in rows if name in row]
+                if points:
+                    marker = "." if len(points) < 30 else None
+                    ax.plot(*zip(*points, strict=True), label=name, marker=marker)
+            ax.set_xlabel("step")
+            ax.grid(alpha=0.3)
+            ax.legend()
+
+
+def make_logger(cfg):
+    """cfg.log -> a function (values, step) that sends a row to wandb, swanlab or tensorboard."""
+    settings = {"project": "gosling", "config": config_dict(cfg)}
+    name = Path(cfg.out_dir).name
+    try:
+        if cfg.log == "wandb":
+            import wandb
+
+            return wandb.init(**settings, name=name, resume="allow").log
+        if cfg.log == "swanlab":
+            import swanlab
+
+            return swanlab.init(**settings, experiment_name=name).log
+        if cfg.log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            return functools.partial(log_to_tensorboard, SummaryWriter(cfg.out_dir))
+    except ImportError as e:
+        raise UserError(
+            f"log={cfg.log} needs a package that is not installed ({e.name}): "
+            f"pip install {e.name}, or --log=none"
+        ) from None
+    return lambda values, step: None
+
+
+def log_to_tensorboard(writer, values, step):
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
+    writer.flush()

@@ -1,0 +1,133 @@
+"""Token files: RWKV-LM's MMIDIDX pair, so that its data and tools work both ways.
+
+`.bin`: the tokens back to back, end_id after every document. `.idx`: a header, int32 sizes [D],
+int64 byte offsets [D], int64 document numbers [D + 1]. All little-endian. A corpus may be larger
+than memory, a document may not. Beside them `.json`, the sidecar, has the tokenizer's name or file.
+"""
+
+import contextlib
+import math
+import re
+import struct
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from gosling.config import UserError
+from gosling.files import atomic_write, read_json
+from gosling.tokenizer import load_tokenizer
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, documents, documents + 1
+# RWKV-LM's codes; its 6 and 7 are floats. 9 is ours: it has no uint32, and refuses unknown codes.
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4"}
+
+
+class TokenFile:
+    """Reads `prefix`.bin and .idx by memory map; prefix may also name either file.
+
+    tokens [N]: the whole .bin, end tokens included; sizes [D]; offsets [D] in bytes; dtype; len():
+    D; meta: the sidecar's values, or {}. UserError for files that are missing or damaged.
+    """
+
+    def __init__(self, prefix):
+        self.prefix = re.sub(r"\.(bin|idx)$", "", str(prefix))
+        binary, index = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
+        for path in (binary, index):
+            check(path.is_file(), f"{path} does not exist; a token file is {binary} and {index}")
+        head = np.fromfile(index, np.uint8, HEADER.size).tobytes()
+        magic, version, code, n, m = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
+        is_ours = magic == MAGIC and version == 1
+        check(is_ours, f"{index} does not begin with MMIDIDX and version 1")
+        check(code in DTYPES, f"{index}: dtype code {code} is no integer type, such as 8 (uint16)")
+        size, expected = index.stat().st_size, HEADER.size + 12 * n + 8 * m
+        found = f"{size} bytes, expected {expected}"
+        check(size == expected and n, f"{index} is cut off or damaged: {found}")
+        self.dtype = np.dtype(DTYPES[code])
+        self.sizes = np.memmap(index, "<i4", "r", HEADER.size, n)
+        self.offsets = np.memmap(index, "<i8", "r", HEADER.size + 4 * n, n)
+        size = binary.stat().st_size
+        expected = int(self.sizes.sum(dtype=np.int64)) * self.dtype.itemsize
+        found = f"{size} bytes, expected {expected}"
+        check(size == expected > 0, f"{binary} is cut off, or not of this index: {found}")
+        self.tokens = np.memmap(binary, self.dtype, "r")
+        self.meta = read_json(f"{self.prefix}.json")
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def doc(self, i):
+        """The tokens of document i, its end token included: a view [sizes[i]] of the .bin."""
+        start = int(self.offsets[i]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.sizes[i])]
+
+    def tokenizer(self):
+        """The tokenizer that the sidecar names; None if there is no sidecar."""
+        if "tokenizer" not in self.meta:
+            return None
+        return load_tokenizer(self.meta["tokenizer"], Path(self.prefix).parent)
+
+    def check_vocab(self, vocab_size):
+        """UserError if an id is not below vocab_size, with that id and where it is.
+
+        Every token is read, unless the dtype or the sidecar already says that all of them fit.
+        """
+        largest = min(self.meta.get("vocab_size", math.inf), np.iinfo(self.dtype).max + 1)
+        if largest <= vocab_size:
+            return
+        for position in (int(self.tokens.argmin()), int(self.tokens.argmax())):
+            if 0 <= self.tokens[position] < vocab_size:
+                continue
+            byte = position * self.dtype.itemsize
+            document = int(np.searchsorted(self.offsets, byte, "right")) - 1
+            raise UserError(
+                f"{self.prefix}.bin: id {self.tokens[position]} at token {position} (document "
+                f"{document}) does not fit vocab_size {vocab_size}; use the model's tokenizer"
+            )
+
+
+def check(is_good, problem):
+    if not is_good:
+        raise UserError(f"{problem}; prepare the data again, or copy both files again")
+
+
+@contextlib.contextmanager
+def TokenFileWriter(prefix, dtype):
+    """`with TokenFileWriter(prefix, np.uint16) as writer: writer.add(ids)`, a call a document.
+
+    At the end .bin and .idx get their names; an exception on the way leaves neither.
+    """
+    dtype = np.dtype(dtype).newbyteorder("<")
+    with atomic_write(f"{prefix}.idx") as index, atomic_write(f"{prefix}.bin") as binary:
+        with open(binary, "wb") as f:
+            writer = DocumentWriter(prefix, dtype, f)
+            yield writer
+        index.write_bytes(index_bytes(writer.sizes, dtype))
+
+
+class DocumentWriter:
+    """Appends documents to an open .bin; sizes: their lengths so far."""
+
+    def __init__(self, prefix, dtype, file):
+        self.prefix, self.dtype, self.file = prefix, dtype, file
+        self.sizes = array("i")
+
+    def add(self, ids):
+        """One document, its end token included. UserError for an id that the dtype cannot hold."""
+        ids, limit = np.asarray(ids), np.iinfo(self.dtype).max
+        # A cast would wrap around and say nothing.
+        if len(ids) and not 0 <= ids.min() <= ids.max() <= limit:
+            found = f"an id among {ids.min()}..{ids.max()}"
+            raise UserError(f"{self.prefix}: {found} is outside 0..{limit} of {self.dtype}")
+        self.file.write(ids.astype(self.dtype).tobytes())
+        self.sizes.append(len(ids))
+
+
+def index_bytes(sizes, dtype):
+    """The .idx of documents of these sizes."""
+    code = next(code for code, name in DTYPES.items() if np.dtype(name) == dtype)
+    n, lengths = len(sizes), np.array(sizes, "<i4")
+    offsets = (np.cumsum(lengths, dtype="<i8") - lengths) * dtype.itemsize
+    header = HEADER.pack(MAGIC, 1, code, n, n + 1)
+    return header + lengths.tobytes() + offsets.tobytes() + np.arange(n + 1, dtype="<i8").tobytes()

@@ -1,0 +1,402 @@
+"""What trains: every weight, an adapter (LoRA), the initial state, or a scalar head; and its files.
+
+LoRA (arXiv 2106.09685)    y = W x + scale B A x        A [r, in] random, B [out, r] zero
+"""
+
+import contextlib
+import math
+import os
+import re
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gosling.config import UserError
+from gosling.runs import prune
+from gosling.weights import (
+    base_of,
+    base_weights,
+    from_pretrained,
+    read_metadata,
+    read_state,
+    read_weights,
+    save_pretrained,
+    write_state,
+    write_weights,
+)
+from gosling.weights import fingerprint as fingerprint_of
+from model import NEVER_TRAINED, Linear
+from wkv_cuda import fused
+
+
+def in_float32(x):
+    """x in float32, in which everything that trains is kept; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class LoRALinear(Linear):
+    """A Linear with an adapter beside its weight, which it shares: y = W x + scale B A x."""
+
+    def __init__(self, linear, r, scale, dropout):
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features)
+        self.train(linear.training)
+        self.weight = linear.weight  # [out, in]
+        A = in_float32(self.weight.new_empty(r, self.in_features))
+        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
+        # With B at zero the network is unchanged until B has moved.
+        self.lora_B = nn.Parameter(A.new_zeros(self.out_features, r))
+        self.lora_scale, self.lora_dropout, self.enabled = scale, dropout, True
+
+    def forward(self, x):
+        """x [..., in] -> [..., out]"""
+        y = super().forward(x)
+        if not self.enabled:
+            return y
+        h = fused.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
+        return torch.add(y, fused.linear(h, self.lora_B.to(x.dtype)), alpha=self.lora_scale)
+
+
+class TunedState(nn.Module):
+    """A learned state to start from in place of zero: wkv, for each layer [H, N, N].
+
+    shift: train the inputs "before the first token" too, both [L, C]. layers: train the states of
+    these alone; () = of all.
+    """
+
+    def __init__(self, c, shift=False, layers=()):
+        super().__init__()
+        L, H, N = c.n_layer, c.n_embd // c.head_size, c.head_size
+        if not set(layers) <= set(range(L)):
+            raise UserError(f"layers={layers}: expected numbers from 0 to {L - 1}")
+        trained = [not layers or i in layers for i in range(L)]
+        self.wkv = nn.ParameterList(nn.Parameter(torch.zeros(H, N, N), on) for on in trained)
+        self.att_shift = nn.Parameter(torch.zeros(L, c.n_embd), shift)
+        self.ffn_shift = nn.Parameter(torch.zeros(L, c.n_embd), shift)
+
+    def forward(self):
+        """-> {"wkv": [L, H, N, N], "att_shift", "ffn_shift": [L, C]}"""
+        shifts = {"att_shift": self.att_shift, "ffn_shift": self.ffn_shift}
+        return {"wkv": torch.stack(list(self.wkv)), **shifts}
+
+    @torch.no_grad()
+    def load(self, state):
+        """Start from a state [L, 1, ...], as read_state and the network give it."""
+        for p, wkv in zip(self.wkv, state["wkv"][:, 0], strict=True):
+            p.copy_(wkv)
+        self.att_shift.copy_(state["att_shift"][:, 0])
+        self.ffn_shift.copy_(state["ffn_shift"][:, 0])
+
+
+def task_states(model, tasks):
+    """The state that each sequence starts from, by its task: tasks [D] -> state [L, D, ...]."""
+    values = [tuned() for tuned in model.tuned]
+    stacked = {key: torch.stack([value[key] for value in values], 1) for key in values[0]}
+    return {key: value.index_select(1, tasks) for key, value in stacked.items()}
+
+
+# ----------------------------------------------------------------------------------------------
+# choosing what trains
+
+
+def set_tune(model, tune, tasks=1, **options):
+    """What trains, in float32; everything else gets requires_grad = False and keeps its dtype.
+
+    tune: "full" = every weight; "lora" = adapters, options as in add_adapters; "state" = the states
+    that sequences start from, `tasks` of them, options as in TunedState; "head" = the scalar head
+    alone. A scalar head (add_score) trains with any of them, in place of the language model's. An
+    adapter or a state that was there goes.
+    """
+    if tune not in ("full", "lora", "state", "head") or (tune == "head" and model.score is None):
+        raise UserError(f"tune={tune!r}: expected full, lora or state, or for a reward model head")
+    remove_adapters(model)
+    model.tune, model.tuned, model.extra_base = tune, nn.ModuleList(), {}
+    model.requires_grad_(False)
+    if tune == "full":
+        for name, p in model.named_parameters():
+            p.requires_grad, p.data = name not in frozen_names(model), in_float32(p.data)
+    elif tune == "lora":
+        add_adapters(model, **options)
+    elif tune == "state":
+        like = in_float32(model.emb.weight[:0])
+        states = [TunedState(model.config, **options) for _ in range(tasks)]
+        model.tuned.extend(state.to(like.device, like.dtype) for state in states)
+    if model.score is not None:
+        model.score.requires_grad_(True)
+
+
+def frozen_names(model):
+    """What no gradient reaches, and the scalar head, which is no part of the language model."""
+    return NEVER_TRAINED if model.score is None else (*NEVER_TRAINED, "score.weight", "head.weight")
+
+
+def remove_adapters(model):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            with torch.device("meta"):
+                linear = Linear(module.in_features, module.out_features)
+            linear.train(module.training).weight = module.weight
+            put(model, name, linear)
+
+
+def add_adapters(model, r=32, alpha=64.0, dropout=0.0, rslora=False, targets=(), extra=()):
+    """A LoRALinear in place of each matrix that `targets` name, and further parameters to train.
+
+    r: rank; the update is scaled by alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732).
+    targets: "key" for all of that name or "att.key" for one kind; none = all of att and ffn. extra:
+    parts of the names of further parameters ("ln", "x_"); they are saved with the adapter.
+    """
+    if r < 1:
+        raise UserError(f"lora_r={r}: expected a number above 0")
+    scale = alpha / (math.sqrt(r) if rslora else r)
+    # Sorted, because A is random and a set's own order differs from process to process.
+    for name in sorted(matrices_of(model, targets or ("att", "ffn"))):
+        put(model, name, LoRALinear(model.get_submodule(name), r, scale, dropout))
+    for part_of_name in extra:
+        found = [
+            (name, p)
+            for name, p in base_weights(model)
+            if part_of_name in name and name not in frozen_names(model)
+        ]
+        if not found:
+            raise UserError(f"extra={part_of_name!r}: no parameter has that in its name")
+        for name, p in found:
+            p.data, p.requires_grad = in_float32(p.data), True
+            model.extra_base[name] = nn.Parameter(p.detach().clone(), False)
+    model.lora = dict(r=r, alpha=alpha, rslora=rslora, dropout=dropout)
+
+
+def matrices_of(model, targets):
+    """{names of the Linear layers that these LoRA targets stand for}"""
+    kinds = {}  # of each layer: att.key of blocks.3.att.key
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and f"{name}.weight" not in frozen_names(model):
+            kinds[name] = re.sub(r"blocks\.\d+\.", "", name)
+    chosen = set()
+    for target in targets:
+        found = [n for n, kind in kinds.items() if target in (n, kind, *kind.split("."))]
+        if not found:
+            raise UserError(
+                f"LoRA target {target!r} is not a matrix of {model.config.version}; there are "
+                f"{', '.join(sorted(set(kinds.values())))}"
+            )
+        chosen.update(found)
+    return chosen
+
+
+def put(model, name, value):
+    """A module or a parameter in place of the one of that dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, value)
+
+
+@contextlib.contextmanager
+def reference(model):
+    """The same network without adapter and tuned state, extra trained parameters as they were.
+
+    It is the reference of DPO and GRPO.
+    """
+    adapters = [m for m in model.modules() if isinstance(m, LoRALinear) and m.enabled]
+    tuned, base = model.tuned, getattr(model, "extra_base", {})
+    trained = {name: model.get_parameter(name) for name in base}
+    for adapter in adapters:
+        adapter.enabled = False
+    model.tuned = nn.ModuleList()
+    for name, p in base.items():
+        p.data = p.data.to(trained[name].device)  # the network may have moved since
+        put(model, name, p)
+    try:
+        yield model
+    finally:
+        for adapter in adapters:
+            adapter.enabled = True
+        model.tuned = tuned
+        for name, p in trained.items():
+            put(model, name, p)
+
+
+def load_to_tune(cfg, run, score=False):
+    """The model of a training script, on the device: cfg.init_from, trainable as cfg.tune says.
+
+    cfg.adapter, a LoRA or a tuned state, is loaded. Trained weights are float32, frozen ones in the
+    run's dtype. score: with a scalar head, a new one if the file has none.
+    """
+    if not cfg.init_from:
+        raise UserError("which model? --init_from=FILE, the .pth or .safetensors to start from")
+    if cfg.adapter and cfg.tune not in ("lora", "state"):
+        raise UserError(
+            f"adapter is for --tune=lora or state, not {cfg.tune}; merge it first (export.py merge)"
+        )
+    dtype = torch.float32 if cfg.tune == "full" else run.dtype
+    model = from_pretrained(cfg.init_from, dtype=dtype)
+    if not score:
+        model.score = None
+    elif model.score is None:
+        model.add_score()
+    options = {}
+    if cfg.tune == "lora":
+        lora = {key: value for key, value in vars(cfg).items() if key.startswith("lora_")}
+        options = {key.removeprefix("lora_"): value for key, value in lora.items()}
+    torch.manual_seed(cfg.seed)
+    set_tune(model, cfg.tune, **options)
+    if cfg.adapter:
+        load_tuned(model, cfg.adapter)
+    model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
+    model.to(run.device)
+    fused.build(run.device)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------
+# files of what trains
+
+
+def save_tuned(model, cfg, run, name, about=None):
+    """Rank 0 writes what trains into cfg.out_dir, see write_tuned; the oldest numbered ones go."""
+    if run.main:
+        prune(write_tuned(model, cfg.out_dir, name, run.dtype, about), cfg.keep_last)
+
+
+def save_best(model, cfg, run, value, best, about=None):
+    """best.* if `value`, of which lower is better, is below `best` -> the best value so far.
+
+    A value of None is no value.
+    """
+    if value is None or not value < best:
+        return best
+    save_tuned(model, cfg, run, "best", about)
+    return value
+
+
+def load_best(model, cfg):
+    """What trains, as best.* has it."""
+    load_tuned(model, tuned_path(model, cfg.out_dir, "best"))
+
+
+def tuned_path(model, folder, name):
+    """folder/rwkv-<name>.pth, lora-<name>.safetensors or state-<name>.pth; best.* for "best"."""
+    kind = model.tune if model.tune in ("lora", "state") else "rwkv"
+    stem = "best" if name == "best" else f"{kind}-{name}"
+    return Path(folder) / (stem + (".safetensors" if kind == "lora" else ".pth"))
+
+
+def write_tuned(model, folder, name, dtype=None, about=None):
+    """What trains, as tuned_path says -> the path. dtype: of whole weights; None = as they are.
+
+    about: what an adapter's or a state's file says of itself, see `origin`. A LoRA has RWKV-PEFT's
+    keys, ....lora_A [r, in] and ....lora_B [out, r]; extra parameters have their own names.
+    """
+    path, about = tuned_path(model, folder, name), about or {}
+    if model.tune == "state":
+        save_state(model, path, **about)
+    elif model.tune == "lora":
+        trained = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        metadata = {key: str(value) for key, value in {**model.lora, **about}.items()}
+        write_weights({n: w.contiguous() for n, w in trained.items()}, path, metadata)
+    else:
+        save_pretrained(model, path, dtype)
+    return path
+
+
+@torch.no_grad()
+def save_state(model, path, task=0, /, **about):
+    """One tuned state as write_state writes it; a scalar head's weight goes to the .json, too."""
+    if model.score is not None:
+        about["score"] = model.score.weight[0].tolist()
+    state = {key: value[:, None] for key, value in model.tuned[task]().items()}  # [L, 1, ...]
+    write_state(state, path, **about)
+
+
+@torch.no_grad()
+def load_tuned(model, path):
+    """Values for what trains, from a file of write_tuned; every name and size must fit."""
+    if model.tune == "state":
+        state, about = read_state(path, model.config)
+        model.tuned[0].load(state)
+        if model.score is not None and "score" in about:
+            model.score.weight[0] = torch.tensor(about["score"])
+        return
+    saved = read_weights(path)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = saved.keys() | trained.keys() if model.tune == "lora" else trained.keys()
+    for name in sorted(names):
+        in_file, in_model = shape_of(saved.get(name)), shape_of(trained.get(name))
+        if in_file != in_model:
+            raise UserError(
+                f"{path} is of another base or other settings: {name} is {in_file} in the file, "
+                f"{in_model} in the model; check --lora_r, --lora_targets and --init_from"
+            )
+        trained[name].copy_(saved[name])
+
+
+def shape_of(w):
+    return "absent" if w is None else list(w.shape)
+
+
+def origin(cfg, model, tokenizer, folder=None, fingerprint=None):
+    """What the file of an adapter or a state says of itself: base, its fingerprint, tokenizer.
+
+    Paths are as seen from `folder`, by default cfg.out_dir. {} for whole weights.
+    """
+    if getattr(cfg, "tune", "state") in ("full", "head"):
+        return {}
+    folder = folder or cfg.out_dir
+    name = tokenizer.name
+    if tokenizer.text:
+        name = os.path.relpath(Path(cfg.out_dir) / tokenizer.file_name, folder)
+    return {
+        "model": os.path.relpath(cfg.init_from, folder),
+        "fingerprint": fingerprint or fingerprint_of(model),
+        "tokenizer": name,
+    }
+
+
+def load_model(path, device="cpu", dtype=torch.float32):
+    """A network by any of its files -> (model, what the file says of itself).
+
+    The file is whole weights, or a LoRA or a tuned state, which name their base and are put on.
+    """
+    weights = read_weights(path)
+    is_lora = any(name.endswith(".lora_A") for name in weights)
+    if not is_lora and not all(name.endswith(".time_state") for name in weights):
+        return from_pretrained(path, device, dtype, weights), {}
+    if is_lora:
+        about = read_metadata(path)
+    else:
+        state, about = read_state(path)
+    base = base_of(path, about)
+    model = from_pretrained(base, device, dtype)
+    if about.get("fingerprint") not in (None, fingerprint_of(model)):
+        warnings.warn(
+            f"{path} was trained on {about.get('model')}, and {base} has other weights",
+            stacklevel=2,
+        )
+    if "score.weight" in weights or about.pop("score", None):
+        model.add_score()
+    if is_lora:
+        set_tune(model, "lora", **lora_options(path, weights, about))
+    else:
+        shift = bool(state["att_shift"].any() or state["ffn_shift"].any())
+        set_tune(model, "state", shift=shift)
+    load_tuned(model, path)
+    return model.to(device), about
+
+
+def lora_options(path, weights, about):
+    """The options of set_tune that a LoRA file was trained with, from its tensors and metadata."""
+    if "alpha" not in about:
+        raise UserError(
+            f"{path} does not say its alpha; merge it with export.py merge --alpha=…, "
+            "and give that file"
+        )
+    targets = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
+    return {
+        "r": len(weights[f"{targets[0]}.lora_A"]),
+        "alpha": float(about["alpha"]),
+        "rslora": about.get("rslora") == "True",
+        "targets": targets,
+        "extra": [name for name in weights if ".lora_" not in name and name != "score.weight"],
+    }

@@ -1,0 +1,125 @@
+"""What several test files use. Tests import helpers from here, never from each other."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gosling import config, runs
+from model import RWKV, RWKVConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = dict(n_layer=3, n_embd=128, vocab_size=320)
+# Ranks that no table of sizes holds.
+RANKS = {
+    "x070": dict(decay_rank=24, iclr_rank=40, value_rank=8, gate_rank=56),
+    "x060": dict(mix_rank=16, decay_rank=48),
+}
+# Prompts with two answers each: (prompt_ids, [answer_ids, answer_ids]).
+GROUPS = [
+    ([5, 9, 3, 8, 1, 7, 2], [[4, 4, 0], [6, 2, 9, 1, 0]]),
+    ([7], [[3, 0], [1, 1, 1, 0]]),
+    (list(range(40, 80)), [[9] * 20, [8, 0]]),
+]
+
+
+# ----------------------------------------------------------------------------------------------
+# models and data
+
+
+def random_model(version, seed=0, scale=0.1, **sizes):
+    """A model whose every tensor matters: upstream's start (most paths zero) plus noise."""
+    torch.manual_seed(seed)
+    model = RWKV(RWKVConfig(version, **{**SMALL, **sizes}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            is_matrix = p.dim() == 2 and ".weight" in name
+            p += torch.randn_like(p) * (0.02 if is_matrix else scale)
+    return model
+
+
+def tune(model, tasks=1, scale=0.3, **options):
+    """The model with random tuned states."""
+    model.set_tune("state", tasks=tasks, **options)
+    g = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.tuned.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=g) * scale)
+    return model
+
+
+def trained_gradient(model):
+    """The gradient of all that trains, as one vector."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def documents(n, seed=0, longest=40, vocab=320):
+    """Ragged (ids, mask) with two trained stretches each."""
+    g = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(n):
+        T = int(torch.randint(4, longest, (1,), generator=g))
+        ids = torch.randint(0, vocab, (T,), generator=g).tolist()
+        mask = [int(i % 5 > 2) for i in range(T)]
+        mask[-1] = 1
+        found.append((ids, mask))
+    return found
+
+
+def write(path, *rows):
+    """A JSONL file; a row that is text is written as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+# ----------------------------------------------------------------------------------------------
+# runs
+
+
+def rows(out):
+    """metrics.jsonl of a run."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(script, cfg, *flags, nproc=1):
+    """The command line of a script with this config."""
+    values = config.config_dict(cfg).items()
+    given = [f"--{key}={value}" for key, value in values if value not in (None, "()", "")]
+    launch = [sys.executable]
+    if nproc > 1:
+        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--master_port"]
+        # After "--", else torchrun's parser takes --log for its own.
+        launch += [str(29500 + os.getpid() % 1000), "--"]
+    return [*launch, script, *given, *flags]
+
+
+def torchrun(script, cfg, *flags, nproc=1):
+    """The script in processes of its own -> the completed process."""
+    line = command(script, cfg, *flags, nproc=nproc)
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def kill_after(cfg, steps, main):
+    """Run cfg in this process and stop it, as SIGTERM does, once so many steps are done."""
+    real = runs.Metrics.log
+
+    def log(self, step, **values):
+        real(self, step, **values)
+        if step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    runs.Metrics.log = log
+    try:
+        with pytest.raises(SystemExit) as e:
+            main(cfg)
+        assert e.value.code == 130
+    finally:
+        runs.Metrics.log = real

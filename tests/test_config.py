@@ -1,0 +1,213 @@
+"""Reading configs: order, flags, types, ranges, and that every script's fields mean the same."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from helpers import ROOT
+from pydantic import NonNegativeInt, PositiveFloat
+
+from gosling import config, runs
+from gosling.config import UserError, load_config
+
+SCRIPTS = (*sorted(path.stem for path in ROOT.glob("train_*.py")), "self_reward")
+
+
+@dataclass
+class Config:
+    """a test"""
+
+    lr: PositiveFloat = 1e-3  # a rate
+    max_steps: NonNegativeInt | None = None  # steps
+    resume: bool = False  # go on
+    name: str = ""  # text
+    dtype: Literal["auto", "float32"] = "auto"  # a choice
+    device: str = "cpu"  # a device
+    seed: int = 0  # a seed
+
+
+def load(tmp_path, *argv, **files):
+    paths = []
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        paths.append(str(tmp_path / f"{name}.py"))
+    return load_config(Config, [*paths, *argv])
+
+
+def test_order_is_defaults_files_flags(tmp_path):
+    cfg = load(
+        tmp_path,
+        "--lr=3",
+        a="lr = 1\nmax_steps = 10_000\nname = 'a'",
+        b="import os\n_x = 2\nname = 'b' * _x\ndef helper(): pass",
+    )
+    assert cfg == Config(lr=3, max_steps=10000, name="bb")
+
+
+@pytest.mark.parametrize(
+    "flags, resume, name",
+    [
+        (["--resume"], True, ""),
+        (["--resume=true"], True, ""),
+        (["--resume=False"], False, ""),
+        (["--resume", "false"], False, ""),
+        (["--resume", "--name=x"], True, "x"),
+        (["--name=a=b"], False, "a=b"),
+    ],
+)
+def test_flags(flags, resume, name, tmp_path):
+    cfg = load(tmp_path, *flags)
+    assert (cfg.resume, cfg.name) == (resume, name)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("max_stesp = 3", "a.py: unknown key 'max_stesp'; did you mean 'max_steps'"),
+        ("def resum(): pass", "a.py: unknown key 'resum'; did you mean 'resume'"),
+        ("max_steps = 1e3", "a.py: max_steps='1000.0': expected a valid integer"),
+        ("max_steps = '64'", "a.py: max_steps='64': expected a valid integer"),
+        ("max_steps = -1", "a.py: max_steps='-1': expected a number greater than or equal to 0"),
+        ("lr = '1e-3'", "a.py: lr='1e-3': expected a valid number"),
+        ("lr = 0", "a.py: lr='0': expected a number greater than 0"),
+        ("lr = float('nan')", "a.py: lr='nan': expected a"),
+        ("lr = float('inf')", "a.py: lr='inf': expected a finite number"),
+        ("resume = 1", "a.py: resume='1': expected a valid boolean"),
+        ("dtype = 'fp8'", "a.py: dtype='fp8': expected 'auto' or 'float32'"),
+        ("1 / 0", "a.py does not run: ZeroDivisionError"),
+    ],
+)
+def test_files_are_checked(text, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, a=text)
+
+
+def test_ranges_hold_for_flags_and_for_a_config_made_in_python(tmp_path):
+    with pytest.raises(UserError, match="lr='-1.0': expected a number greater than 0"):
+        load(tmp_path, "--lr=-1")
+    with pytest.raises(UserError, match="lr='nan'"), runs.processes(Config(lr=float("nan"))):
+        pass
+
+
+def test_bad_flags_and_missing_files(tmp_path, capsys):
+    for argv in (["--lrr=1"], ["--max_steps=1e3"], ["--dtype=fp8"], ["--lr=1", "late.py"]):
+        with pytest.raises(SystemExit) as e:
+            load(tmp_path, *argv)
+        assert e.value.code != 0
+    with pytest.raises(UserError, match="nowhere.py does not exist"):
+        load_config(Config, ["nowhere.py"])
+
+
+def test_every_config_fits_its_script():
+    configs = sorted(path for path in (ROOT / "config").glob("*.py") if path.stem != "rewards")
+    assert configs
+    for path in configs:
+        name = path.stem.rsplit("_", 1)[0]
+        is_script = (ROOT / f"{name}.py").exists()
+        script = importlib.import_module(name if is_script else f"train_{name}")
+        load_config(script.Config, [str(path)])
+
+
+def fields_of(script):
+    """{field: comment} of a script's Config, read from its source."""
+    source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    body = source.split("class Config:\n")[1].split("\n\n\n")[0]
+    lines = [line for line in body.splitlines() if re.match(r"    \w+: ", line)]
+    fields = {}
+    for line in lines:
+        name, comment = re.match(r"    (\w+): [^#]*(?:# (.*))?$", line).groups()
+        fields[name] = comment
+    return fields
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_field_stands_in_the_script_with_its_comment(script):
+    fields = fields_of(script)
+    declared = importlib.import_module(script).Config.__dataclass_fields__
+    assert set(fields) == set(declared) and all(fields.values())
+
+
+def test_a_field_of_one_name_has_one_meaning_everywhere():
+    """The comment is the manual: what is special about a script stands in its docstring."""
+    meanings = {}
+    for script in SCRIPTS:
+        for name, comment in fields_of(script).items():
+            meanings.setdefault(name, {}).setdefault(comment, []).append(script)
+    several = {name: by_comment for name, by_comment in meanings.items() if len(by_comment) > 1}
+    assert not several
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_field_is_read(script):
+    """A field that nothing reads is a lie: it is named as an attribute, or through its prefix."""
+    sources = [ROOT / f"{script}.py", *(ROOT / "gosling").glob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    for name in fields_of(script):
+        by_prefix = name.startswith("lora_") and 'startswith("lora_")' in text
+        assert by_prefix or re.search(rf"\.{name}\b|\"{name}\"", text), name
+
+
+def test_nothing_is_built_or_loaded_at_import():
+    """Importing the scripts touches neither compiler nor process group nor optional packages."""
+    unwanted = ("wandb", "matplotlib", "torch.utils.cpp_extension")
+    code = f"import train_pretrain, sample, sys; print([m for m in {unwanted} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr or done.stdout
+
+
+SMALL = ["--data=DATA", "--ctx_len=4", "--micro_bsz=1", "--global_bsz=1", "--device=cpu"]
+NETWORK = ["--n_layer=1", "--n_embd=64"]
+
+
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        ("train_pretrain.py", ["--data=DATA", "--ctx_len=0"], "ctx_len='0': expected"),
+        ("train_pretrain.py", ["--n_layer=0", *SMALL], "n_layer='0': expected"),
+        ("train_pretrain.py", ["--n_embd=100", *SMALL], "n_embd=100 is not a multiple"),
+        ("train_pretrain.py", ["broken.py"], "broken.py does not run: SyntaxError"),
+        (
+            "train_pretrain.py",
+            [*SMALL, *NETWORK, "--out_dir=/proc/none"],
+            "out_dir=/proc/none cannot be made",
+        ),
+        (
+            "train_pretrain.py",
+            [*SMALL, *NETWORK, "--out_dir=new", "--resume"],
+            "nothing to resume",
+        ),
+        ("sample.py", ["--model=."], "is a folder; give a file in it"),
+    ],
+)
+def test_a_mistake_at_the_terminal_is_one_line(script, flags, words, tmp_path):
+    (tmp_path / "broken.py").write_text("lr = = 3\n")
+    (tmp_path / "t.txt").write_text("some words to train on, and some more\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*command):
+        return subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+
+    run(ROOT / "prepare.py", "t.txt", "--out=t", "--tokenizer=bytes").check_returncode()
+    done = run(ROOT / script, *(flag.replace("DATA", "t_train") for flag in flags))
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_comment_is_the_help(capsys):
+    with pytest.raises(SystemExit):
+        config.read_flags(Config, ["--help"])
+    assert "a rate" in capsys.readouterr().out
+
+
+def test_no_script_writes_outside_of_its_folder():
+    """Every default out_dir lies in out/, which git ignores."""
+    for script in SCRIPTS:
+        assert Path(importlib.import_module(script).Config().out_dir).parts[0] == "out"
