@@ -1,19 +1,12 @@
 """Weights for elsewhere: merge, convert, a Hugging Face folder, states for other engines, a look.
 
     python export.py merge --model=base.pth --adapter=lora.safetensors --out=merged.pth
-        W + scale B A, in one file
-    python export.py merge --model=base.pth --state=state.pth --out=merged.pth
-        RWKV-6: the state goes inside
-    python export.py convert --model=a.pth --out=b.safetensors --dtype=bfloat16
-        another format or precision; without --dtype bit for bit
-    python export.py hub --model=a.pth --out=folder
-        RWKV-7 for transformers, fla
-    python export.py hub --model=folder --out=a.pth
-        and back
-    python export.py state --state=a.pth --out=a.st --to=web-rwkv
-        a tuned state for Ai00, web-rwkv
-    python export.py inspect a.pth
-        what it is, and what is odd
+    python export.py merge --model=base.pth --state=state.pth --out=merged.pth      for RWKV-6
+    python export.py convert --model=a.pth --out=b.safetensors --dtype=bfloat16     or bit for bit
+    python export.py hub --model=a.pth --out=folder            RWKV-7 for transformers and fla
+    python export.py hub --model=folder --out=a.pth            and back
+    python export.py state --state=a.pth --out=a.st --to=web-rwkv                   for Ai00
+    python export.py inspect a.pth                             what it is, and what is odd
 
 Each command has its own --help. Nothing is overwritten without --overwrite; a file appears whole or
 not at all.
@@ -38,7 +31,7 @@ import tyro
 from gosling.config import UserError, read_flags
 from gosling.files import read_json, write_json
 from gosling.tokenizer import tokenizer_of
-from gosling.tune import in_float32, shape_of
+from gosling.tune import shape_of
 from gosling.weights import (
     config_of,
     empty_network,
@@ -51,6 +44,7 @@ from gosling.weights import (
     write_weights,
 )
 from model import NEVER_TRAINED, RWKVConfig
+from wkv_cuda.fused import as_float32
 
 # ----------------------------------------------------------------------------------------------
 # reading, checking, writing
@@ -62,9 +56,7 @@ WEIGHTS = (".pth", ".safetensors")
 class Config:
     model: str  # the file to read, .pth or .safetensors; hub: or a folder, to go back
     out: str  # the file to write, .pth or .safetensors; hub: a folder, or on the way back a file
-    dtype: Literal["", "float32", "bfloat16", "float16"] = (
-        ""  # of what is written; empty = as it is
-    )
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""  # to write; empty = as it is
     overwrite: bool = False  # replace --out if it is there
 
 
@@ -106,7 +98,8 @@ def total(weights):
     """'1,234 parameters, float32, 0.01 MB'"""
     dtypes = ", ".join(sorted({str(w.dtype)[6:] for w in weights.values()}))
     n_parameters = sum(w.numel() for w in weights.values())
-    return f"{n_parameters:,} parameters, {dtypes}, {sum(w.nbytes for w in weights.values()) / 1e6:,.2f} MB"
+    megabytes = sum(w.nbytes for w in weights.values()) / 1e6
+    return f"{n_parameters:,} parameters, {dtypes}, {megabytes:,.2f} MB"
 
 
 def expected_shapes(config, with_score=False):
@@ -167,10 +160,10 @@ def merge_lora(weights, cfg):
                 f"in {cfg.model}, has lora_A {shape_of(A)}, lora_B {shape_of(B)}, replacement "
                 f"{shape_of(extra)} here; give the --model it was trained on"
             )
-        w = in_float32(old if extra is None else extra).reshape(old.shape)
+        w = as_float32(old if extra is None else extra).reshape(old.shape)
         if A is not None:
             scale = alpha / (math.sqrt(len(A)) if rslora else len(A))
-            w = w + scale * (in_float32(B) @ in_float32(A))
+            w = w + scale * (as_float32(B) @ as_float32(A))
         weights[name] = w if cfg.dtype else w.to(old.dtype)  # `cast` goes to cfg.dtype from float32
     print(f"{cfg.adapter}: {len(adapter)} tensors merged, alpha {alpha:g}{', rslora' * rslora}")
 
@@ -308,7 +301,9 @@ CHAT_TEMPLATE = """\
     {%- elif message['role'] == 'assistant' %}{{ eos_token }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}
-    {%- if enable_thinking is defined %}{{ ' <think' if enable_thinking else ' <think>\\n</think' }}{% endif %}
+    {%- if enable_thinking is defined %}
+        {{- ' <think' if enable_thinking else ' <think>\\n</think' }}
+    {%- endif %}
 {%- endif %}
 """
 
@@ -364,11 +359,7 @@ def hub(cfg):
     shapes = expected_shapes(config)
     problems = tensor_problems(weights, shapes)
     if problems:
-        more = " …" if len(problems) > 5 else ""
-        raise UserError(
-            f"{cfg.model}: {'; '.join(problems[:5])}{more}; hub wants a whole RWKV-7 "
-            "and nothing else"
-        )
+        raise UserError(f"{cfg.model}: {problems[0]}; hub wants a whole RWKV-7 and nothing else")
     names = [name for name in shapes if name not in NEVER_TRAINED]
     weights = {name: weights[name].reshape(shapes[name]) for name in names}
     cast(weights, cfg.dtype)

@@ -65,7 +65,7 @@ import train_state
 from gosling import config, engine, files, runs
 from gosling.batch import evaluate
 from gosling.config import Share, UserError, load_config, print0, show
-from gosling.data import read_examples, read_prompts, read_replies
+from gosling.data import read_examples, read_jsonl, read_prompts, read_replies
 from gosling.judge import Judge, make_eft, parse_score, rubric
 from gosling.rewards import call_reward, columns_of
 from gosling.tune import load_model
@@ -603,8 +603,10 @@ def write_report(out, history):
     for row in rows:
         if "dropped" in row:
             lines += ["", f"## {row['stage']}: dropped {row['dropped'] or 'none'}"]
-        for pair in files.whole_lines(out / row["stage"] / "pairs.jsonl")[:12]:
-            lines += ["", *describe_pair(pair)]
+        path = out / row["stage"] / "pairs.jsonl"
+        if path.exists():
+            for _, pair in itertools.islice(read_jsonl(path, "pairs"), 12):
+                lines += ["", *describe_pair(pair)]
     with files.atomic_write(out / "report.md") as tmp:
         tmp.write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot_report(out / "report.png", rows)

@@ -1,148 +1,187 @@
-"""GRPO and its published variants: reinforcement learning from rewards that are plain Python functions.
+"""GRPO and its published variants: reinforcement learning from rewards that are plain functions.
 
-G completions of each prompt are sampled, each gets a reward R, and its advantage is what it is above its group:
-    A = (R - mean) / (std + 1e-4)        of its group; scale_rewards = group, batch, none: whose std (ddof 1), or none
-    r = p(token) / p_old(token)          importance_sampling_level = sequence: one r for a row, exp of the mean (GSPO)
-    per token   - min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)        delta caps r before (dual clip, for A < 0)
-    cispo       - min(r, epsilon_high).detach() A log p                     an absolute cap, about 5: it must be given
-    + beta k    k3 = exp(ref - lp) - (ref - lp) - 1, k2 = (lp - ref)^2 / 2, k1 = lp - ref; without ratio correction
-    grpo: mean of rows' means    bnpo: tokens of the micro-batch    dapo, cispo: tokens of the whole batch
-    dr_grpo: rows x max_completion_length
-GRPO arXiv 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, GSPO 2507.18071 (grpo + sequence, epsilon 3e-4), CISPO
-2506.13585, dual clip 1912.09729. Names and conventions are TRL's: rows that are masked whole still count in grpo and
-dr_grpo; of all reductions bnpo alone depends on micro_bsz, there as here. Left out, since they cost more lines than they
-gave: sapo, luspo, vespo, entropy bonus and quantile, a reference that moves.
+G completions of each prompt are sampled, each gets a reward R, and its advantage is what it is
+above its group:
 
-A prompt is read once and its state forked into its completions, for sampling and in the training pass. Sampler and
-trainer are one network; sampling/sampling_logp_difference is the gap between them, rounding.
+    A = (R - mean) / (std + 1e-4)     of its group; scale_rewards = group, batch, none: whose std
+                                      (ddof 1), or none
+    r = p(token) / p_old(token)       importance_sampling_level = sequence: one r for a row, exp of
+                                      the mean (GSPO)
+    per token   - min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)
+                                      delta caps r before (dual clip, for A < 0)
+    cispo       - min(r, epsilon_high).detach() A log p
+                                      an absolute cap, about 5: it must be given
+    + beta k    k3 = exp(ref - lp) - (ref - lp) - 1, k2 = (lp - ref)^2 / 2, k1 = lp - ref;
+                without ratio correction
+    grpo: mean of rows' means     bnpo: tokens of the micro-batch
+    dapo, cispo: tokens of the whole batch     dr_grpo: rows x max_completion_length
 
-Usual mistakes: rates of SFT (take a tenth); top_p below 1, which trains another distribution than it samples; a reward of
-None counted as zero; a reward model, which learnt on answers with their end token, asked about answers without; a ratio
-other than 1 on-policy, which means that padding, state or temperature is wrong.
+GRPO arXiv 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, GSPO 2507.18071 (grpo + sequence,
+epsilon 3e-4), CISPO 2506.13585, dual clip 1912.09729. Names and conventions are TRL's: rows that
+are masked whole still count in grpo and dr_grpo; of all reductions bnpo alone depends on micro_bsz,
+there as here. `reference` of the KL term: a model's file; empty = adapter or state off, with
+tune=full init_from.
 
-    python train_grpo.py config/grpo_tiny.py                                 a laptop: exact match 0.75 -> 0.93
-    torchrun --nproc_per_node=8 train_grpo.py config/grpo_1b5.py             eight GPUs
+A sample is a prompt with all its completions. A prompt is read once and its state forked into its
+completions, for sampling and in the training pass. Sampler and trainer are one network;
+sampling/sampling_logp_difference is the gap between them, rounding.
+
+Data: JSONL of {"prompt": text or messages, columns for the rewards …}. A reward is a function in
+the config file, (prompts, completions, **columns) -> [number or None], None for no reward.
+
+Usual mistakes: rates of SFT (take a tenth; LoRA about ten times more than full, a state 1e-3 and
+more); top_p below 1, which trains another distribution than it samples; a reward of None counted as
+zero; a reward model, which learnt on answers with their end token, asked about answers without;
+LoRA dropout, which makes sampler and trainer differ; a ratio other than 1 on-policy, which means
+that padding, state or temperature is wrong.
+
+    python train_grpo.py config/grpo_tiny.py                              exact match 0.75 -> 0.93
+    torchrun --nproc_per_node=8 train_grpo.py config/grpo_1b5.py          eight GPUs
 """
 
-import dataclasses
-import functools
-import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import common
 import torch
 import tyro
-from common import UserError, load_config, print0
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
-import prepare
-import sample
-from model import fork, forked, forked_backward, load_model, load_to_tune
+from gosling import rollouts, runs, tune
+from gosling.batch import fork, score_forks
+from gosling.config import Decay, UserError, load_config, print0
+from gosling.data import read_prompts
+from gosling.rewards import reward_functions
+from gosling.rollouts import Sampler, are_different, completions_of, roll_out
+from gosling.tokenizer import tokenizer_of
 
 
 @dataclass
-class Config(common.TuneConfig):
-    # data and rewards
-    data: str = (
-        "data/prompts.jsonl"  # JSONL of {"prompt": text or messages, columns for the rewards …}
-    )
-    val_data: str = ""  # the same, held out, for pass@1 and pass@k; empty = none
-    reward: tyro.conf.Fixed[Callable | list | None] = (
-        None  # (prompts, completions, **columns) -> [number or None]; or several
-    )
+class Config:
+    # data and model
+    data: str = "data/prompts.jsonl"  # training data, of the kind that the docstring says
+    val_data: str = ""  # the same, held out, to validate on; empty = none
+    tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
+    init_from: str = ""  # weights to start from (.pth, .safetensors)
+    # rewards
+    reward: tyro.conf.Fixed[Callable | list | None] = None  # a function of your own, or several
     reward_model: str = ""  # a file of train_reward.py, as one more reward
-    reward_weights: tuple[
-        float, ...
-    ] = ()  # of the rewards in their order, the model's last; none = 1 each
-    process: Callable | None = (
-        None  # (rows, completions) -> masks or None; may change .tokens and .text before rewards
-    )
+    reward_weights: tuple[float, ...] = ()  # in the rewards' order, the model's last; none = 1 each
+    process: Callable | None = None  # (rows, completions) -> masks or None; may change completions
     # rollouts
-    num_generations: int = 8  # completions of each prompt
-    max_completion_length: int = 512  # tokens
-    temperature: float = 1.0  # of sampling and of training
-    top_p: float = 1.0  # below 1 the trainer's distribution is another one
-    top_k: int = 0  # the same; 0 = all
-    stop: tuple[str, ...] = (
-        "\n\nUser:",
-    )  # texts that end a completion, besides the tokenizer's end id
-    gen_batch_size: int | None = None  # sequences decoded together; none = what fits
-    steps_per_generation: int = 1  # optimiser steps that share one batch of rollouts
-    num_iterations: int = 1  # passes over a batch of rollouts
-    dynamic_sampling: int = (
-        0  # replace groups without spread, sampling at most so many more times; 0 = off
+    num_generations: Annotated[int, Field(ge=2)] = 8  # completions of each prompt
+    max_completion_length: PositiveInt = 512  # longest completion in tokens
+    temperature: PositiveFloat = 1.0  # of sampling, and of training where it samples
+    top_p: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # sample from the likeliest of this probability
     )
+    top_k: NonNegativeInt = 0  # sample from so many likeliest tokens; 0 = all
+    stop: tuple[str, ...] = ("\n\nUser:",)  # texts that end a completion, besides the end id
+    gen_batch_size: PositiveInt | None = None  # sequences decoded together; none = what fits
+    steps_per_generation: PositiveInt = 1  # optimiser steps that share one batch of rollouts
+    num_iterations: PositiveInt = 1  # passes over a batch of rollouts
+    dynamic_sampling: NonNegativeInt = 0  # rounds that replace groups without spread; 0 = off
     # loss
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"  # formulas above
     importance_sampling_level: Literal["token", "sequence"] = "token"  # sequence = GSPO
-    epsilon: float = 0.2  # clip range downwards
-    epsilon_high: float | None = None  # upwards; none = epsilon; DAPO 0.28, cispo about 5
-    delta: float | None = None  # dual clip: the largest ratio, above 1 + epsilon_high; none = off
+    epsilon: NonNegativeFloat = 0.2  # clip range downwards
+    epsilon_high: NonNegativeFloat | None = None  # upwards; none = epsilon; DAPO 0.28, cispo 5
+    delta: PositiveFloat | None = None  # dual clip: largest ratio, above 1 + epsilon_high
     scale_rewards: Literal["group", "batch", "none"] = "group"  # what advantages are divided by
-    advantage_clip: float = 0.0  # largest advantage; 0 = none
-    beta: float = 0.0  # weight of the KL term
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # formulas above
-    reference: str = ""  # a model's file; empty = adapter or state off, with tune=full init_from
-    mask_truncated_completions: bool = (
-        False  # no loss on completions that hit max_completion_length
-    )
-    importance_cap: float = 0.0  # weigh tokens by min(p_old / p_sampler, this) (TIS); 0 = off
-    # model and run
-    tune: Literal["full", "lora", "state"] = "full"  # every weight, an adapter, or the start state
-    lora_dropout: float = 0.0  # LoRA dropout; makes sampler and trainer differ
-    out_dir: str = (
-        "out/grpo"  # folder for weights or adapters, last.pt, config.json, metrics, rollouts
-    )
-    seed: int = 42  # of the prompts' order, of sampling and of a fresh adapter
-    micro_bsz: int = 1  # prompts, with all their completions, per process and backward pass
-    global_bsz: int = (
-        16  # prompts per optimiser step, over all processes; accumulation follows from it
-    )
-    ctx_len: int = 4096  # longest prompt and completion in tokens
-    chunk_len: int = (
-        0  # tokens whose activations are kept at a time, with exact gradient; 0 = whole
-    )
-    lr: float = 1e-6  # peak learning rate; LoRA wants about ten times more, a state 1e-3 and more
-    lr_final: float = 1e-7  # learning rate at the end of the cosine
-    eval_every: int = 50  # steps between validations; 0 = at the end only
-    eval_generations: int = 4  # k of pass@k
-    rollouts_every: int = (
-        50  # steps between rollouts/<step>.jsonl, three of them on the screen; 0 = never
-    )
-    save_every: int = 100  # steps between checkpoints; 0 = at the end only
-    log_every: int = 1  # steps between progress lines
+    advantage_clip: NonNegativeFloat = 0.0  # largest advantage; 0 = none
+    beta: NonNegativeFloat = 0.0  # how strongly the policy is held to the reference
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL term, formulas above
+    reference: str = ""  # model to stay near: a file, or a word as the docstring says
+    mask_truncated_completions: bool = False  # no loss on those that hit max_completion_length
+    importance_cap: NonNegativeFloat = 0.0  # weigh tokens by min(p_old / p_sampler, cap); 0 = off
+    # what trains
+    tune: Literal["full", "lora", "state"] = "full"  # weights, LoRA, state or scalar head
+    lora_r: PositiveInt = 32  # LoRA rank
+    lora_alpha: PositiveFloat = 64.0  # LoRA scale: alpha / r
+    lora_dropout: Decay = 0.0  # LoRA dropout
+    lora_rslora: bool = False  # scale alpha / sqrt(r)
+    lora_targets: tuple[str, ...] = ()  # key, att.key, ffn, head …; none = all of att and ffn
+    lora_extra: tuple[str, ...] = ()  # more parameters to train, by parts of names: ln, x_ …
+    adapter: str = ""  # saved adapter or state to go on from
+    # run
+    out_dir: str = "out/grpo"  # folder for checkpoints, last.pt, config.json and metrics
+    resume: bool = False  # go on from out_dir/last.pt
+    seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
+    # batch
+    micro_bsz: PositiveInt = 1  # samples per process and backward pass: lower it to save memory
+    global_bsz: PositiveInt = 16  # samples per optimiser step, over all processes
+    ctx_len: PositiveInt = 4096  # longest sample in tokens
+    chunk_len: NonNegativeInt = 0  # tokens whose activations are kept at a time; 0 = all
+    # optimiser
+    lr: PositiveFloat = 1e-6  # peak learning rate
+    lr_final: NonNegativeFloat = 1e-7  # learning rate at the end of the cosine
+    warmup_steps: NonNegativeInt = 10  # steps from 0.01 lr to lr
+    max_steps: NonNegativeInt | None = None  # optimiser steps of the whole run; or give epochs
+    epochs: PositiveFloat | None = None  # passes over the data; one if neither is given
+    weight_decay: NonNegativeFloat = 0.0  # on the large matrices alone
+    beta1: Decay = 0.9  # AdamW: of the running mean
+    beta2: Decay = 0.99  # AdamW: of the running mean of squares
+    adam_eps: PositiveFloat = 1e-18  # AdamW: upstream's value
+    grad_clip: NonNegativeFloat = 1.0  # largest gradient norm; 0 = no clipping
+    grad_cp: bool = False  # gradient checkpointing: less memory, about a third more time
+    # evaluation, saving, logging
+    eval_every: NonNegativeInt = 50  # steps between validations; 0 = at the end only
+    eval_generations: PositiveInt = 4  # k of pass@k
+    eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
+    rollouts_every: NonNegativeInt = 50  # steps between files of rollouts/, three shown; 0 = never
+    save_every: NonNegativeInt = 100  # steps between checkpoints; 0 = at the end only
+    keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
+    log_every: PositiveInt = 1  # steps between progress lines
+    log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the method
 
-HELD_OUT = 2**40  # numbers of held-out prompts, beyond those of training: other random streams
+
+def grpo_loss(logps, old_logps, advantages, mask, epsilon=0.2):
+    """The plain loss, to be read and copied: what policy_loss is by default.
+
+    logps, old_logps [B, T]: log-probabilities of the sampled tokens under the policy, and under the
+    policy that sampled them. advantages [B], mask [B, T]: 1 on the tokens of a completion.
+    """
+    A = advantages[:, None]  # [B, 1]
+    ratio = (logps - old_logps).exp()  # [B, T], 1 on-policy
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    losses = -torch.minimum(ratio * A, clipped * A)
+    return (losses * mask).sum() / mask.sum()
 
 
 def group_advantages(rewards, num_generations, *, scale_rewards="group"):
-    """rewards [P*G], prompt-major, NaN = no reward -> advantages [P*G]; 0 for a row without one, and exactly 0 in a group
-    whose rewards are all equal. "none" still subtracts the mean."""
-    r = rewards.view(-1, num_generations)
-    there = ~r.isnan()
-    n, filled = there.sum(1, keepdim=True), r.nan_to_num(0.0)
-    centred = torch.where(there, filled - filled.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
-    same = (r.nan_to_num(-math.inf).amax(1) == r.nan_to_num(math.inf).amin(1)) | (n[:, 0] < 2)
-    centred = centred.masked_fill(
-        same[:, None], 0.0
-    )  # the mean of equal numbers is not always that number
+    """rewards [P*G], prompt-major, NaN = no reward -> advantages [P*G]
+
+    0 for a row without a reward, and exactly 0 in a group whose rewards are all equal. "none" still
+    subtracts the mean.
+    """
+    r = rewards.view(-1, num_generations)  # [P, G]
+    has_reward = ~r.isnan()
+    n, filled = has_reward.sum(1, keepdim=True), r.nan_to_num(0.0)
+    mean = filled.sum(1, keepdim=True) / n.clamp(min=1)
+    centred = torch.where(has_reward, filled - mean, 0.0)
+    highest, lowest = r.nan_to_num(-math.inf).amax(1), r.nan_to_num(math.inf).amin(1)
+    all_equal = (highest == lowest) | (n[:, 0] < 2)
+    centred = centred.masked_fill(all_equal[:, None], 0.0)  # a mean of equal numbers may be off
     if scale_rewards == "group":
-        centred = centred / (
-            (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + 1e-4
-        )
+        std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+        centred = centred / (std + 1e-4)
     elif scale_rewards == "batch":
-        every = rewards[~rewards.isnan()]
-        centred = centred / ((every.std() if len(every) > 1 else 0.0) + 1e-4)
+        given = rewards[~rewards.isnan()]
+        std = given.std() if len(given) > 1 else 0.0
+        centred = centred / (std + 1e-4)
     elif scale_rewards != "none":
         raise ValueError(f"scale_rewards={scale_rewards}: expected group, batch or none")
     return centred.flatten()
@@ -169,22 +208,59 @@ def policy_loss(
     sampling_logps=None,
     importance_cap=3.0,
 ):
-    """logps [B, T] of the tokens taken, advantages [B], mask [B, T] of completion tokens -> (loss, metrics).
+    """logps [B, T] of the tokens taken, advantages [B], mask [B, T] of completion tokens
+    -> (loss, {metric: number})
 
-    old_logps: under the policy that the rollouts are of; None = logps themselves, on-policy. num_items, num_rows: tokens
-    and rows of the whole optimiser batch; absent, those of this call; the sum over its parts is then the whole's loss.
-    sampling_logps: what the sampler reported, for importance weights up to importance_cap. What stands at masked
-    positions, NaN included, does not matter. metrics: means over num_items (or num_rows), so they add up like the loss.
+    old_logps: under the policy that the rollouts are of; None = logps themselves, on-policy.
+    num_items, num_rows: tokens and rows of the whole optimiser batch; absent, those of this call;
+    the sum over its parts is then the whole's loss. sampling_logps: what the sampler reported, for
+    importance weights up to importance_cap. What stands at masked positions, NaN included, does not
+    matter. Metrics are means over num_items (or num_rows), so they add up like the loss.
     """
-    if loss_type not in (
-        "grpo",
-        "bnpo",
-        "dr_grpo",
-        "dapo",
-        "cispo",
-    ) or importance_sampling_level not in ("token", "sequence"):
+    check_variant(loss_type, importance_sampling_level, epsilon_high, max_new_tokens)
+    inside = mask.bool()
+    logps = torch.where(inside, logps, 0.0)
+    old_logps = logps.detach() if old_logps is None else torch.where(inside, old_logps, 0.0)
+    m, A = inside.to(logps.dtype), advantages[:, None]
+    if num_items is None:
+        num_items = m.sum().clamp(min=1)
+    if num_rows is None:
+        num_rows = len(m)
+
+    log_ratio = logps - old_logps  # [B, T]
+    if importance_sampling_level == "sequence":
+        log_ratio = (log_ratio.sum(1) / inside.sum(1).clamp(min=1))[:, None]  # [B, 1]
+    ratio = log_ratio.exp()
+    high = 1 + (epsilon if epsilon_high is None else epsilon_high)
+    if loss_type == "cispo":
+        losses = -ratio.clamp(max=epsilon_high).detach() * A * logps
+    else:
+        capped = ratio if delta is None else ratio.clamp(max=delta)
+        losses = -torch.minimum(capped * A, ratio.clamp(1 - epsilon, high) * A).expand_as(logps)
+    if sampling_logps is not None:
+        sampling_logps = torch.where(inside, sampling_logps, 0.0)
+        losses = losses * (old_logps - sampling_logps).exp().clamp(max=importance_cap).detach()
+    kl = None
+    if beta and ref_logps is not None:
+        kl = kl_term(torch.where(inside, ref_logps, 0.0) - logps, kl_estimator)
+        losses = losses + beta * kl
+    loss = reduce_losses(losses * m, m, loss_type, num_items, num_rows, max_new_tokens)
+
+    with torch.no_grad():
+        metrics = clip_metrics(ratio, A, loss_type, 1 - epsilon, high, epsilon_high)
+        if kl is not None:
+            metrics["kl"] = kl
+        if entropy is not None:
+            metrics["entropy"] = torch.where(inside, entropy, 0.0)
+        return loss, {name: float((x * m).sum() / num_items) for name, x in metrics.items()}
+
+
+def check_variant(loss_type, level, epsilon_high, max_new_tokens):
+    """ValueError for what is no variant, or lacks a number."""
+    known = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
+    if loss_type not in known or level not in ("token", "sequence"):
         raise ValueError(
-            f"loss_type={loss_type}, importance_sampling_level={importance_sampling_level}: no such variant"
+            f"loss_type={loss_type}, importance_sampling_level={level}: no such variant"
         )
     if loss_type == "cispo" and epsilon_high is None:
         raise ValueError(
@@ -192,623 +268,356 @@ def policy_loss(
         )
     if loss_type == "dr_grpo" and not max_new_tokens:
         raise ValueError("dr_grpo divides by rows x max_new_tokens: give max_new_tokens")
-    here = mask.bool()
-    clean = lambda x: None if x is None else torch.where(here, x, 0.0)  # noqa: E731
-    logps, ref_logps, sampling_logps, entropy = map(
-        clean, (logps, ref_logps, sampling_logps, entropy)
-    )
-    old_logps = logps.detach() if old_logps is None else clean(old_logps)
-    m, A, lengths = here.to(logps.dtype), advantages[:, None], here.sum(1).clamp(min=1)
-    num_items, num_rows = (
-        m.sum().clamp(min=1) if num_items is None else num_items,
-        len(m) if num_rows is None else num_rows,
-    )
 
-    log_ratio = logps - old_logps
-    if importance_sampling_level == "sequence":
-        log_ratio = (log_ratio.sum(1) / lengths)[:, None]
-    ratio, high = log_ratio.exp(), 1 + (epsilon if epsilon_high is None else epsilon_high)
-    if loss_type == "cispo":
-        losses = -ratio.clamp(max=epsilon_high).detach() * A * logps
-    else:
-        capped = ratio if delta is None else ratio.clamp(max=delta)
-        losses = -torch.minimum(capped * A, ratio.clamp(1 - epsilon, high) * A).expand_as(logps)
-    if sampling_logps is not None:
-        losses = losses * (old_logps - sampling_logps).exp().clamp(max=importance_cap).detach()
-    kl = None
-    if beta and ref_logps is not None:
-        d = ref_logps - logps
-        kl = {"k1": lambda: -d, "k2": lambda: d.square() / 2, "k3": lambda: d.exp() - d - 1}[
-            kl_estimator
-        ]()
-        losses = losses + beta * kl
-    losses = losses * m
+
+def kl_term(difference, estimator):
+    """difference [B, T] = log p of the reference - log p of the policy -> k1, k2 or k3 per token"""
+    if estimator == "k1":
+        return -difference
+    if estimator == "k2":
+        return difference.square() / 2
+    return difference.exp() - difference - 1
+
+
+def reduce_losses(losses, mask, loss_type, num_items, num_rows, max_new_tokens):
+    """Masked losses of the tokens [B, T] -> the loss, by the sums in the docstring above"""
     if loss_type == "grpo":
-        loss = (losses.sum(1) / lengths).sum() / num_rows
-    elif loss_type == "bnpo":
-        loss = losses.sum() / m.sum().clamp(min=1) * (len(m) / num_rows)
-    elif loss_type == "dr_grpo":
-        loss = losses.sum() / (num_rows * max_new_tokens)
-    else:
-        loss = losses.sum() / num_items
-
-    with torch.no_grad():
-        mean = lambda x: float((x * m).sum() / num_items)  # noqa: E731
-        low, up = (ratio < 1 - epsilon) & (A < 0), (ratio > high) & (A > 0)
-        metrics = {
-            "ratio": mean(ratio),
-            "clip_ratio/low_mean": mean(low),
-            "clip_ratio/high_mean": mean(up),
-            "clip_ratio/region_mean": mean(low | up),
-        }
-        if loss_type == "cispo":
-            metrics = {
-                "ratio": mean(ratio),
-                "cispo_clip_ratio": mean((ratio > epsilon_high) & (A > 0)),
-            }
-        for name, x in (("kl", kl), ("entropy", entropy)):
-            if x is not None:
-                metrics[name] = mean(x)
-    return loss, metrics
+        return (losses.sum(1) / mask.sum(1).clamp(min=1)).sum() / num_rows
+    if loss_type == "bnpo":
+        return losses.sum() / mask.sum().clamp(min=1) * (len(mask) / num_rows)
+    if loss_type == "dr_grpo":
+        return losses.sum() / (num_rows * max_new_tokens)
+    return losses.sum() / num_items
 
 
-def combine_rewards(columns, weights):
-    """columns: a list [rows] of numbers or None for each reward -> weighted sums [rows]; a missing one counts 0, and a row
-    that has none at all is NaN."""
-    table = torch.tensor(
-        [[math.nan if x is None else float(x) for x in column] for column in columns],
-        dtype=torch.float64,
-    )
-    total = (table.nan_to_num(0.0) * torch.tensor(weights, dtype=torch.float64)[:, None]).sum(0)
-    return total.masked_fill(table.isnan().all(0), math.nan)
+def clip_metrics(ratio, A, loss_type, low, high, epsilon_high):
+    """Where the ratio is cut off, by TRL's names -> {name: [B, T] or [B, 1]}"""
+    if loss_type == "cispo":
+        return {"ratio": ratio, "cispo_clip_ratio": (ratio > epsilon_high) & (A > 0)}
+    too_low, too_high = (ratio < low) & (A < 0), (ratio > high) & (A > 0)
+    return {
+        "ratio": ratio,
+        "clip_ratio/low_mean": too_low,
+        "clip_ratio/high_mean": too_high,
+        "clip_ratio/region_mean": too_low | too_high,
+    }
 
 
-def different(rewards):
-    """whether a group's rewards are not all equal; exact, which a standard deviation of 0 is not"""
-    return len({r for r in map(float, rewards) if not math.isnan(r)}) > 1
+# ----------------------------------------------------------------------------------------------
+# the groups of the next steps, and their tensors
+
+HELD_OUT = 2**40  # numbers of held-out prompts, beyond those of training: other random streams
 
 
-def call_reward(function, prompts, texts, columns):
-    """One reward function over a batch, its result checked. UserError names function and row."""
-    name = getattr(function, "__name__", str(function))
-    try:
-        got = function(prompts, texts, **columns)
-    except Exception as e:
-        for i in range(len(texts)):  # which row was it?
-            try:
-                function(
-                    prompts[i : i + 1],
-                    texts[i : i + 1],
-                    **{k: v[i : i + 1] for k, v in columns.items()},
-                )
-            except Exception as one:
-                raise UserError(
-                    f"reward {name} failed on prompt {str(prompts[i])[:80]!r}, completion {texts[i][:80]!r}: "
-                    f"{type(one).__name__}: {one}"
-                ) from e
-        raise UserError(
-            f"reward {name} failed on the batch, on no row alone: {type(e).__name__}: {e}"
-        ) from e
-    if not isinstance(got, (list, tuple)) or len(got) != len(texts):
-        raise UserError(
-            f"reward {name} returned {type(got).__name__}"
-            + (f" of {len(got)}" if hasattr(got, "__len__") else "")
-            + f"; expected a list of {len(texts)}, a number or None for each completion"
-        )
-    for i, x in enumerate(got):
-        if x is not None and (not isinstance(x, (int, float)) or math.isinf(x)):
-            raise UserError(
-                f"reward {name} gave {x!r} for completion {texts[i][:80]!r}; expected a finite number or None"
-            )
-    return [None if x is None or math.isnan(x) else float(x) for x in got]
-
-
-def read_prompts(path, tokenizer, longest):
-    """JSONL -> [(ids, row), …]. UserError names the line of a prompt that is empty or longer than `longest` tokens."""
-    out = []
-    for where, row in prepare.read_jsonl(path, '{"prompt": text or messages, columns …}'):
-        prompt = row.get("prompt")
-        if not prompt or not isinstance(prompt, (str, list)):
-            raise UserError(f'{where}: "prompt" is missing or empty; expected text or messages')
-        try:
-            ids = (
-                tokenizer.encode(prompt)
-                if isinstance(prompt, str)
-                else prepare.render_chat(prompt, tokenizer, generation_prompt=True)[0]
-            )
-        except UserError as e:
-            raise UserError(f"{where}: {e}") from None
-        if len(ids) > longest:
-            raise UserError(
-                f"{where}: the prompt has {len(ids)} tokens; ctx_len - max_completion_length leaves {longest}"
-            )
-        out.append((ids, row))
-    if not out:
-        raise UserError(f"{path} holds no prompts")
-    return out
-
-
-def rollout(model, tokenizer, judge, run, cfg, prompts, numbers, n, **options):
-    """Sample n completions of each prompt and reward them, a share on every process -> groups, the same list everywhere:
-    {"number", "ids", "row", "completions": [{"tokens", "text", "logprobs", "finish_reason", "mask"}], "rewards" by name,
-    "reward": their weighted sum}."""
-    share = range(len(prompts))[run.rank :: run.world]
-    mine, out, error = [prompts[i] for i in share], [], []
-    if mine:
-        got = sample.generate(
-            model,
-            [ids for ids, _ in mine],
-            n=n,
-            max_new_tokens=cfg.max_completion_length,
-            stop=cfg.stop,
-            tokenizer=tokenizer,
-            seed=cfg.seed,
-            indices=[numbers[i] for i in share],
-            progress=False,
-            batch_size=cfg.gen_batch_size,
-            **options,
-        )
-        every = [row for _, row in mine for _ in range(n)]
-        before = [list(c.tokens) for c in got]
-        masks = cfg.process(every, got) if cfg.process else None
-        masks = masks or [[1] * len(c.tokens) for c in got]
-        if [len(mask) for mask in masks] != [len(c.tokens) for c in got] or not all(
-            c.tokens for c in got
-        ):
-            raise UserError(
-                "process: expected a mask for each completion, a number for each of its tokens, and one token "
-                "or more"
-            )
-        columns, rewards = {**columns_of(every), "completion_ids": [c.tokens for c in got]}, {}
-        try:
-            for name, function in reward_functions(cfg).items():
-                rewards[name] = call_reward(
-                    function, [row["prompt"] for row in every], [c.text for c in got], columns
-                )
-            if judge is not None:
-                forks = [
-                    (ids, [c.tokens for c in got[i * n : (i + 1) * n]])
-                    for i, (ids, _) in enumerate(mine)
-                ]
-                with torch.no_grad():
-                    rewards["reward_model"] = [
-                        x
-                        for some in common.chunks(forks, cfg.micro_bsz)
-                        for x in forked(
-                            judge, fork(some, run.device, whole=True), score=True
-                        ).tolist()
-                    ]
-        except UserError as e:
-            error = [str(e)]
-        for i, (ids, row) in enumerate(mine):
-            at = slice(i * n, (i + 1) * n)
-            completions = [
-                dict(
-                    tokens=c.tokens,
-                    text=c.text,
-                    finish_reason=c.finish_reason,
-                    mask=mask,
-                    logprobs=c.logprobs if c.tokens == was else None,
-                )
-                for c, mask, was in zip(got[at], masks[at], before[at])
-            ]
-            out.append(
-                dict(
-                    number=numbers[share[i]],
-                    ids=ids,
-                    row=row,
-                    completions=completions,
-                    rewards={k: v[at] for k, v in rewards.items()},
-                )
-            )
-    groups, error = (
-        sorted(common.gather(out), key=lambda group: group["number"]),
-        common.gather(error),
-    )
-    if error:
-        keep_and_raise(error[0], groups, cfg, run)
-    for group in groups:
-        columns = list(group["rewards"].values())
-        group["reward"] = combine_rewards(
-            columns, cfg.reward_weights or (1.0,) * len(columns)
-        ).tolist()
-    return groups
-
-
-def take_rollouts(roll, data, cursor, cfg, run):
-    """The groups of the next optimiser steps, with their advantages, and the number of the prompt to go on from. roll:
-    `rollout` of (cfg, prompts, numbers, n)."""
-    kept, want = [], cfg.global_bsz * cfg.steps_per_generation
-    for round_ in range(1 + cfg.dynamic_sampling):
-        numbers = range(cursor, cursor + want - len(kept))
+def next_rollouts(sampler, prompts, cursor, cfg, run):
+    """-> (the groups of the next optimiser steps, with their advantages; the number of the prompt
+    to go on from)"""
+    groups, n_wanted = [], cfg.global_bsz * cfg.steps_per_generation
+    sampling = dict(temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k)
+    for round_number in range(1 + cfg.dynamic_sampling):
+        numbers = range(cursor, cursor + n_wanted - len(groups))
         cursor = numbers.stop
-        got = roll(
-            cfg,
-            [data[i] for i in common.shuffled(numbers, len(data), cfg.seed)],
-            list(numbers),
-            cfg.num_generations,
-            temperature=cfg.temperature,
-            top_p=cfg.top_p,
-            top_k=cfg.top_k,
+        chosen = [prompts[i] for i in runs.shuffled(numbers, len(prompts), cfg.seed)]
+        new = roll_out(
+            sampler, chosen, list(numbers), cfg.num_generations, cfg, run, cfg.process, **sampling
         )
-        kept += [
-            g for g in got if round_ == cfg.dynamic_sampling or different(g["reward"])
-        ]  # what the last round gives stays
-        if len(kept) == want:
+        if round_number < cfg.dynamic_sampling:  # what the last round gives stays
+            new = [group for group in new if are_different(group["reward"])]
+        groups += new
+        if len(groups) == n_wanted:
             break
-    rewards = torch.tensor([r for g in kept for r in g["reward"]], dtype=torch.float64)
+    add_advantages(groups, cfg, run)
+    return groups, cursor
+
+
+def add_advantages(groups, cfg, run):
+    """Fill in each group's advantages, and mask truncated completions if cfg says so."""
+    rewards = torch.tensor([r for group in groups for r in group["reward"]], dtype=torch.float64)
     if rewards.isnan().all():
-        keep_and_raise("every reward of this batch is None", kept, cfg, run)
+        rollouts.keep_and_raise("every reward of this batch is None", groups, cfg, run)
     advantages = group_advantages(rewards, cfg.num_generations, scale_rewards=cfg.scale_rewards)
     if cfg.advantage_clip:
         advantages = advantages.clamp(-cfg.advantage_clip, cfg.advantage_clip)
-    for group, row in zip(kept, advantages.view(-1, cfg.num_generations).tolist()):
-        group["advantages"] = row
-        for c in group["completions"]:
-            if cfg.mask_truncated_completions and c["finish_reason"] == "length":
-                c["mask"] = [0] * len(c["tokens"])
-    return kept, cursor
+    by_group = advantages.view(-1, cfg.num_generations).tolist()
+    for group, of_group in zip(groups, by_group, strict=True):
+        group["advantages"] = of_group
+        for completion in group["completions"]:
+            if cfg.mask_truncated_completions and completion["finish_reason"] == "length":
+                completion["mask"] = [0] * len(completion["tokens"])
 
 
-def columns_of(rows):
-    """[{key: value}, …] -> {key: [value or None of each row]}, without the prompts: what a reward is called with"""
-    return {
-        k: [row.get(k) for row in rows]
-        for k in dict.fromkeys(k for row in rows for k in row)
-        if k != "prompt"
-    }
+def add_old_logps(groups, model, cfg, run):
+    """Note the policy's log-probabilities before its first update, each process those of its share;
+    they are the old ones of the updates that follow. -> groups, the same on every process"""
+    share = groups[run.rank :: run.world]
+    for some in runs.chunks(share, cfg.micro_bsz):
+        forks = fork_groups(some, run.device)
+        for completion, logps in zip(
+            completions_of(some), logps_of(model, forks, cfg), strict=True
+        ):
+            completion["old"] = logps[: len(completion["tokens"])].tolist()
+    return sorted(runs.gather(share), key=lambda group: group["number"])
 
 
-def reward_functions(cfg):
-    """{name: function}"""
-    given = (
-        cfg.reward if isinstance(cfg.reward, (list, tuple)) else [cfg.reward] if cfg.reward else []
-    )
-    named = {getattr(function, "__name__", type(function).__name__): function for function in given}
-    if len(named) < len(given):
-        raise UserError(
-            f"{len(given)} rewards, but only {len(named)} names: {', '.join(named)}; give each a name of its own"
-        )
-    return named
-
-
-def write_rollouts(groups, path, run):
-    if run.main:
-        with common.atomic_write(path) as tmp:
-            tmp.write_text(
-                "".join(
-                    json.dumps(
-                        dict(
-                            prompt=group["row"]["prompt"],
-                            completions=[c["text"] for c in group["completions"]],
-                            rewards=group["rewards"],
-                            finish_reasons=[c["finish_reason"] for c in group["completions"]],
-                        ),
-                        ensure_ascii=False,
-                    )
-                    + "\n"
-                    for group in groups
-                )
-            )
-
-
-def keep_and_raise(error, groups, cfg, run):
-    path = Path(cfg.out_dir) / "rollouts" / "failed.jsonl"
-    write_rollouts(groups, path, run)
-    raise UserError(f"{error}; the rollouts are in {path}, the last checkpoint stands")
-
-
-def completions_of(groups):
-    return [c for group in groups for c in group["completions"]]
-
-
-def by_row(values, forks):
-    """[1, all tokens] of forks -> [B, T], zeros at the end"""
-    return pad_sequence(values[0].split(forks.borders2.diff().tolist()), batch_first=True)
-
-
-def tensors(groups, device):
-    """groups of a micro-batch -> (forks, mask [B, T], advantages [B], said [B, T]: what the sampler reported, NaN where it did
-    not, old [B, T]: log-probabilities when the rollouts were taken, or None)"""
-    rows = completions_of(groups)
-    tensor = functools.partial(torch.tensor, dtype=torch.float32)
-    padded = lambda rows: pad_sequence(list(map(tensor, rows)), batch_first=True).to(device)  # noqa: E731
-    forks = fork([(g["ids"], [c["tokens"] for c in g["completions"]]) for g in groups], device)
-    advantages = tensor([a for g in groups for a in g["advantages"]]).to(device)
-    said = padded(
-        c["logprobs"] or [math.nan] * len(c["tokens"]) for c in rows
-    )  # NaN: rewritten by hand
-    old = padded(c["old"] for c in rows) if "old" in rows[0] else None
-    return forks, padded(c["mask"] for c in rows), advantages, said, old
+def fork_groups(groups, device):
+    """Groups -> batch.Forks: every prompt once, its completions from its state."""
+    pairs = [(g["ids"], [c["tokens"] for c in g["completions"]]) for g in groups]
+    return fork(pairs, device)
 
 
 @torch.no_grad()
-def logps_of(network, forks, cfg):
-    """Log-probabilities [B, T] of forks' completions under a network, without a graph"""
-    return by_row(forked(network, forks, cfg.chunk_len, cfg.temperature).logps, forks)
+def logps_of(model, forks, cfg):
+    """Log-probabilities [B, T] of the completions under a model, without a graph."""
+    return forks.by_row(score_forks(model, forks, cfg.chunk_len, cfg.temperature).logps)
 
 
-def batch_metrics(groups):
-    """What rewards and completions of an optimiser batch are like -> {name: number}"""
-    rewards = torch.tensor([g["reward"] for g in groups], dtype=torch.float64)
-    spread = torch.tensor([g[~g.isnan()].std() if different(g) else 0.0 for g in rewards])
+def padded(rows, device):
+    """Lists of numbers -> [B, T] float32, zeros on the right."""
+    rows = [torch.tensor(row, dtype=torch.float32) for row in rows]
+    return pad_sequence(rows, batch_first=True).to(device)
+
+
+def tensors_of(groups, device):
+    """Groups of a micro-batch -> (mask [B, T], advantages [B], sampler_logps [B, T], old_logps
+    [B, T] or None)
+
+    sampler_logps: what the sampler reported, NaN where it did not. old_logps: when the rollouts
+    were taken; None on-policy.
+    """
     rows = completions_of(groups)
-    sizes = torch.tensor([float(len(c["tokens"])) for c in rows])
-    of = lambda name: torch.tensor(
-        [math.nan if r is None else r for g in groups for r in g["rewards"][name]]
-    )  # noqa: E731
-    return {
-        "reward": float(rewards.nanmean()),
-        "reward_std": float(spread.mean()),
-        "frac_reward_zero_std": float((spread == 0).double().mean()),
-        **{f"rewards/{name}/mean": float(of(name).nanmean()) for name in groups[0]["rewards"]},
-        "completions/mean_length": float(sizes.mean()),
-        "completions/max_length": float(sizes.max()),
-        "completions/clipped_ratio": sum(c["finish_reason"] == "length" for c in rows) / len(rows),
-    }
+    mask = padded([c["mask"] for c in rows], device)
+    advantages = torch.tensor([a for g in groups for a in g["advantages"]], dtype=torch.float32)
+    reported = [c["logprobs"] or [math.nan] * len(c["tokens"]) for c in rows]
+    old_logps = padded([c["old"] for c in rows], device) if "old" in rows[0] else None
+    return mask, advantages.to(device), padded(reported, device), old_logps
 
 
-def load_other(what, path, model, run):
-    """A model beside the one that trains; it must read the same tokens."""
-    other, _ = load_model(path, run.device, run.dtype)
-    if other.config.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"{what}={path} has a vocabulary of {other.config.vocab_size}, the model one of "
-            f"{model.config.vocab_size}; it must read the same tokens"
-        )
-    return other.eval()
+# ----------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@common.launch
-def main(cfg, run):
-    # ---- model and tokenizer
-    model = load_to_tune(cfg, run)
-    tokenizer = prepare.tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    out, about = Path(cfg.out_dir), common.origin(cfg, model, tokenizer)
-    names = [*reward_functions(cfg)] + ["reward_model"] * bool(cfg.reward_model)
+def check_settings(cfg):
+    """-> names of the rewards, the reward model's last. UserError for what does not go together."""
+    names = list(reward_functions(cfg))
+    if cfg.reward_model:
+        names.append("reward_model")
     if not names:
         raise UserError(
-            "no reward: define `def reward(prompts, completions, **columns)` in the config file, or give "
-            "--reward_model"
+            "no reward: define `def reward(prompts, completions, **columns)` in the config file, "
+            "or give --reward_model"
         )
     if cfg.reward_weights and len(cfg.reward_weights) != len(names):
         raise UserError(
-            f"reward_weights has {len(cfg.reward_weights)} numbers for {len(names)} rewards: {', '.join(names)}"
+            f"reward_weights has {len(cfg.reward_weights)} numbers for {len(names)} rewards: "
+            f"{', '.join(names)}"
         )
-    for key, low in (
-        ("num_generations", 2),
-        ("steps_per_generation", 1),
-        ("num_iterations", 1),
-        ("max_completion_length", 1),
-    ):
-        if getattr(cfg, key) < low:
-            raise UserError(f"{key}={getattr(cfg, key)}: expected {low} or more")
-    if cfg.temperature <= 0:
-        raise UserError(
-            f"temperature={cfg.temperature}: expected a number above 0; a greedy group is one answer G times"
-        )
-    method = {
-        key: getattr(cfg, key)
-        for key in (
-            "loss_type",
-            "importance_sampling_level",
-            "epsilon",
-            "epsilon_high",
-            "delta",
-            "beta",
-            "kl_estimator",
-        )
-    } | {"max_new_tokens": cfg.max_completion_length}
     try:
-        policy_loss(torch.zeros(1, 1), None, torch.zeros(1), torch.ones(1, 1), **method)
+        level = cfg.importance_sampling_level
+        check_variant(cfg.loss_type, level, cfg.epsilon_high, cfg.max_completion_length)
     except ValueError as e:
         raise UserError(str(e)) from None
-    judge = load_other("reward_model", cfg.reward_model, model, run) if cfg.reward_model else None
-    if judge is not None and judge.score is None:
-        raise UserError(f"reward_model={cfg.reward_model} has no score.weight")
-    elsewhere = cfg.beta and (
-        cfg.reference or cfg.tune == "full"
-    )  # else the reference is the model, its adapter or state off
-    reference = (
-        load_other("reference", cfg.reference or cfg.init_from, model, run) if elsewhere else None
-    )
+    return names
 
-    # ---- data
-    longest = cfg.ctx_len - cfg.max_completion_length
-    data, val = (
-        read_prompts(path, tokenizer, longest) if path else None
-        for path in (cfg.data, cfg.val_data)
-    )
-    max_steps, accumulation = common.plan_steps(cfg, run, len(data) * cfg.num_iterations)
 
-    # ---- optimiser: upstream's groups, printed
-    opt = common.make_optimizer(model, cfg, run)
-    print0(
-        f"data: {len(data):,} prompts; {max_steps:,} steps of {cfg.global_bsz} prompts x {cfg.num_generations} completions; "
-        f"rewards {', '.join(names)}"
-    )
+def load_second(what, path, model, run):
+    """A model beside the one that trains; it must read the same tokens."""
+    second, _ = tune.load_model(path, run.device, run.dtype)
+    if second.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{what}={path} has a vocabulary of {second.config.vocab_size}, the model one of "
+            f"{model.config.vocab_size}; it must read the same tokens"
+        )
+    if what == "reward_model" and second.score is None:
+        raise UserError(f"reward_model={path} has no score.weight")
+    return second.eval()
 
-    # ---- a new run, or on from last.pt
-    trained, kept, metrics, write, save = common.open_run(
-        cfg,
-        run,
-        model,
-        opt,
-        max_steps,
-        kept=dict(best=-math.inf, cursor=0, groups=[]),
-        data_order=dict(
-            prompts=len(data),
+
+def validate(sampler, val_prompts, cfg, run):
+    """-> {name: number} on held-out prompts and of cfg.eval_fn."""
+    sampler.model.eval()
+    values, k = {}, cfg.eval_generations
+    if val_prompts:
+        numbers = [HELD_OUT + i for i in range(len(val_prompts))]
+        groups = roll_out(sampler, val_prompts, numbers, k, cfg, run, temperature=cfg.temperature)
+        # Right is what the first reward gives 1 or more; a missing one is not.
+        first = [next(iter(group["rewards"].values())) for group in groups]
+        right = torch.tensor([[r is not None and r >= 1 for r in rewards] for rewards in first])
+        rewards = torch.tensor([group["reward"] for group in groups], dtype=torch.float64)
+        values = {
+            "val_reward": float(rewards.nanmean()),
+            "val_pass@1": float(right.double().mean()),
+            f"val_pass@{k}": float(right.any(1).double().mean()),
+        }
+    if cfg.eval_fn is not None:
+        values.update(cfg.eval_fn(sampler.model, sampler.tokenizer))
+    return values
+
+
+def main(cfg):
+    with runs.processes(cfg) as run:
+        # ---- model and tokenizer
+        names = check_settings(cfg)
+        model = tune.load_to_tune(cfg, run)
+        tokenizer = tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
+        about = tune.origin(cfg, model, tokenizer)
+        reward_model = reference_model = None
+        if cfg.reward_model:
+            reward_model = load_second("reward_model", cfg.reward_model, model, run)
+        if cfg.beta and (cfg.reference or cfg.tune == "full"):  # else its own adapter or state off
+            path = cfg.reference or cfg.init_from
+            reference_model = load_second("reference", path, model, run)
+        sampler = Sampler(model, tokenizer, reward_model)
+
+        # ---- data
+        longest = cfg.ctx_len - cfg.max_completion_length
+        prompts = read_prompts(cfg.data, tokenizer, longest)
+        val_prompts = read_prompts(cfg.val_data, tokenizer, longest) if cfg.val_data else []
+        max_steps, accumulation = runs.plan_steps(cfg, run, len(prompts) * cfg.num_iterations)
+        print0(
+            f"data: {len(prompts):,} prompts; {max_steps:,} steps of {cfg.global_bsz} prompts x "
+            f"{cfg.num_generations} completions; rewards {', '.join(names)}"
+        )
+
+        # ---- optimiser; a new run, or on from last.pt
+        opt = runs.make_optimizer(model, cfg, run)
+        same = runs.identity(
+            cfg,
+            model,
+            prompts=len(prompts),
             num_generations=cfg.num_generations,
             steps_per_generation=cfg.steps_per_generation,
             num_iterations=cfg.num_iterations,
-        ),
-        tokenizer=lambda: prepare.save_tokenizer(tokenizer, out),
-        about=about,
-        plot=("reward", "val_pass@1", f"val_pass@{cfg.eval_generations}", "entropy"),
-    )
-    roll = functools.partial(rollout, model, tokenizer, judge, run)
+        )
+        resumed = runs.resume(cfg, model, opt, same)
+        first_step, best_loss = resumed.get("step", 0), resumed.get("best_loss", math.inf)
+        cursor, groups = resumed.get("cursor", 0), resumed.get("groups", [])
+        metrics = runs.open_run(cfg, run, model, tokenizer, first_step, max_steps)
 
-    def validate():
-        """{name: number} on held-out prompts, and the best checkpoint: by pass@1"""
-        model.eval()
-        values, k = {}, cfg.eval_generations
-        if val is not None:
-            numbers = [HELD_OUT + i for i in range(len(val))]
-            got = roll(
-                dataclasses.replace(cfg, process=None), val, numbers, k, temperature=cfg.temperature
-            )
-            # right is what the first reward gives 1 or more; a missing one is not
-            right = torch.tensor(
-                [[r is not None and r >= 1 for r in g["rewards"][names[0]]] for g in got]
-            )
-            values = {
-                "val_reward": float(
-                    torch.tensor([g["reward"] for g in got], dtype=torch.float64).nanmean()
-                ),
-                "val_pass@1": float(right.double().mean()),
-                f"val_pass@{k}": float(right.any(1).double().mean()),
-            }
-        if cfg.eval_fn is not None:
-            values.update(cfg.eval_fn(model, tokenizer))
-        if values.get("val_pass@1", -math.inf) > kept["best"]:
-            kept["best"] = values["val_pass@1"]
-            write("best")
-        return values
+        # ---- before the first step
+        values = {}
+        if first_step == 0:
+            values = validate(sampler, val_prompts, cfg, run)
+            # pass@1 is better when higher, so its negative is the loss.
+            watched = -values.get("val_pass@1", -math.inf)
+            best_loss = tune.save_best(model, cfg, run, watched, best_loss, about)
+        metrics.begin(values)
 
-    # ---- the loop
-    metrics.begin(validate() if metrics.from_step == 0 else {})
-    wrapped, no_sync = common.wrap(model, run)
-    updates = (
-        cfg.steps_per_generation * cfg.num_iterations
-    )  # optimiser steps of one batch of rollouts
-    quiet = {
-        "ratio",
-        "clip_ratio/low_mean",
-        "clip_ratio/high_mean",
-        "reward_std",
-        "completions/max_length",  # not on the screen
-        "sampling/sampling_logp_difference/mean",
-        *(f"rewards/{k}/mean" for k in names),
-    }
-    with common.catch_signals() as signals:
-        for step in range(metrics.from_step, max_steps):
-            lr = common.set_lr(opt, cfg, step, max_steps)
-            t = time.time()
-            if step % updates == 0:
-                model.eval()
-                kept["groups"], kept["cursor"] = take_rollouts(roll, data, kept["cursor"], cfg, run)
-                if updates > 1:  # with one update the policy is still the one that sampled
-                    mine = common.chunks(kept["groups"][run.rank :: run.world], cfg.micro_bsz)
-                    for batch in mine:
-                        for c, logps in zip(
-                            completions_of(batch),
-                            logps_of(model, tensors(batch, run.device)[0], cfg),
-                        ):
-                            c["old"] = logps[: len(c["tokens"])].tolist()
-                    kept["groups"] = sorted(
-                        common.gather([g for batch in mine for g in batch]),
-                        key=lambda g: g["number"],
-                    )
-                if (
-                    cfg.rollouts_every
-                    and (step // updates * updates) % cfg.rollouts_every < updates
-                ):
-                    write_rollouts(kept["groups"], out / "rollouts" / f"{step}.jsonl", run)
-                    for group in kept["groups"][:3]:
-                        print0(
-                            f"  {str(group['row']['prompt'])[-100:]!r}\n"
-                            f"    {group['reward'][0]:.3f} {group['completions'][0]['text'][:200]!r}"
+        # ---- the loop
+        variant = dict(
+            loss_type=cfg.loss_type,
+            importance_sampling_level=cfg.importance_sampling_level,
+            epsilon=cfg.epsilon,
+            epsilon_high=cfg.epsilon_high,
+            delta=cfg.delta,
+            beta=cfg.beta,
+            kl_estimator=cfg.kl_estimator,
+            max_new_tokens=cfg.max_completion_length,
+            importance_cap=cfg.importance_cap,
+        )
+        not_shown = {"ratio", "clip_ratio/low_mean", "clip_ratio/high_mean", "reward_std"}
+        not_shown |= {"completions/max_length", "sampling/sampling_logp_difference/mean"}
+        not_shown |= {f"rewards/{name}/mean" for name in names}
+        updates = cfg.steps_per_generation * cfg.num_iterations  # optimiser steps per rollouts
+        wrapped, no_sync = runs.wrap(model, run)
+        with runs.catch_signals() as signals:
+            for step in range(first_step, max_steps):
+                lr = runs.set_lr(opt, cfg, step, max_steps)
+
+                # ---- rollouts
+                start = time.time()
+                if step % updates == 0:
+                    model.eval()
+                    groups, cursor = next_rollouts(sampler, prompts, cursor, cfg, run)
+                    if updates > 1:  # with one update the policy is still the one that sampled
+                        groups = add_old_logps(groups, model, cfg, run)
+                    if cfg.rollouts_every and step % cfg.rollouts_every < updates:
+                        path = Path(cfg.out_dir) / "rollouts" / f"{step}.jsonl"
+                        rollouts.write_rollouts(groups, path, run)
+                        rollouts.show_rollouts(groups)
+                seconds_rollout, start = time.time() - start, time.time()
+
+                # ---- forward, loss, backward
+                first = step % cfg.steps_per_generation * cfg.global_bsz
+                samples = groups[first : first + cfg.global_bsz]  # the same on every process
+                completions = completions_of(samples)
+                n_items = max(sum(sum(c["mask"]) for c in completions), 1)
+                model.train()
+                loss, totals, gaps = 0.0, {}, []
+                share = samples[run.rank :: run.world]
+                for i, micro_batch in enumerate(runs.chunks(share, cfg.micro_bsz)):
+                    forks = fork_groups(micro_batch, run.device)
+                    mask, advantages, sampler_logps, old_logps = tensors_of(micro_batch, run.device)
+                    ref_logps = None
+                    if cfg.beta and reference_model is not None:
+                        ref_logps = logps_of(reference_model, forks, cfg)
+                    elif cfg.beta:
+                        with model.reference():
+                            ref_logps = logps_of(model, forks, cfg)
+                    with nullcontext() if i == accumulation - 1 else no_sync():
+                        scores = score_forks(wrapped, forks, cfg.chunk_len, cfg.temperature)
+                        logps = forks.by_row(scores.logps)  # [B, T]
+                        before = logps.detach() if old_logps is None else old_logps
+                        reported = torch.where(sampler_logps.isnan(), before, sampler_logps)
+                        batch_loss, batch_metrics = policy_loss(
+                            logps,
+                            old_logps,
+                            advantages,
+                            mask,
+                            ref_logps=ref_logps,
+                            entropy=forks.by_row(scores.entropy.detach()),
+                            sampling_logps=reported if cfg.importance_cap else None,
+                            num_items=n_items,
+                            num_rows=len(completions),
+                            **variant,
                         )
-
-            seconds_rollout, t = time.time() - t, time.time()
-            batch = kept["groups"][step % cfg.steps_per_generation * cfg.global_bsz :][
-                : cfg.global_bsz
-            ]
-            completions = completions_of(batch)
-            # sums over the whole batch's tokens and rows; x world because DDP averages gradients
-            n_items = max(sum(sum(c["mask"]) for c in completions), 1)
-            share = dict(num_items=n_items / run.world, num_rows=len(completions) / run.world)
-            loss, totals, gaps = 0.0, {}, []
-            model.train()
-            for i, micro in enumerate(common.chunks(batch[run.rank :: run.world], cfg.micro_bsz)):
-                forks, mask, advantages, said, old = tensors(micro, run.device)
-                ref = None
-                if cfg.beta:
-                    with nullcontext() if reference is not None else model.reference():
-                        ref = logps_of(reference or model, forks, cfg)
-
-                def loss_of(scores):
-                    logps, entropy = by_row(scores.logps, forks), by_row(scores.entropy, forks)
-                    now = old if old is not None else logps.detach()
-                    gap = (now - said)[mask.bool()].abs()
-                    gaps.append(gap[~gap.isnan()])
-                    return policy_loss(
-                        logps,
-                        old,
-                        advantages,
-                        mask,
-                        ref_logps=ref,
-                        entropy=entropy.detach(),
-                        **method,
-                        **share,
-                        sampling_logps=torch.where(said.isnan(), now, said)
-                        if cfg.importance_cap
-                        else None,
-                        importance_cap=cfg.importance_cap,
+                        (batch_loss * run.world).backward()  # DDP averages over processes: x world
+                    loss += batch_loss.detach()
+                    for name, value in batch_metrics.items():
+                        totals[name] = totals.get(name, 0.0) + value
+                    gaps.append(
+                        (before - sampler_logps)[mask.bool() & ~sampler_logps.isnan()].abs()
                     )
-
-                now, values = forked_backward(
-                    wrapped,
-                    forks,
-                    loss_of,
-                    cfg.chunk_len,
-                    cfg.temperature,
-                    nullcontext if i == accumulation - 1 else no_sync,
+                gaps = torch.cat(gaps)
+                grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+                loss, stop, gap_sum, n_gaps, *sums = runs.all_sum(
+                    loss, len(signals), gaps.sum(), len(gaps), *totals.values()
                 )
-                loss, totals = (
-                    loss + now / run.world,
-                    {k: totals.get(k, 0.0) + v / run.world for k, v in values.items()},
-                )
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip or math.inf)
-            gaps = torch.cat(gaps)
-            loss, stop, gap_sum, gap_n, *values = common.all_sum(
-                loss, len(signals), gaps.sum(), len(gaps), *totals.values()
-            )
-            common.check_finite(cfg, step, loss, grad_norm)
-            opt.step()
-            opt.zero_grad()
-            done, now, values = step + 1, dict(zip(totals, values)), {}
-            metrics.tokens += sum(len(c["tokens"]) for c in completions)
-            if done % updates == 0:
-                kept["groups"] = []  # used up
+                runs.check_finite(cfg, step, loss, grad_norm)
+                opt.step()
+                opt.zero_grad()
+                done, values = step + 1, {}
+                metrics.tokens += sum(len(c["tokens"]) for c in completions)
+                if done % updates == 0:
+                    groups = []  # used up
+                largest_gap = max(runs.gather([float(gaps.max()) if len(gaps) else 0.0]))
 
-            if done == max_steps or (cfg.eval_every and done % cfg.eval_every == 0):
-                values = validate()
-            if values or done % cfg.log_every == 0 or done in (1, max_steps):
-                metrics.progress(
-                    done,
-                    max_steps,
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=grad_norm,
-                    quiet=quiet,
-                    **batch_metrics(batch),
-                    **now,
-                    **{
-                        "sampling/sampling_logp_difference/mean": gap_sum / max(gap_n, 1),
-                        "sampling/sampling_logp_difference/max": max(
-                            common.gather([float(gaps.max()) if len(gaps) else 0.0])
-                        ),
+                # ---- evaluate, log, save
+                if done == max_steps or runs.due(done, cfg.eval_every):
+                    values = validate(sampler, val_prompts, cfg, run)
+                    watched = -values.get("val_pass@1", -math.inf)
+                    best_loss = tune.save_best(model, cfg, run, watched, best_loss, about)
+                if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
+                    values = {
+                        **rollouts.rollout_metrics(samples),
+                        **dict(zip(totals, sums, strict=True)),
+                        "sampling/sampling_logp_difference/mean": gap_sum / max(n_gaps, 1),
+                        "sampling/sampling_logp_difference/max": largest_gap,
                         "seconds/rollout": seconds_rollout,
-                        "seconds/train": time.time() - t,
-                    },
-                    **values,
-                )
-            common.end_step(cfg, save, done, max_steps, stop)
-    common.end_run(cfg, metrics, max_steps, "*-final.*")
+                        "seconds/train": time.time() - start,
+                        **values,
+                    }
+                    metrics.progress(done, max_steps, loss, lr, grad_norm, not_shown, **values)
+                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
+                if checkpoint:
+                    tune.save_tuned(model, cfg, run, checkpoint, about)
+                if checkpoint or stop:
+                    at = dict(step=done, best_loss=best_loss, cursor=cursor, groups=groups)
+                    runs.save_last(cfg, run, model, opt, same, **at)
+                    passes = ("val_pass@1", f"val_pass@{cfg.eval_generations}")
+                    metrics.plot("reward", *passes, "entropy")
+                if stop and done < max_steps:
+                    runs.stopped(cfg, done, max_steps)
+                    sys.exit(130)
+        runs.finished(cfg, metrics, max_steps, "*-final.*")
 
 
 if __name__ == "__main__":

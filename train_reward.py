@@ -1,32 +1,32 @@
-"""A reward model: a scalar head on the hidden state of an answer's end token, from preferences.
+"""A reward model: a scalar head on the hidden state of an answer's end token.
 
-    pair         - log s(r_chosen - r_rejected - margin) + center_coef (r_chosen + r_rejected)^2
-                 s = sigmoid
-    K-wise       sum over ranks i of log(sum over j >= i of exp r_j) - r_i, best first
-                 (Plackett-Luce; K = 2 is the pair)
+    ranking      - log s(r_chosen - r_rejected - margin) + center_coef (r_chosen + r_rejected)^2
+                 of a pair; s = sigmoid (Bradley-Terry)
+                 sum over ranks i of log(sum over j >= i of exp r_j) - r_i
+                 of K scored answers, best first (Plackett-Luce; K = 2 is the pair)
     regression   (r - score)^2; of a pair the chosen answer's score is 1, the other's -1, as in
                  rwkv_reward
 
-A sample is a prompt with its answers, and the mean is over prompts. A prompt runs once and its
-answers start from its state. With tune=state one trunk serves as policy and as reward model, told
-apart by a state of a few MB. What is written is an ordinary model file with one tensor more,
-score.weight [1, C], or an adapter or a state with that vector beside it; GRPO and self-rewarding
-load it by path. Papers: Bradley-Terry pairs arXiv 1706.03741, 2203.02155; centring 2312.09244.
+The mean is over prompts. A prompt runs once and its answers start from its state. With tune=state
+one trunk serves as policy and as reward model, told apart by a state of a few MB. What is written
+is an ordinary model file with one tensor more, score.weight [1, C], or an adapter or a state with
+that vector beside it; GRPO and self-rewarding load it by its path. Papers: Bradley-Terry pairs
+arXiv 1706.03741, 2203.02155; centring arXiv 2312.09244.
 
-Data: JSONL of prompt, chosen, rejected (margin), or prompt, responses, scores. Rows longer than
-ctx_len are dropped, and counted. LoRA wants about ten times the learning rate.
+Data: JSONL of prompt, chosen, rejected (and margin), or of prompt, responses, scores; a sample is a
+prompt. Rows longer than ctx_len are dropped, and counted. With --score=FILE nothing is trained: the
+rows of FILE, a prompt with a completion or completions each, are written beside it with the scores
+that the reward model in init_from gives them.
 
 Usual mistakes: reading the score at a padding token; forgetting that length explains much of it
 (accuracy where the chosen answer is the shorter one is reported); more than an epoch or two, which
 fits the raters' noise.
 
-    python train_reward.py config/reward_tiny.py                       0.94 of held-out pairs
-    python train_reward.py config/reward_1b5.py --tune=lora --lr=1e-4  one GPU
+    python train_reward.py config/reward_tiny.py                        a laptop: 0.94 of pairs
+    python train_reward.py config/reward_1b5.py --tune=lora --lr=1e-4   one GPU
     python train_reward.py --score=answers.jsonl --init_from=out/reward/rwkv-final.pth
-                                                                       -> answers.scored.jsonl
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -40,11 +40,11 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.nn.utils import clip_grad_norm_
 
-from gosling import files, runs, tune
+from gosling import engine, runs, tune
 from gosling.batch import score_answers
 from gosling.config import Decay, UserError, load_config, print0
 from gosling.data import read_jsonl, read_preferences, render_answer
-from gosling.engine import load
+from gosling.files import figure, write_jsonl
 from gosling.tokenizer import tokenizer_of
 
 
@@ -53,14 +53,14 @@ class Config:
     # data and model
     data: str = "data/pairs.jsonl"  # training data, of the kind that the docstring says
     val_data: str = ""  # the same, held out, to validate on; empty = none
-    score: str = ""  # do not train: score this JSONL of prompt and completion(s), beside it
+    score: str = ""  # do not train: write this JSONL of prompts and completions with their scores
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     init_from: str = ""  # weights to start from (.pth, .safetensors)
     # loss
     loss_type: Literal["ranking", "regression"] = "ranking"  # formulas above
     center_coef: NonNegativeFloat = 0.0  # pulls the sum of a pair's rewards to zero; 0.01 is usual
     # what trains
-    tune: Literal["full", "lora", "state", "head"] = "full"  # weights, LoRA, state or scalar head
+    tune: Literal["full", "lora", "state", "head"] = "full"  # all weights, adapter, state or head
     lora_r: PositiveInt = 32  # LoRA rank
     lora_alpha: PositiveFloat = 64.0  # LoRA scale: alpha / r
     lora_dropout: Decay = 0.0  # LoRA dropout
@@ -104,7 +104,7 @@ class Config:
 
 
 def preference_loss(chosen, rejected, *, margin=None, center_coef=0.0):
-    """Rewards of pairs, each [B] -> losses [B]."""
+    """Rewards of pairs, each [B] -> losses [B]; margin: a number or [B]."""
     difference = chosen - rejected
     if margin is not None:
         difference = difference - margin
@@ -112,141 +112,151 @@ def preference_loss(chosen, rejected, *, margin=None, center_coef=0.0):
 
 
 def ranking_loss(rewards, scores):
-    """Plackett-Luce: rewards [K] of one prompt's answers, scores [K] that rank them -> loss.
+    """Plackett-Luce: rewards [K] of one prompt's answers, K scores that rank them -> loss.
 
-    Equal scores rank in the file's order.
+    Equal scores rank in file order.
     """
-    ranks = torch.as_tensor(scores).argsort(descending=True, stable=True)
-    r = rewards[ranks]  # [K], the best first
+    order = torch.as_tensor(scores).argsort(descending=True, stable=True)
+    r = rewards[order]  # best first
     return (r.flip(0).logcumsumexp(0).flip(0) - r).sum()
 
 
-def prompt_loss(rewards, row, cfg):
+def row_loss(rewards, row, cfg):
     """rewards [K] of the answers of one data.Preference -> loss"""
     if cfg.loss_type == "regression":
-        scores = torch.tensor(row.scores or [1.0, -1.0], device=rewards.device)
-        return (rewards - scores).square().mean()
+        targets = torch.tensor(row.scores or [1.0, -1.0], device=rewards.device)
+        return (rewards - targets).square().mean()
     if row.scores:
         return ranking_loss(rewards, row.scores)
-    chosen, rejected = rewards.view(2, 1)
-    losses = preference_loss(chosen, rejected, margin=row.margin, center_coef=cfg.center_coef)
-    return losses.sum()
-
-
-def rewards_of(model, rows, device):
-    """[data.Preference, …] -> a list of rewards [K] for each: one pass, every prompt once."""
-    return score_answers(model, [(row.prompt, row.answers) for row in rows], device)
+    chosen, rejected = rewards
+    return preference_loss(chosen, rejected, margin=row.margin, center_coef=cfg.center_coef)
 
 
 def best_and_worst(row):
-    """Which of a row's answers is the best, which the worst -> their indices."""
-    if not row.scores:
-        return 0, 1
-    return row.scores.index(max(row.scores)), row.scores.index(min(row.scores))
+    """Which of a row's answers is the best, and which the worst."""
+    if row.scores:
+        return row.scores.index(max(row.scores)), row.scores.index(min(row.scores))
+    return 0, 1
 
 
-def gaps_of(rewards, rows):
-    """Rewards [K] of each row -> [rows]: the best answer's reward minus the worst's."""
-    gaps = []
-    for r, row in zip(rewards, rows, strict=True):
-        best, worst = best_and_worst(row)
-        gaps.append(r[best] - r[worst])
-    return torch.stack(gaps).detach()
+def gap(rewards, row):
+    """rewards [K] of a row's answers -> the best answer's less the worst's"""
+    best, worst = best_and_worst(row)
+    return rewards[best] - rewards[worst]
+
+
+def rewards_of(model, rows, device):
+    """[Preference, ...] -> a tensor of rewards [K] for each"""
+    return score_answers(model, [(row.prompt, row.answers) for row in rows], device)
 
 
 @torch.no_grad()
 def evaluate(model, rows, cfg, run):
-    """-> {"val_…": number} over all processes, and their two histograms as rewards.png.
+    """{"val_...": number} on held-out rows, over all processes; rewards.png has the histograms.
 
-    Loss; accuracy, best against worst (a tie is wrong); margin; mean and spread of the rewards;
-    accuracy where the chosen answer is the shorter one.
+    Loss; accuracy, best answer against worst (a tie is wrong), and the same where the best one is
+    the shorter; their margin; mean and standard deviation of both rewards.
     """
+    best, worst, right_when_shorter, loss = [], [], [], 0.0
     share = rows[run.rank :: run.world]
-    best, worst, shorter, loss = [], [], [], 0.0
     for batch in runs.chunks(share, cfg.micro_bsz):
         for row, rewards in zip(batch, rewards_of(model, batch, run.device), strict=True):
-            i, j = best_and_worst(row)
-            best.append(rewards[i].item())
-            worst.append(rewards[j].item())
-            loss += prompt_loss(rewards, row, cfg).item()
-            if len(row.answers[i]) < len(row.answers[j]):
-                shorter.append(best[-1] > worst[-1])
-    n, n_shorter, loss, right_shorter = runs.all_sum(len(share), len(shorter), loss, sum(shorter))
-    best, worst = torch.tensor([runs.gather(best), runs.gather(worst)], dtype=torch.float64)
-    if run.main:
-        plot_rewards(best, worst, Path(cfg.out_dir) / "rewards.png")
+            a, b = best_and_worst(row)
+            best.append(rewards[a].item())
+            worst.append(rewards[b].item())
+            loss += row_loss(rewards, row, cfg).item()
+            if len(row.answers[a]) < len(row.answers[b]):
+                right_when_shorter.append(best[-1] > worst[-1])
+    n_right = sum(x > y for x, y in zip(best, worst, strict=True))
+    both = best + worst
+    n, n_shorter, n_right_shorter, n_right, loss, margin, total, squares = runs.all_sum(
+        len(share),
+        len(right_when_shorter),
+        sum(right_when_shorter),
+        n_right,
+        loss,
+        sum(best) - sum(worst),
+        sum(both),
+        sum(x * x for x in both),
+    )
+    draw_rewards(cfg, run, runs.gather(best), runs.gather(worst))
+    mean = total / (2 * n)
     values = {
         "val_loss": loss / n,
-        "val_accuracy": (best > worst).double().mean().item(),
-        "val_margin": (best - worst).mean().item(),
-        "val_mean_reward": torch.cat([best, worst]).mean().item(),
-        "val_std_reward": torch.cat([best, worst]).std(correction=0).item(),
+        "val_accuracy": n_right / n,
+        "val_margin": margin / n,
+        "val_mean_reward": mean,
+        "val_std_reward": math.sqrt(max(squares / (2 * n) - mean**2, 0.0)),
     }
     if n_shorter:
-        values["val_accuracy_shorter"] = right_shorter / n_shorter
+        values["val_accuracy_shorter"] = n_right_shorter / n_shorter
     return values
 
 
-def plot_rewards(best, worst, path):
-    """Histograms of the rewards of chosen and rejected answers."""
-    low, high = min(best.min(), worst.min()).item(), max(best.max(), worst.max()).item()
-    with files.figure(path) as ax:
-        for rewards, label in ((best, "chosen"), (worst, "rejected")):
-            ax.hist(rewards.numpy(), bins=40, range=(low, high + 1e-6), alpha=0.6, label=label)
+def draw_rewards(cfg, run, best, worst):
+    """rewards.png: histograms of the rewards of best and of worst answers, lists of numbers."""
+    if not run.main:
+        return
+    lowest, highest = min(best + worst), max(best + worst)
+    with figure(Path(cfg.out_dir) / "rewards.png") as ax:
+        for values, label in ((best, "chosen"), (worst, "rejected")):
+            ax.hist(values, bins=40, range=(lowest, highest + 1e-6), alpha=0.6, label=label)
         ax.set_xlabel("reward")
         ax.legend()
 
 
 # ----------------------------------------------------------------------------------------------
-# --score=FILE
+# --score: what a trained reward model says
 
-ANSWERS = '{"prompt", "completion"} or {"prompt", "completions": [...]}'
+COMPLETIONS = '{"prompt", "completion"} or {"prompt", "completions": [...]}'
 
 
-def answers_of(row):
-    """The texts to score in a row: its completion(s), or a preference's answers."""
+def render_completions(row, tokenizer):
+    """A row of COMPLETIONS, of sample.py batch or of preferences -> (prompt_ids, [answer_ids])"""
     texts = row.get("completions") or row.get("responses")
-    if texts is None:
-        keys = ("completion", "chosen", "rejected")
-        texts = [row[key] for key in keys if key in row]
+    if not texts:
+        texts = [row[key] for key in ("completion", "chosen", "rejected") if key in row]
     if not isinstance(texts, list):
         raise UserError(f'"completions" is a list; got {texts!r:.60}')
     if not texts:
         raise UserError(f"expected a completion; got the keys {sorted(row)}")
-    # sample.py batch writes {"text", …} for each
-    return [text["text"] if isinstance(text, dict) and "text" in text else text for text in texts]
+    rendered = []
+    for text in texts:
+        if isinstance(text, dict) and "text" in text:  # of sample.py batch
+            text = text["text"]
+        rendered.append(render_answer(row.get("prompt"), text, tokenizer))
+    return rendered[0][0], [answer_ids for _, answer_ids in rendered]
 
 
 @torch.no_grad()
 def write_scores(cfg, run):
-    """Each row of cfg.score gets its "scores" -> FILE.scored.jsonl"""
+    """Each row of cfg.score with its answers' "scores", as <name>.scored.jsonl beside it."""
     if not cfg.init_from:
         raise UserError("which reward model? --init_from=FILE, as train_reward.py wrote it")
-    model, tokenizer, _ = load(cfg.init_from, run.device, run.dtype, cfg.tokenizer)
+    model, tokenizer, _ = engine.load(cfg.init_from, run.device, run.dtype, cfg.tokenizer)
     if model.score is None:
         raise UserError(
-            f"{cfg.init_from} has no score.weight: give a reward model of train_reward.py"
+            f"{cfg.init_from} has no score.weight: give a reward model, as train_reward.py "
+            "writes it"
         )
 
     def render(row):
-        """-> (the row, prompt_ids, [answer_ids, …])"""
-        rendered = [render_answer(row.get("prompt"), text, tokenizer) for text in answers_of(row)]
-        return row, rendered[0][0], [answer_ids for _, answer_ids in rendered]
+        return row, render_completions(row, tokenizer)
 
-    out, n = Path(cfg.score).with_suffix(".scored.jsonl"), 0
-    with files.atomic_write(out) as tmp, open(tmp, "w", encoding="utf-8") as f:
-        for _, (row, prompt_ids, answers) in read_jsonl(cfg.score, ANSWERS, render):
-            scores = score_answers(model, [(prompt_ids, answers)], run.device)[0].tolist()
-            f.write(json.dumps({**row, "scores": scores}, ensure_ascii=False) + "\n")
-            n += 1
-    print0(f"{out}: {n:,} rows scored")
+    scored = []
+    for _, (row, group) in read_jsonl(cfg.score, COMPLETIONS, render):
+        (scores,) = score_answers(model, [group], run.device)
+        scored.append({**row, "scores": scores.tolist()})
+    out = Path(cfg.score).with_suffix(".scored.jsonl")
+    write_jsonl(out, scored)
+    print0(f"{out}: {len(scored):,} rows scored")
 
 
 # ----------------------------------------------------------------------------------------------
 
 
 def validate(model, val_rows, tokenizer, cfg, run):
-    """-> {name: number} on held-out preferences and of cfg.eval_fn."""
+    """-> {name: number} on held-out rows and of cfg.eval_fn."""
     model.eval()
     values = {}
     if val_rows:
@@ -273,13 +283,11 @@ def main(cfg):
         if cfg.val_data:
             val_rows = read_preferences(cfg.val_data, tokenizer, cfg.ctx_len)
         max_steps, accumulation = runs.plan_steps(cfg, run, len(rows))
-        n_answers, epochs = (
-            sum(len(row.answers) for row in rows),
-            max_steps * cfg.global_bsz / len(rows),
-        )
+        n_answers = sum(len(row.answers) for row in rows)
+        epochs = max_steps * cfg.global_bsz / len(rows)
         print0(
-            f"data: {len(rows):,} prompts, {n_answers:,} answers; {max_steps:,} steps of "
-            f"{cfg.global_bsz} prompts = {epochs:.2f} epochs"
+            f"data: {len(rows):,} prompts, {n_answers:,} answers; "
+            f"{max_steps:,} steps of {cfg.global_bsz} prompts = {epochs:.2f} epochs"
         )
 
         # ---- optimiser; a new run, or on from last.pt
@@ -304,24 +312,24 @@ def main(cfg):
                 samples = [rows[i] for i in runs.samples_of(step, len(rows), cfg, run)]
                 n_tokens = sum(len(row.prompt) + sum(map(len, row.answers)) for row in samples)
                 model.train()
-                loss = right = margin = 0.0
+                loss = n_right = margin = 0.0
                 for i, micro_batch in enumerate(runs.chunks(samples, cfg.micro_bsz)):
                     with nullcontext() if i == accumulation - 1 else no_sync():
-                        rewards = rewards_of(wrapped, micro_batch, run.device)  # [K] for each row
+                        rewards = rewards_of(wrapped, micro_batch, run.device)  # [K] of each row
                         losses = [
-                            prompt_loss(r, row, cfg)
-                            for r, row in zip(rewards, micro_batch, strict=True)
+                            row_loss(of_row, row, cfg)
+                            for of_row, row in zip(rewards, micro_batch, strict=True)
                         ]
-                        # The mean over the whole batch's prompts is not a mean of means.
-                        batch_loss = torch.stack(losses).sum() / cfg.global_bsz
+                        batch_loss = sum(losses) / cfg.global_bsz
                         (batch_loss * run.world).backward()  # DDP averages over processes: x world
-                    gaps = gaps_of(rewards, micro_batch)
+                    gaps = [gap(*pair) for pair in zip(rewards, micro_batch, strict=True)]
+                    gaps = torch.stack(gaps).detach()  # [B]
                     loss += batch_loss.detach()
-                    right += (gaps > 0).sum() / cfg.global_bsz
-                    margin += gaps.sum() / cfg.global_bsz
+                    n_right += (gaps > 0).sum()
+                    margin += gaps.sum()
                 grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-                loss, right, margin, stop, n_tokens = runs.all_sum(
-                    loss, right, margin, len(signals), n_tokens
+                loss, n_right, margin, n_tokens, stop = runs.all_sum(
+                    loss, n_right, margin, n_tokens, len(signals)
                 )
                 runs.check_finite(cfg, step, loss, grad_norm)
                 opt.step()
@@ -336,8 +344,8 @@ def main(cfg):
                         model, cfg, run, values.get("val_loss"), best_loss, about
                     )
                 if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
-                    values = {"accuracy": right, "margin": margin, **values}
-                    metrics.progress(done, max_steps, loss, lr, grad_norm, **values)
+                    means = dict(accuracy=n_right / cfg.global_bsz, margin=margin / cfg.global_bsz)
+                    metrics.progress(done, max_steps, loss, lr, grad_norm, **means, **values)
                 checkpoint = runs.checkpoint_name(cfg, done, max_steps)
                 if checkpoint:
                     tune.save_tuned(model, cfg, run, checkpoint, about)
@@ -347,7 +355,8 @@ def main(cfg):
                 if stop and done < max_steps:
                     runs.stopped(cfg, done, max_steps)
                     sys.exit(130)
-        runs.finished(cfg, metrics, max_steps, "*-final.*", *(["rewards.png"] if val_rows else []))
+        pictures = ["rewards.png"] if val_rows else []
+        runs.finished(cfg, metrics, max_steps, "*-final.*", *pictures)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
-"""State tuning: every weight frozen, only the state that the recurrence starts from is learned.
+"""State tuning: every weight is frozen, and only the state that the recurrence starts from learns.
 
     loss = - (1 / N) sum_t m_t log p(x_{t+1} | S_0, x_1 .. x_t)
-    S_0 [H, N, N] of each layer is all that trains
 
-A prompt writes a state; here the optimiser writes it, a few MB that turn one frozen model into
-another. The reference is the same model with the state off, many states share one model in memory
-and in a batch, and every RWKV engine reads the file. It carries a format, a style or a skill that
-the model half knows; it does not hold many facts, and it fades over long texts as the decay forgets
-it. Idea and practice: RWKV-StateTuning, RWKV-PEFT; no paper of its own.
+S_0, [H, N, N] in each layer, is all that trains. A prompt writes a state; here the optimiser writes
+it, a few MB that turn one frozen model into another. The reference is the same model with the state
+off, many states share one model in memory and in a batch, and every RWKV engine reads the file. A
+state carries a format, a style or a skill that the model half knows; it does not hold many facts,
+and it fades over long texts as the decay forgets it. Idea and practice: RWKV-StateTuning and
+RWKV-PEFT; there is no paper.
 
-Data: JSONL as for SFT, of which a sample is a document; or a folder of such files, for which one
-state per file is trained over the same frozen model (val_data: a folder with the same names). Each
-row starts from its own task's state, loss, token count and clipping are per task, and a task that a
-batch has no row of is not stepped. Each task has its subfolder of out_dir.
+Data: JSONL as for SFT, or a folder of such files, which trains one state per file over the same
+frozen model: each row starts from its own task's state; loss, token count and clipping are per
+task, and a task of which a batch has no row is not stepped. Each state then gets a folder of its
+own in out_dir, named like its file; a folder of val_data has files of the same names.
 
-Usual mistakes: learning rates of weights (a state wants 1e-2 and more, it starts from zero); rows
-and columns swapped (rows = value); validating inside the training loop's variables, which trains on
-validation data; weight decay.
+Usual mistakes: learning rates made for weights (a state wants 1e-2 and more, as it starts from
+zero); rows and columns swapped (rows = value); validating inside the training loop's variables,
+which trains on validation data; weight decay.
 
-    python train_state.py config/state_tiny.py                     0.45 -> 0.99 on an unseen skill
-    python train_state.py config/state_1b5.py --data=tasks/        one GPU, a state for each file
+    python train_state.py config/state_tiny.py                a laptop: exact match 0.45 -> 0.99
+    python train_state.py config/state_1b5.py --data=tasks/   one GPU, a state for each file
 """
 
 import math
@@ -36,7 +36,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from gosling import runs, tune
 from gosling.batch import evaluate, pack
-from gosling.config import Decay, UserError, load_config, print0
+from gosling.config import Decay, UserError, load_config, print0, show
 from gosling.data import read_examples
 from gosling.engine import prefill, show_answers
 from gosling.tokenizer import tokenizer_of
@@ -55,9 +55,9 @@ class Config:
     init_from: str = ""  # weights to start from (.pth, .safetensors)
     # what trains
     init_state: str = ""  # state file to start from; empty = zero
-    init_prompt: str = ""  # or start from the state that this text leaves
+    init_prompt: str = ""  # or start from the state that this text leaves behind
     layers: tuple[NonNegativeInt, ...] = ()  # train the states of these layers alone; none = of all
-    shift: bool = False  # also train both token-shift vectors; other engines do not read them
+    shift: bool = False  # also train both token-shift vectors, which other engines do not read
     # run
     out_dir: str = "out/state"  # folder for checkpoints, last.pt, config.json and metrics
     resume: bool = False  # go on from out_dir/last.pt
@@ -84,7 +84,7 @@ class Config:
     # evaluation, saving, logging
     eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
     eval_samples: NonNegativeInt = 3  # held-out prompts whose greedy answers are printed then
-    eval_off: bool = False  # validate with the state off, too, so that the base stays in view
+    eval_off: bool = False  # validate with the state off as well, so that the base stays in view
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
     keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
@@ -96,166 +96,183 @@ class Config:
 # the method: many tasks in a batch
 
 
-def read_tasks(path):
+def find_tasks(path):
     """A JSONL file, or a folder of them -> {task: file}; a single file's task is ""."""
     if not Path(path).is_dir():
         return {"": path}
-    tasks = {file.stem: str(file) for file in sorted(Path(path).glob("*.jsonl"))}
-    if not tasks:
-        raise UserError(
-            f"{path} is a folder without .jsonl files; state tuning wants one file for each task"
-        )
-    return tasks
+    files = {file.stem: str(file) for file in sorted(Path(path).glob("*.jsonl"))}
+    if not files:
+        raise UserError(f"{path} is a folder without .jsonl files; expected one file for each task")
+    return files
 
 
-def task_weights(weight, cu_seqlens, tasks, counts):
-    """weight [1, T] of packed documents, of the tasks [D] -> (weight / trained tokens of the
-    token's task in the whole batch, task of each token [T])
+def task_weights(weight, cu_seqlens, document_tasks, counts):
+    """-> (weight [1, T] of a loss that is each task's mean, task of each token [T]).
 
-    counts [number of tasks]: 0 for a task that is absent.
+    weight [1, T] and cu_seqlens [D + 1]: of packed documents. document_tasks [D]: the number of
+    each one's task. counts [tasks]: trained tokens of each task in the whole optimiser batch, 0 for
+    a task that is absent.
     """
-    task_of_token = tasks.repeat_interleave(cu_seqlens.diff().to(tasks.device))
-    return weight / counts.clamp(min=1)[task_of_token], task_of_token
+    lengths = cu_seqlens.diff().to(document_tasks.device)
+    token_tasks = document_tasks.repeat_interleave(lengths)
+    return weight / counts.clamp(min=1)[token_tasks], token_tasks
 
 
-def clip_each_task(model, present, grad_clip):
-    """Clip the gradient of each task that the batch has rows of -> the norm over all of them.
+def count_targets(samples, n_tasks):
+    """[(ids, mask, task), ...] -> the trained tokens of each task"""
+    counts = [0] * n_tasks
+    for _, mask, task in samples:
+        counts[task] += sum(mask[1:])
+    return counts
 
-    The gradients of the others go: Adam would move them on by their momentum.
+
+def clip_each(states, counts, grad_clip):
+    """Clip the gradient of each task's state on its own -> the norm of all of them, before that.
+
+    The state of an absent task loses its gradient of zeros: AdamW would move it by its momentum.
     """
     norms = []
-    for task, tuned in enumerate(model.tuned):
-        if task in present:
-            norms.append(clip_grad_norm_(tuned.parameters(), grad_clip or math.inf))
+    for state, count in zip(states, counts, strict=True):
+        if count == 0:
+            state.zero_grad()
         else:
-            tuned.zero_grad(set_to_none=True)
+            norms.append(clip_grad_norm_(state.parameters(), grad_clip or math.inf))
     return torch.stack(norms).norm()
 
 
 # ----------------------------------------------------------------------------------------------
+# models and data in, states out
 
 
 def open_model(cfg, run):
-    """-> (the frozen model, its tokenizer, its fingerprint)"""
+    """The frozen model on the device, and its tokenizer."""
     if not cfg.init_from:
-        raise UserError(
-            "which model? --init_from=FILE, the .pth or .safetensors of the state's base"
-        )
-    if cfg.init_state and cfg.init_prompt:
-        raise UserError(
-            "init_state and init_prompt are both given; a state starts from one of them"
-        )
+        raise UserError("which model? --init_from=FILE, the .pth or .safetensors to start from")
     model = from_pretrained(cfg.init_from, dtype=run.dtype)
-    model.score = None
     tokenizer = tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
-    base = fingerprint(model)
-    model.to(run.device)
     model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
+    model.to(run.device)
     fused.build(run.device)
-    return model, tokenizer, base
+    return model, tokenizer
 
 
-def add_states(model, tokenizer, cfg, n_tasks):
-    """A trainable state for each task, from zero, from cfg.init_state or after cfg.init_prompt."""
-    start = None
-    if cfg.init_state:
-        start, _ = read_state(cfg.init_state, model.config)
-    elif cfg.init_prompt:
-        _, start = prefill(model, [tokenizer.encode(cfg.init_prompt)])
-    torch.manual_seed(cfg.seed)
-    model.set_tune("state", tasks=n_tasks, shift=cfg.shift, layers=cfg.layers)
-    for tuned in model.tuned:
-        if start:
-            tuned.load(start)
-
-
-def read_documents(cfg, tokenizer):
-    """-> (names of the tasks, [(ids, mask, task number), …], {task: held-out (ids, mask) pairs})"""
-    options = dict(template=cfg.template, last_reply_only=cfg.last_reply_only)
-    tasks, documents, val_documents = read_tasks(cfg.data), [], {}
-    for number, file in enumerate(tasks.values()):
-        for ids, mask in read_examples(file, tokenizer, cfg.ctx_len, **options):
-            documents.append((ids, mask, number))
-    for name, file in (read_tasks(cfg.val_data) if cfg.val_data else {}).items():
-        if name not in tasks:
+def read_data(tokenizer, cfg):
+    """-> (rows to train on [(ids, mask, number of the task), ...], {task: held-out [(ids, mask),
+    ...]} or {}, the tasks' names)"""
+    reading = dict(template=cfg.template, last_reply_only=cfg.last_reply_only)
+    files, val_files = find_tasks(cfg.data), {}
+    if cfg.val_data:
+        val_files = find_tasks(cfg.val_data)
+    rows = []
+    for number, file in enumerate(files.values()):
+        documents = read_examples(file, tokenizer, cfg.ctx_len, **reading)
+        rows += [(ids, mask, number) for ids, mask in documents]
+    val_documents = {}
+    for task, file in val_files.items():
+        if task not in files:
             raise UserError(
-                f"{cfg.val_data}: {name or 'one file'} is no task of {cfg.data}; give a folder "
+                f"{cfg.val_data}: {task or 'one file'} is no task of {cfg.data}; give a folder "
                 "with the same names, or one file for each"
             )
-        val_documents[name] = read_examples(file, tokenizer, cfg.ctx_len, **options)
-    return list(tasks), documents, val_documents
+        val_documents[task] = read_examples(file, tokenizer, cfg.ctx_len, **reading)
+    return rows, val_documents, list(files)
 
 
-def save_state(model, cfg, run, name, task, task_name, tokenizer, base):
-    """Rank 0 writes one task's state as state-<name>.pth, or best.pth; the oldest ones go."""
-    if not run.main:
-        return
-    file = "best.pth" if name == "best" else f"state-{name}.pth"
-    path = Path(cfg.out_dir) / task_name / file
-    about = tune.origin(cfg, model, tokenizer, path.parent, base)
-    about["template"] = cfg.template.__name__ if cfg.template else "User: …\n\nAssistant: …"
-    tune.save_state(model, path, task, **about)
-    runs.prune(path, cfg.keep_last)
+def make_states(model, tokenizer, cfg, n_tasks):
+    """A tuned state for each task; they start from zero, from a file or from what a text leaves."""
+    if cfg.init_state and cfg.init_prompt:
+        raise UserError("init_state and init_prompt are both given; a state starts from one")
+    state = None  # [L, 1, ...]
+    if cfg.init_state:
+        state, _ = read_state(cfg.init_state, model.config)
+    elif cfg.init_prompt:
+        _, state = prefill(model, [tokenizer.encode(cfg.init_prompt)])
+    model.set_tune("state", tasks=n_tasks, shift=cfg.shift, layers=cfg.layers)
+    if state is not None:
+        for tuned in model.tuned:
+            tuned.load(state)
 
 
-def suffix(task_name):
-    """What the metrics of a task end in; nothing where there is one task."""
-    return f"/{task_name}" if task_name else ""
+def describe(model, tokenizer, cfg, tasks, base):
+    """-> {task: what its state's file says of itself}; base: the fingerprint of the weights."""
+    template = show(cfg.template) if cfg.template else "User: …\n\nAssistant: …"
+    abouts = {}
+    for task in tasks:
+        about = tune.origin(cfg, model, tokenizer, Path(cfg.out_dir) / task, base)
+        abouts[task] = {**about, "template": template}
+    return abouts
 
 
-def validate(model, val_documents, names, tokenizer, cfg, run):
-    """-> {name: number} on each task's held-out documents and of cfg.eval_fn, by its state."""
+def metric(name, task):
+    """What a number of one task is called."""
+    return f"{name}/{task}" if task else name
+
+
+def save_state(model, cfg, run, name, task, number, about):
+    """Rank 0 writes one task's state as state-<name>.pth or best.pth; the oldest numbered go."""
+    if run.main:
+        path = tune.tuned_path(model, Path(cfg.out_dir) / task, name)
+        tune.save_state(model, path, number, **about)
+        runs.prune(path, cfg.keep_last)
+
+
+def save_best_states(model, cfg, run, values, best_losses, abouts):
+    """Write best.pth of each task whose val_loss is below all before -> {task: lowest val_loss}"""
+    lowest = dict(best_losses)
+    for number, (task, about) in enumerate(abouts.items()):
+        val_loss = values.get(metric("val_loss", task), math.inf)
+        if val_loss < lowest.get(task, math.inf):
+            save_state(model, cfg, run, "best", task, number, about)
+            lowest[task] = val_loss
+    return lowest
+
+
+def validate(model, val_documents, tasks, tokenizer, cfg, run):
+    """-> {name: number} of each task on held-out documents and of cfg.eval_fn; prints answers."""
+    model.eval()
     values = {}
-    for task, name in enumerate(names):
-        model.task, of_task = task, {}
-        if name in val_documents:
-            of_task = evaluate(model, val_documents[name], cfg, run)
+    for number, task in enumerate(tasks):
+        model.task = number
+        of_task = {}
+        if task in val_documents:
+            of_task = evaluate(model, val_documents[task], cfg, run)
             if cfg.eval_off:
                 with model.reference():
-                    off = evaluate(model, val_documents[name], cfg, run)
+                    off = evaluate(model, val_documents[task], cfg, run)
                 of_task["val_loss_off"] = off["val_loss"]
             if run.main:
-                samples = val_documents[name][: cfg.eval_samples]
-                show_answers(model, samples, tokenizer, cfg.eval_off)
+                shown = val_documents[task][: cfg.eval_samples]
+                show_answers(model, shown, tokenizer, off=cfg.eval_off)
         if cfg.eval_fn is not None:
             of_task.update(cfg.eval_fn(model, tokenizer))
-        values.update({key + suffix(name): value for key, value in of_task.items()})
+        values.update({metric(name, task): value for name, value in of_task.items()})
     return values
-
-
-def better_tasks(values, names, best_losses):
-    """Numbers of the tasks whose validation loss is the lowest yet; best_losses is brought up to
-    date."""
-    better = []
-    for task, name in enumerate(names):
-        loss = values.get("val_loss" + suffix(name), math.inf)
-        if loss < best_losses.get(name, math.inf):
-            best_losses[name] = loss
-            better.append(task)
-    return better
 
 
 def main(cfg):
     with runs.processes(cfg) as run:
         # ---- model and tokenizer
-        model, tokenizer, base = open_model(cfg, run)
+        model, tokenizer = open_model(cfg, run)
 
         # ---- data
-        names, documents, val_documents = read_documents(cfg, tokenizer)
-        add_states(model, tokenizer, cfg, len(names))
-        max_steps, accumulation = runs.plan_steps(cfg, run, len(documents))
-        n_trained = sum(sum(mask[1:]) for _, mask, _ in documents)
-        epochs = max_steps * cfg.global_bsz / len(documents)
+        rows, val_documents, tasks = read_data(tokenizer, cfg)
+        max_steps, accumulation = runs.plan_steps(cfg, run, len(rows))
+        n_trained = sum(count_targets(rows, len(tasks)))
+        epochs = max_steps * cfg.global_bsz / len(rows)
         print0(
-            f"data: {len(documents):,} documents of {len(names)} tasks, {n_trained:,} trained "
-            f"tokens; {max_steps:,} steps of {cfg.global_bsz} documents = {epochs:.2f} epochs"
+            f"data: {len(rows):,} documents of {len(tasks)} tasks, {n_trained:,} trained tokens; "
+            f"{max_steps:,} steps of {cfg.global_bsz} documents = {epochs:.2f} epochs"
         )
+
+        # ---- a state for each task
+        make_states(model, tokenizer, cfg, len(tasks))
+        base = fingerprint(model)
+        abouts = describe(model, tokenizer, cfg, tasks, base)
 
         # ---- optimiser; a new run, or on from last.pt
         opt = runs.make_optimizer(model, cfg, run)
-        same = runs.identity(
-            cfg, model, ctx_len=cfg.ctx_len, documents=len(documents), tasks=names, base=base
-        )
+        of_the_data = dict(ctx_len=cfg.ctx_len, documents=len(rows), tasks=tasks, base=base)
+        same = runs.identity(cfg, model, **of_the_data)
         resumed = runs.resume(cfg, model, opt, same)
         first_step, best_losses = resumed.get("step", 0), resumed.get("best_losses", {})
         metrics = runs.open_run(cfg, run, model, tokenizer, first_step, max_steps)
@@ -263,9 +280,8 @@ def main(cfg):
         # ---- before the first step
         values = {}
         if first_step == 0:
-            values = validate(model, val_documents, names, tokenizer, cfg, run)
-            for task in better_tasks(values, names, best_losses):
-                save_state(model, cfg, run, "best", task, names[task], tokenizer, base)
+            values = validate(model, val_documents, tasks, tokenizer, cfg, run)
+            best_losses = save_best_states(model, cfg, run, values, best_losses, abouts)
         metrics.begin(values)
 
         # ---- the loop
@@ -273,27 +289,33 @@ def main(cfg):
         with runs.catch_signals() as signals:
             for step in range(first_step, max_steps):
                 lr = runs.set_lr(opt, cfg, step, max_steps)
-                samples = [documents[i] for i in runs.samples_of(step, len(documents), cfg, run)]
-                counts = [0] * len(names)  # trained tokens of each task in the whole batch
-                for _, mask, task in samples:
-                    counts[task] += sum(mask[1:])
-                n_tokens, *counts = runs.all_sum(sum(len(ids) for ids, *_ in samples), *counts)
-                present = [task for task, count in enumerate(counts) if count > 0]
-                counts = torch.tensor(counts, device=run.device)
-                losses = torch.zeros(len(names), device=run.device)
+                samples = [rows[i] for i in runs.samples_of(step, len(rows), cfg, run)]
+                n_tokens, *counts = runs.all_sum(
+                    sum(len(ids) for ids, _, _ in samples), *count_targets(samples, len(tasks))
+                )
+                counts = torch.tensor(counts, device=run.device)  # [tasks]
+                losses = torch.zeros_like(counts)
+                model.train()
                 for i, micro_batch in enumerate(runs.chunks(samples, cfg.micro_bsz)):
-                    x, y, weight, cu_seqlens = pack([row[:2] for row in micro_batch], run.device)
-                    tasks = torch.tensor([row[2] for row in micro_batch], device=run.device)
-                    weight, task_of_token = task_weights(weight, cu_seqlens, tasks, counts)
-                    packed = dict(cu_seqlens=cu_seqlens, targets=y, chunk_len=cfg.chunk_len)
+                    packed = [(ids, mask) for ids, mask, _ in micro_batch]
+                    x, y, weight, cu_seqlens = pack(packed, run.device)  # each [1, T]
+                    numbers = torch.tensor([k for _, _, k in micro_batch], device=run.device)  # [D]
+                    weight, token_tasks = task_weights(weight, cu_seqlens, numbers, counts)
                     with nullcontext() if i == accumulation - 1 else no_sync():
-                        scores, _ = wrapped(x, tune.task_states(model, tasks), **packed)
-                        nll = -weight * scores.logps  # [1, T], a mean over each task's tokens
+                        scores, _ = wrapped(
+                            x,
+                            tune.task_states(model, numbers),  # [L, D, ...]
+                            cu_seqlens=cu_seqlens,
+                            targets=y,
+                            chunk_len=cfg.chunk_len,
+                        )
+                        nll = -(weight * scores.logps)[0]  # [T]
                         (nll.sum() * run.world).backward()  # DDP averages over processes: x world
-                    losses.index_add_(0, task_of_token, nll.detach()[0])
-                grad_norm = clip_each_task(model, present, cfg.grad_clip)
+                    losses.index_add_(0, token_tasks, nll.detach())
+                grad_norm = clip_each(model.tuned, counts, cfg.grad_clip)
                 stop, *losses = runs.all_sum(len(signals), *losses)
-                loss = sum(losses[task] for task in present) / len(present)
+                present = [k for k, count in enumerate(counts) if count > 0]
+                loss = sum(losses[k] for k in present) / len(present)
                 runs.check_finite(cfg, step, loss, grad_norm)
                 opt.step()
                 opt.zero_grad()
@@ -302,28 +324,25 @@ def main(cfg):
 
                 # ---- evaluate, log, save
                 if done == max_steps or runs.due(done, cfg.eval_every):
-                    values = validate(model, val_documents, names, tokenizer, cfg, run)
-                    for task in better_tasks(values, names, best_losses):
-                        save_state(model, cfg, run, "best", task, names[task], tokenizer, base)
+                    values = validate(model, val_documents, tasks, tokenizer, cfg, run)
+                    best_losses = save_best_states(model, cfg, run, values, best_losses, abouts)
                 if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
-                    if len(names) > 1:
-                        values.update({f"loss/{names[task]}": losses[task] for task in present})
+                    if len(tasks) > 1:
+                        values.update({metric("loss", tasks[k]): losses[k] for k in present})
                     metrics.progress(done, max_steps, loss, lr, grad_norm, **values)
                 checkpoint = runs.checkpoint_name(cfg, done, max_steps)
                 if checkpoint:
-                    for task, name in enumerate(names):
-                        save_state(model, cfg, run, checkpoint, task, name, tokenizer, base)
+                    for number, (task, about) in enumerate(abouts.items()):
+                        save_state(model, cfg, run, checkpoint, task, number, about)
                 if checkpoint or stop:
-                    runs.save_last(cfg, run, model, opt, same, step=done, best_losses=best_losses)
-                    series = [
-                        what + suffix(name) for what in ("loss", "val_loss") for name in names
-                    ]
-                    metrics.plot(*series)
+                    at = dict(step=done, best_losses=best_losses)
+                    runs.save_last(cfg, run, model, opt, same, **at)
+                    metrics.plot(*(metric(n, task) for n in ("loss", "val_loss") for task in tasks))
                 if stop and done < max_steps:
                     runs.stopped(cfg, done, max_steps)
                     sys.exit(130)
-        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        runs.finished(cfg, metrics, max_steps, f"{Path(names[0]) / 'state-final.pth'}{others}")
+        folder = "*/" if len(tasks) > 1 else ""
+        runs.finished(cfg, metrics, max_steps, f"{folder}state-final.pth")
 
 
 if __name__ == "__main__":

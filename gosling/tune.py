@@ -32,11 +32,6 @@ from model import NEVER_TRAINED, Linear
 from wkv_cuda import fused
 
 
-def in_float32(x):
-    """x in float32, in which everything that trains is kept; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class LoRALinear(Linear):
     """A Linear with an adapter beside its weight, which it shares: y = W x + scale B A x."""
 
@@ -45,7 +40,7 @@ class LoRALinear(Linear):
             super().__init__(linear.in_features, linear.out_features)
         self.train(linear.training)
         self.weight = linear.weight  # [out, in]
-        A = in_float32(self.weight.new_empty(r, self.in_features))
+        A = fused.as_float32(self.weight.new_empty(r, self.in_features))
         self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
         # With B at zero the network is unchanged until B has moved.
         self.lora_B = nn.Parameter(A.new_zeros(self.out_features, r))
@@ -117,11 +112,11 @@ def set_tune(model, tune, tasks=1, **options):
     model.requires_grad_(False)
     if tune == "full":
         for name, p in model.named_parameters():
-            p.requires_grad, p.data = name not in frozen_names(model), in_float32(p.data)
+            p.requires_grad, p.data = name not in frozen_names(model), fused.as_float32(p.data)
     elif tune == "lora":
         add_adapters(model, **options)
     elif tune == "state":
-        like = in_float32(model.emb.weight[:0])
+        like = fused.as_float32(model.emb.weight[:0])
         states = [TunedState(model.config, **options) for _ in range(tasks)]
         model.tuned.extend(state.to(like.device, like.dtype) for state in states)
     if model.score is not None:
@@ -164,7 +159,7 @@ def add_adapters(model, r=32, alpha=64.0, dropout=0.0, rslora=False, targets=(),
         if not found:
             raise UserError(f"extra={part_of_name!r}: no parameter has that in its name")
         for name, p in found:
-            p.data, p.requires_grad = in_float32(p.data), True
+            p.data, p.requires_grad = fused.as_float32(p.data), True
             model.extra_base[name] = nn.Parameter(p.detach().clone(), False)
     model.lora = dict(r=r, alpha=alpha, rslora=rslora, dropout=dropout)
 

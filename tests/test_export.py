@@ -1,5 +1,5 @@
-"""export.py: merged files against the network with its adapter on and against the official package, bit-exact round
-trips, fla's layout by its own names, what inspect says, and every refusal."""
+"""export.py: merged files against the network with its adapter on and against the official package,
+bit-exact round trips, fla's layout by its own names, what inspect says, and every refusal."""
 
 import copy
 import json
@@ -7,14 +7,17 @@ import re
 
 import pytest
 import torch
+from helpers import RANKS, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import export
 import prepare
-from common import UserError
-from model import RWKV, read_metadata, read_weights, write_weights
-from test_model import RANKS, random_model
+from gosling.config import UserError
+from gosling.tokenizer import train_bpe
+from gosling.tune import write_tuned
+from gosling.weights import read_metadata, read_weights, write_weights
+from model import RWKV
 from wkv_cuda import wkv7
 
 IDX = torch.randint(0, 320, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -41,10 +44,10 @@ def lora(model, path, **options):
     model = copy.deepcopy(model).eval()
     model.set_tune("lora", **options)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.requires_grad:
                 p += 0.05 * torch.randn_like(p)
-    written = model.save_tuned(path.parent, "trained")
+    written = write_tuned(model, path.parent, "trained")
     write_weights(read_weights(written), path, read_metadata(written))  # a .pth carries no metadata
     written.unlink()
     return model
@@ -56,7 +59,7 @@ def same(one, other, names=None):
         assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # merge
 
 
@@ -153,7 +156,8 @@ def test_merge_refusals(tmp_path):
         assert "\n" not in str(e.value) and not (tmp_path / "m.pth").exists()
 
     refused(
-        r"another base, .*: blocks\.\d\.\S+\.weight, \[\d+, \d+\] in \S+wide\.pth, has lora_A \[4, \d+\]",
+        r"another base, .*: blocks\.\d\.\S+\.weight, \[\d+, \d+\] in \S+wide\.pth, "
+        r"has lora_A \[4, \d+\]",
         "wide.pth",
     )
     refused(
@@ -251,7 +255,7 @@ def test_merge_state(version, tmp_path, official, capsys):
         run(*args, f"--adapter={tmp_path}/s.pth", "--overwrite")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # convert
 
 
@@ -307,11 +311,12 @@ def test_convert_to_a_dtype_refuses_what_is_not_finite_there(value, dtype, tmp_p
     )  # bit for bit is anything
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # hub
 
-# flash-linear-attention's RWKV7ForCausalLM with hidden 128, 3 layers, 2 heads, 320 ids, FFN 512, ranks w 24, a 40, v 8,
-# g 56; read off its modules (fla/layers/rwkv7.py, fla/models/rwkv7/modeling_rwkv7.py), not off export.py
+# flash-linear-attention's RWKV7ForCausalLM with hidden 128, 3 layers, 2 heads, 320 ids, FFN 512,
+# ranks w 24, a 40, v 8, g 56; read off its modules (fla/layers/rwkv7.py,
+# fla/models/rwkv7/modeling_rwkv7.py), not off export.py
 LAYER = {
     "attn_norm.weight": [128],
     "attn_norm.bias": [128],
@@ -421,8 +426,9 @@ def test_hub_folder_has_flas_names_and_config(tmp_path):
 
 @pytest.fixture
 def fla(monkeypatch):
-    """flash-linear-attention and transformers, where they are installed. Its kernels want a GPU; what the library itself
-    says they compute stands in for them, and wkv_cuda for the recurrence."""
+    """flash-linear-attention and transformers, where they are installed. Its kernels want a GPU;
+    what the library itself says they compute stands in for them, and wkv_cuda for the recurrence.
+    """
     pytest.importorskip("fla.models")
     pytest.importorskip("transformers")
     from fla.layers import rwkv7 as layer
@@ -586,17 +592,19 @@ def test_hub_refusals(tmp_path):
 
 
 MIXED = (
-    "Hello, world!  Two spaces,\n\n\ttabs - 今天是美好的一天。 наука 🎉 <|endoftext|> 3.14159 ----------------\n"
+    "Hello, world!  Two spaces,\n\n\ttabs - 今天是美好的一天。 наука 🎉 <|endoftext|> 3.14159 "
+    "----------------\n"
     "fn(x) {\n    y = x;\n}"
 )
 
 
 def test_the_hub_folders_tokenizer_gives_the_same_ids(tmp_path):
-    """A tokenizer.json goes along as it is, any other as a vocab file; the folder is over an older export each time."""
+    """A tokenizer.json goes along as it is, any other as a vocab file; each time the folder is over
+    an older export."""
     (tmp_path / "vocab.txt").write_text(
         "1 'a' 1\n2 'ab' 2\n3 'b' 1\n4 'bc' 2\n5 'c' 1\n6 ' ' 1\n7 'ca ' 3\n"
     )
-    prepare.save_tokenizer(prepare.train_bpe([MIXED] * 3, 300), tmp_path)
+    train_bpe([MIXED] * 3, 300).save(tmp_path)
     saved("x070", tmp_path / "small.pth")
     saved("x070", tmp_path / "large.pth", vocab_size=65536, n_embd=64, n_layer=1)
     for model, name, text, file in (
@@ -666,7 +674,7 @@ def test_chat_template_writes_what_render_chat_writes():
                 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # inspect, and the command line
 
 
