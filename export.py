@@ -62,9 +62,11 @@ class Config:
 
 def check_out(cfg, suffixes):
     """UserError unless --out has one of `suffixes`, or with () is a folder, and may be written."""
-    expected = f"a name in {' or '.join(suffixes)}" if suffixes else "a folder"
-    if (Path(cfg.out).suffix in (suffixes or WEIGHTS)) != bool(suffixes):
-        raise UserError(f"--out={cfg.out}: expected {expected}")
+    suffix = Path(cfg.out).suffix
+    if suffixes and suffix not in suffixes:
+        raise UserError(f"--out={cfg.out}: expected a name in {' or '.join(suffixes)}")
+    if not suffixes and suffix in WEIGHTS:
+        raise UserError(f"--out={cfg.out}: expected a folder")
     if Path(cfg.out).exists() and not cfg.overwrite:
         raise UserError(f"{cfg.out} is already there; choose another --out, or give --overwrite")
 
@@ -92,6 +94,10 @@ def write(weights, out, metadata=None):
         copies[name] = weights.pop(name).clone(memory_format=torch.contiguous_format)
     write_weights(copies, out, metadata)
     print(f"{out}: {total(copies)}")
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def total(weights):
@@ -165,7 +171,7 @@ def merge_lora(weights, cfg):
             scale = alpha / (math.sqrt(len(A)) if rslora else len(A))
             w = w + scale * (as_float32(B) @ as_float32(A))
         weights[name] = w if cfg.dtype else w.to(old.dtype)  # `cast` goes to cfg.dtype from float32
-    print(f"{cfg.adapter}: {len(adapter)} tensors merged, alpha {alpha:g}{', rslora' * rslora}")
+    print(f"{cfg.adapter}: {len(adapter)} tensors merged, alpha {alpha:g}, rslora {rslora}")
 
 
 def fits(old, A, B, extra):
@@ -190,10 +196,9 @@ def merge_state(weights, config, cfg):
         )
     weights.update(state)
     if config.version == "x070":
-        print(
-            "warning: the rwkv package silently ignores a state inside an RWKV-7 file; ship the "
-            "state file beside the model, and give it to the engine as the initial state",
-            file=sys.stderr,
+        warn(
+            "the rwkv package silently ignores a state inside an RWKV-7 file; ship the state file "
+            "beside the model, and give it to the engine as the initial state"
         )
 
 
@@ -203,10 +208,9 @@ def convert(cfg):
     if cfg.dtype:
         cast(weights, cfg.dtype)
     if "alpha" in metadata and Path(cfg.out).suffix == ".pth":
-        print(
-            f"warning: a .pth cannot carry this LoRA's alpha={metadata['alpha']}, "
-            f"rslora={metadata.get('rslora')}; write them down, merging it will ask",
-            file=sys.stderr,
+        warn(
+            f"a .pth cannot carry this LoRA's alpha={metadata['alpha']}, "
+            f"rslora={metadata.get('rslora')}; write them down, merging it will ask"
         )
     write(weights, cfg.out, metadata or None)
 
@@ -239,9 +243,7 @@ def state(cfg):
         write_state(value, cfg.out, **about)
     else:
         if value["att_shift"].any() or value["ffn_shift"].any():
-            print(
-                "warning: web-rwkv does not read shift vectors; they are left out", file=sys.stderr
-            )
+            warn("web-rwkv does not read shift vectors; they are left out")
         layers = value["wkv"][:, 0].mT.contiguous()  # [L, H, key, value]
         weights = {f"blocks.{i}.att.time_state": wkv for i, wkv in enumerate(layers)}
         cast(weights, "float16")
@@ -469,33 +471,32 @@ def inspect(cfg):
     states = [name for name in weights if name.endswith(".time_state")]
     if lora:
         metadata = read_metadata(cfg.file)
-        ranks = "/".join(sorted({str(len(weights[name])) for name in lora}))
-        what = (
-            f"a LoRA of rank {ranks}, alpha {metadata.get('alpha', '?')}, "
-            f"rslora {metadata.get('rslora', '?')}, {len(lora)} matrices, "
-            f"{len(weights) - 2 * len(lora)} extra tensors"
-        )
+        r = "/".join(sorted({str(len(weights[name])) for name in lora}))
+        alpha, rslora = metadata.get("alpha", "?"), metadata.get("rslora", "?")
+        what = f"a LoRA of rank {r}, alpha {alpha}, rslora {rslora}, {len(lora)} matrices, "
+        what += f"{len(weights) - 2 * len(lora)} extra tensors"
     elif states and len(states) == len(weights):
         what = f"a tuned state of {len(states)} layers, each {shape_of(weights[states[0]])}"
     else:
-        config = config_of(weights, cfg.file)
-        sizes = ", ".join(f"{size} {value}" for size, value in vars(config).items() if value)
-        what = f"RWKV-{config.version[2]}: {sizes}"
-        if "score.weight" in weights:
-            what += ", a reward model (score.weight)"
-        if states:
-            odd.append(
-                f"a tuned state of {len(states)} layers is inside; "
-                "the rwkv package ignores it in RWKV-7 files"
-            )
-        network = {name: w for name, w in weights.items() if name not in states}
-        odd += tensor_problems(network, expected_shapes(config, "score.weight" in weights))
-    lines = [
-        f"{cfg.file}: {what}",
-        total(weights),
-        *(f"odd: {line}" for line in odd or ["nothing"]),
-    ]
-    print("\n".join(lines))
+        what, odd_tensors = inspect_network(weights, states, cfg.file)
+        odd += odd_tensors
+    print(f"{cfg.file}: {what}\n{total(weights)}")
+    for line in odd or ["nothing"]:
+        print(f"odd: {line}")
+
+
+def inspect_network(weights, states, file):
+    """-> (what network it is, what is odd about it); states: names of tuned states inside."""
+    config, odd = config_of(weights, file), []
+    what = f"RWKV-{config.version[2]}: "
+    what += ", ".join(f"{size} {value}" for size, value in vars(config).items() if value)
+    if "score.weight" in weights:
+        what += ", a reward model (score.weight)"
+    if states:
+        inside = f"a tuned state of {len(states)} layers is inside"
+        odd.append(f"{inside}; the rwkv package ignores it in RWKV-7 files")
+    network = {name: w for name, w in weights.items() if name not in states}
+    return what, odd + tensor_problems(network, expected_shapes(config, "score.weight" in weights))
 
 
 COMMANDS = {

@@ -64,14 +64,12 @@ class RWKVConfig:
                 f"n_embd={C} is not a multiple of head_size={N}; try n_embd={math.ceil(C / N) * N}"
             )
 
-        def rank(factor):  # upstream's rule for new models; files carry their own ranks
-            return max(32, 32 * round(factor * math.sqrt(C) / 32))
-
+        # Upstream's rule for new models; files carry their own ranks.
+        sizes = dict(dim_ffn=int(3.5 * C) // 32 * 32, decay_rank=64, mix_rank=32)
         if self.version == "x070":
-            sizes = dict(dim_ffn=4 * C, decay_rank=rank(2.5), iclr_rank=rank(2.5))
-            sizes.update(value_rank=rank(1.7), gate_rank=rank(5.0))
-        else:
-            sizes = dict(dim_ffn=int(3.5 * C) // 32 * 32, decay_rank=64, mix_rank=32)
+            factors = dict(decay_rank=2.5, iclr_rank=2.5, value_rank=1.7, gate_rank=5.0)
+            sizes = {k: max(32, 32 * round(f * math.sqrt(C) / 32)) for k, f in factors.items()}
+            sizes["dim_ffn"] = 4 * C
         for name, size in sizes.items():
             setattr(self, name, getattr(self, name) or size)
 
@@ -97,6 +95,10 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         return fused.linear(x, self.weight.to(x.dtype))
+
+    def whole_weight(self):
+        """What forward multiplies with, [out, in]; with an adapter it is more than the weight."""
+        return self.weight
 
 
 class LayerNorm(nn.LayerNorm):
@@ -315,8 +317,8 @@ class ChannelMix6(nn.Module):
     def forward(self, x, shift, packing):
         x_prev, shift = token_shift(x, shift, packing)
         x_k, x_r = fused.mix(x, x_prev, self.time_maa_k, self.time_maa_r)
-        r = torch.sigmoid(self.receptance(x_r))
-        return r * self.value(torch.relu(self.key(x_k)) ** 2), shift
+        k = torch.relu(self.key(x_k)) ** 2
+        return torch.sigmoid(self.receptance(x_r)) * self.value(k), shift
 
 
 class Block(nn.Module):
@@ -461,7 +463,7 @@ class RWKV(nn.Module):
     def score_targets(self, x, targets, temperature, l2wrap):
         """x [B, T, C] from `hidden`, targets [B, T] -> TokenScores"""
         scores = fused.score_tokens(
-            x.flatten(0, 1), self.head.weight, targets.flatten().long(), temperature, l2wrap
+            x.flatten(0, 1), self.head.whole_weight(), targets.flatten().long(), temperature, l2wrap
         )
         return TokenScores(*(of_token.view(targets.shape) for of_token in scores))
 
@@ -494,8 +496,7 @@ class RWKV(nn.Module):
             groups[group]["params"].append(p)
         return [dict(name=name, **group) for name, group in groups.items() if group["params"]]
 
-    # What trains and what lies in files is plumbing, in gosling/; these names are where people
-    # look for it.
+    # Plumbing that lives in gosling/, under the names where people look for it.
 
     def set_tune(self, tune, **options):
         """What trains: "full", "lora", "state" or "head"; options as in gosling/tune.py."""

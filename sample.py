@@ -31,6 +31,8 @@ from gosling.runs import pick_device
 
 __all__ = ["generate", "score_choices"]  # imported from here by code outside this repository
 
+Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]  # a flag that may be given several times
+
 
 @dataclass
 class Config(engine.Sampling):
@@ -39,10 +41,8 @@ class Config(engine.Sampling):
     prompts: str = ""  # file with a prompt a line, or .jsonl with {"prompt": text or messages}
     chat: bool = False  # talk: a turn a line, an empty line or Ctrl-D ends
     system: str = ""  # chat: a system turn to begin with
-    stop: tyro.conf.UseAppendAction[
-        tuple[str, ...]
-    ] = ()  # text that ends a sample; may be repeated
-    state: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # tuned state or "none"; may be repeated
+    stop: Repeated = ()  # text that ends a sample; repeated: any of them
+    state: Repeated = ()  # tuned state; repeated: side by side; "none" is one too
     save_state: str = ""  # keep the state after the prompt in this file, and stop
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the state
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps

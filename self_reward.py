@@ -94,9 +94,9 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     # candidates
     num_candidates: PositiveInt = 4  # answers to each prompt
-    max_completion_length: PositiveInt = 512  # most tokens of a completion
-    temperature: NonNegativeFloat = 0.7  # of the completions
-    top_p: Share = 0.9  # sample from the likeliest tokens of this total probability
+    max_completion_length: PositiveInt = 512  # longest completion in tokens
+    temperature: NonNegativeFloat = 0.7  # of sampling
+    top_p: Share = 0.9  # of sampling: total of the likeliest tokens
     stop: tuple[str, ...] = ("\n\nUser:",)  # texts that end a completion, besides the end id
     block: PositiveInt = 32  # prompts that are sampled, judged and written together
     # judge
@@ -110,7 +110,7 @@ class Config:
     judge_choices: tyro.conf.Fixed[dict] = field(default_factory=POINTS.copy)  # score text: value
     score_range: tuple[float, float] = (0, 5)  # a score outside counts as none
     score_pattern: str = ""  # regex, group 1 of the last match is the score; empty = parse_score
-    reward: tyro.conf.Fixed[Callable | None] = None  # of external_reward
+    reward: tyro.conf.Fixed[Callable | None] = None  # of your own, as the docstring says
     # pairs
     valid_score: Callable | None = None  # (score) -> bool
     valid_pair: Callable | None = None  # (score of the chosen, of the rejected) -> bool

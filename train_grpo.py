@@ -71,17 +71,15 @@ class Config:
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     init_from: str = ""  # weights to start from (.pth, .safetensors)
     # rewards
-    reward: tyro.conf.Fixed[Callable | list | None] = None  # a function of your own, or several
+    reward: tyro.conf.Fixed[Callable | list | None] = None  # of your own, as the docstring says
     reward_model: str = ""  # a file of train_reward.py, as one more reward
     reward_weights: tuple[float, ...] = ()  # in the rewards' order, the model's last; none = 1 each
     process: Callable | None = None  # (rows, completions) -> masks or None; may change completions
     # rollouts
     num_generations: Annotated[int, Field(ge=2)] = 8  # completions of each prompt
     max_completion_length: PositiveInt = 512  # longest completion in tokens
-    temperature: PositiveFloat = 1.0  # of sampling, and of training where it samples
-    top_p: Annotated[float, Field(gt=0, le=1)] = (
-        1.0  # sample from the likeliest of this probability
-    )
+    temperature: PositiveFloat = 1.0  # of sampling
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # of sampling: total of the likeliest tokens
     top_k: NonNegativeInt = 0  # sample from so many likeliest tokens; 0 = all
     stop: tuple[str, ...] = ("\n\nUser:",)  # texts that end a completion, besides the end id
     gen_batch_size: PositiveInt | None = None  # sequences decoded together; none = what fits

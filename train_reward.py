@@ -60,7 +60,7 @@ class Config:
     loss_type: Literal["ranking", "regression"] = "ranking"  # formulas above
     center_coef: NonNegativeFloat = 0.0  # pulls the sum of a pair's rewards to zero; 0.01 is usual
     # what trains
-    tune: Literal["full", "lora", "state", "head"] = "full"  # all weights, adapter, state or head
+    tune: Literal["full", "lora", "state", "head"] = "full"  # weights, LoRA, state or scalar head
     lora_r: PositiveInt = 32  # LoRA rank
     lora_alpha: PositiveFloat = 64.0  # LoRA scale: alpha / r
     lora_dropout: Decay = 0.0  # LoRA dropout
@@ -145,11 +145,6 @@ def gap(rewards, row):
     return rewards[best] - rewards[worst]
 
 
-def rewards_of(model, rows, device):
-    """[Preference, ...] -> a tensor of rewards [K] for each"""
-    return score_answers(model, [(row.prompt, row.answers) for row in rows], device)
-
-
 @torch.no_grad()
 def evaluate(model, rows, cfg, run):
     """{"val_...": number} on held-out rows, over all processes; rewards.png has the histograms.
@@ -160,7 +155,8 @@ def evaluate(model, rows, cfg, run):
     best, worst, right_when_shorter, loss = [], [], [], 0.0
     share = rows[run.rank :: run.world]
     for batch in runs.chunks(share, cfg.micro_bsz):
-        for row, rewards in zip(batch, rewards_of(model, batch, run.device), strict=True):
+        groups = [(row.prompt, row.answers) for row in batch]
+        for row, rewards in zip(batch, score_answers(model, groups, run.device), strict=True):
             a, b = best_and_worst(row)
             best.append(rewards[a].item())
             worst.append(rewards[b].item())
@@ -314,16 +310,14 @@ def main(cfg):
                 model.train()
                 loss = n_right = margin = 0.0
                 for i, micro_batch in enumerate(runs.chunks(samples, cfg.micro_bsz)):
+                    groups = [(row.prompt, row.answers) for row in micro_batch]
                     with nullcontext() if i == accumulation - 1 else no_sync():
-                        rewards = rewards_of(wrapped, micro_batch, run.device)  # [K] of each row
-                        losses = [
-                            row_loss(of_row, row, cfg)
-                            for of_row, row in zip(rewards, micro_batch, strict=True)
-                        ]
+                        rewards = score_answers(wrapped, groups, run.device)  # [K] of each row
+                        rated = list(zip(rewards, micro_batch, strict=True))
+                        losses = [row_loss(r, row, cfg) for r, row in rated]
                         batch_loss = sum(losses) / cfg.global_bsz
                         (batch_loss * run.world).backward()  # DDP averages over processes: x world
-                    gaps = [gap(*pair) for pair in zip(rewards, micro_batch, strict=True)]
-                    gaps = torch.stack(gaps).detach()  # [B]
+                    gaps = torch.stack([gap(r, row) for r, row in rated]).detach()  # [B]
                     loss += batch_loss.detach()
                     n_right += (gaps > 0).sum()
                     margin += gaps.sum()

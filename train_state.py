@@ -299,12 +299,13 @@ def main(cfg):
                 for i, micro_batch in enumerate(runs.chunks(samples, cfg.micro_bsz)):
                     packed = [(ids, mask) for ids, mask, _ in micro_batch]
                     x, y, weight, cu_seqlens = pack(packed, run.device)  # each [1, T]
-                    numbers = torch.tensor([k for _, _, k in micro_batch], device=run.device)  # [D]
-                    weight, token_tasks = task_weights(weight, cu_seqlens, numbers, counts)
+                    document_tasks = [task for _, _, task in micro_batch]
+                    document_tasks = torch.tensor(document_tasks, device=run.device)  # [D]
+                    weight, token_tasks = task_weights(weight, cu_seqlens, document_tasks, counts)
                     with nullcontext() if i == accumulation - 1 else no_sync():
                         scores, _ = wrapped(
                             x,
-                            tune.task_states(model, numbers),  # [L, D, ...]
+                            tune.task_states(model, document_tasks),  # [L, D, ...]
                             cu_seqlens=cu_seqlens,
                             targets=y,
                             chunk_len=cfg.chunk_len,

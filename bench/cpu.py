@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
+from gosling import config, runs  # noqa: E402
 import model as network  # noqa: E402
 import train_vs_gpt  # noqa: E402
 import wkv  # noqa: E402
@@ -51,7 +51,7 @@ def say(cfg, what, **values):
                 **values,
                 threads=cfg.threads,
                 torch=torch.__version__,
-                device=common.cpu_name(),
+                device=runs.cpu_name(),
             )
         ),
         flush=True,
@@ -88,7 +88,7 @@ def large(cfg):
     """Training the large model, as a share of the speed at which its products alone, 0.845 GFLOP a token at 12 x 768 and
     vocabulary 65536, would go; and 4 x 256 at 16,384 x 1 to 1,024 x 16 tokens."""
     torch.set_num_threads(cfg.threads)
-    common.keep_memory()
+    fused.keep_memory()
     network.init_parameter = lambda name, p, c: p.uniform_(
         -0.05, 0.05
     )  # orthogonal matrices of this size take minutes
@@ -203,7 +203,7 @@ def decode(cfg):
                         tokens_per_s=round(statistics.median(a for a, _ in speed[name]), 1),
                         threads=cfg.threads,
                         torch=torch.__version__,
-                        device=common.cpu_name(),
+                        device=runs.cpu_name(),
                     )
                 ),
                 flush=True,
@@ -227,4 +227,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(common.read_flags(Config))
+    main(config.read_flags(Config))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
+from gosling import config, runs  # noqa: E402
 import sample  # noqa: E402
 from model import RWKV, RWKVConfig  # noqa: E402
 
@@ -66,7 +66,7 @@ def main(cfg):
                     ratio=round(statistics.median(a / b for a, b in zip(ours, theirs)), 2),
                     threads=cfg.threads,
                     torch=torch.__version__,
-                    device=common.cpu_name(),
+                    device=runs.cpu_name(),
                 )
             ),
             flush=True,
@@ -111,4 +111,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(common.read_flags(Config))
+    main(config.read_flags(Config))

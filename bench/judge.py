@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
+from gosling import config, runs  # noqa: E402
 import sample  # noqa: E402
 from model import RWKV, RWKVConfig  # noqa: E402
 
@@ -78,11 +78,11 @@ def main(cfg):
                 largest_difference=gap,
                 threads=cfg.threads,
                 torch=torch.__version__,
-                device=common.cpu_name(),
+                device=runs.cpu_name(),
             )
         )
     )
 
 
 if __name__ == "__main__":
-    main(common.read_flags(Config))
+    main(config.read_flags(Config))

@@ -23,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+from gosling import config, runs  # noqa: E402
 import wkv_cuda  # noqa: E402
 
 SHAPES = [
@@ -148,7 +148,7 @@ def nvcc(version):
             text=True,
         )
         if done.returncode:
-            raise common.UserError(f"nvcc failed: {done.stderr[-2000:]}")
+            raise config.UserError(f"nvcc failed: {done.stderr[-2000:]}")
         shared = getattr(ctypes.CDLL(f"{folder}/wkv.so"), f"wkv{version}_chunk_shared_bytes")
         for part in done.stderr.split("Compiling entry function")[1:]:
             kernel, logw, flag, sm = re.search(
@@ -249,7 +249,7 @@ def measure(version, cfg):
 
 def main(cfg):
     if not cfg.compile and not torch.cuda.is_available():
-        raise common.UserError(
+        raise config.UserError(
             "bench/kernels.py needs CUDA, and there is no CUDA device here; "
             "--compile asks nvcc alone, tests/test_kernels.py proves the kernels on a CPU"
         )
@@ -264,4 +264,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(common.read_flags(Config))
+    main(config.read_flags(Config))

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+from gosling import config, runs  # noqa: E402
 from model import RWKV, RWKVConfig, ScoreTokens  # noqa: E402
 
 SIZES = {
@@ -161,7 +161,7 @@ def measure(cfg):
         dict(
             bench="memory",
             date=str(date.today()),
-            device=common.cpu_name(),
+            device=runs.cpu_name(),
             torch=torch.__version__,
         ),
         2**20,
@@ -259,4 +259,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(common.read_flags(Config))
+    main(config.read_flags(Config))

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
+from gosling import config, runs  # noqa: E402
 from model import RWKV, RWKVConfig  # noqa: E402
 
 
@@ -140,7 +140,7 @@ def main(cfg):
                         ratio=round(ratio, 3),
                         threads=cfg.threads,
                         torch=torch.__version__,
-                        device=torch.cuda.get_device_name() if cuda else common.cpu_name(),
+                        device=torch.cuda.get_device_name() if cuda else runs.cpu_name(),
                     )
                 ),
                 flush=True,
@@ -148,4 +148,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(common.read_flags(Config))
+    main(config.read_flags(Config))

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
+from gosling import config, runs  # noqa: E402
 import wkv_cuda  # noqa: E402
 
 
@@ -89,7 +89,7 @@ def main(cfg):
                         times_faster_than_chunked=round(ratio["chunked"], 2),
                         threads=cfg.threads,
                         torch=torch.__version__,
-                        device=common.cpu_name(),
+                        device=runs.cpu_name(),
                     )
                 ),
                 flush=True,
@@ -97,4 +97,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(common.read_flags(Config))
+    main(config.read_flags(Config))

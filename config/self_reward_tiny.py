@@ -38,7 +38,7 @@ _judge = dict(
     log_every=50,
 )
 _second_half = dict(first_prompt=3200, max_prompts=3200)
-_new_prompts = dict(prompts="data/tasks1_prompts.jsonl", max_prompts=3200)
+_fresh_prompts = dict(prompts="data/tasks1_prompts.jsonl", max_prompts=3200)
 
 
 def check(prompt, response):
@@ -84,7 +84,7 @@ stages = {
         train_judge(**_judge),
         self_reward(choose_pair=voted, max_steps=60, **_second_half, **_dpo),
         train_judge(**_judge),
-        self_reward(choose_pair=voted, max_steps=60, **_new_prompts, **_dpo),
+        self_reward(choose_pair=voted, max_steps=60, **_fresh_prompts, **_dpo),
     ],
     "quick": [
         train_judge(**{**_judge, "max_prompts": 600, "max_steps": 60}),

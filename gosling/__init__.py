@@ -1,1 +1,1 @@
-"""The plumbing behind the scripts, which a reader can skip: see README.md for who does what."""
+"""Plumbing that a reader of the training scripts can skip."""

@@ -7,6 +7,7 @@ flags and --help.
 
 import dataclasses
 import difflib
+import functools
 import os
 import runpy
 import sys
@@ -106,17 +107,25 @@ def read_config_file(path, cls):
 
 def check(cfg, where=""):
     """UserError for the first field whose value is not of its declared type or in its range."""
-    hints = typing.get_type_hints(type(cfg), include_extras=True)
-    strict = pydantic.ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
+    for key, validator in validators(type(cfg)).items():
+        value = getattr(cfg, key)
         try:
-            pydantic.TypeAdapter(hints[field.name], config=strict).validate_python(value)
+            validator.validate_python(value)
         except pydantic.ValidationError as e:
             expected = e.errors()[0]["msg"].replace("Input should be", "expected")
             expected = expected.replace("expected greater", "expected a number greater")
             expected = expected.replace("expected less", "expected a number less")
-            raise UserError(f"{where}{field.name}={show(value)!r}: {expected}") from None
+            shown = repr(value) if isinstance(value, str) else show(value)
+            raise UserError(f"{where}{key}={shown}: {expected}") from None
+
+
+@functools.cache
+def validators(cls):
+    """{field: what checks its values} of a dataclass"""
+    strict = pydantic.ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: pydantic.TypeAdapter(hints[name], config=strict) for name in names}
 
 
 def spell_out_booleans(args, cls):

@@ -114,12 +114,14 @@ def whole_lines(path):
     """
     if not Path(path).exists():
         return []
-    lines = Path(path).read_bytes().split(b"\n")[:-1]
-    os.truncate(path, sum(len(line) + 1 for line in lines))
+    *lines, torn = Path(path).read_bytes().split(b"\n")
     try:
-        return [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in lines]
     except ValueError:
         raise UserError(f"{path} is not JSON Lines; mend or remove it") from None
+    if torn:
+        os.truncate(path, sum(len(line) + 1 for line in lines))
+    return rows
 
 
 @contextlib.contextmanager

@@ -46,6 +46,12 @@ class LoRALinear(Linear):
         self.lora_B = nn.Parameter(A.new_zeros(self.out_features, r))
         self.lora_scale, self.lora_dropout, self.enabled = scale, dropout, True
 
+    def whole_weight(self):
+        """W + scale B A [out, in], without dropout: the head's loss reads its weight at once."""
+        if not self.enabled:
+            return self.weight
+        return self.weight + self.lora_scale * (self.lora_B @ self.lora_A).to(self.weight.dtype)
+
     def forward(self, x):
         """x [..., in] -> [..., out]"""
         y = super().forward(x)

@@ -1,4 +1,5 @@
-"""Paths, one thread per process (two-thread runs beside other work are several times slower), and the slow marker."""
+"""Fixtures, the slow marker, and one thread per process: two-thread runs beside other work are
+several times slower."""
 
 import ctypes
 import os

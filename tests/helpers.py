@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,8 +90,8 @@ def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def command(script, cfg, *flags, nproc=1):
-    """The command line of a script with this config."""
+def command(script, cfg, *flags, nproc=1, config_file=None):
+    """The command line of a script with this config, on top of a config file's functions."""
     values = config.config_dict(cfg).items()
     given = [f"--{key}={value}" for key, value in values if value not in (None, "()", "")]
     launch = [sys.executable]
@@ -98,12 +99,13 @@ def command(script, cfg, *flags, nproc=1):
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--master_port"]
         # After "--", else torchrun's parser takes --log for its own.
         launch += [str(29500 + os.getpid() % 1000), "--"]
-    return [*launch, script, *given, *flags]
+    files = [config_file] if config_file else []
+    return [*launch, script, *files, *given, *flags]
 
 
-def torchrun(script, cfg, *flags, nproc=1):
+def torchrun(script, cfg, *flags, nproc=1, config_file=None):
     """The script in processes of its own -> the completed process."""
-    line = command(script, cfg, *flags, nproc=nproc)
+    line = command(script, cfg, *flags, nproc=nproc, config_file=config_file)
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -123,3 +125,19 @@ def kill_after(cfg, steps, main):
         assert e.value.code == 130
     finally:
         runs.Metrics.log = real
+
+
+# ----------------------------------------------------------------------------------------------
+# README.md
+
+
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme_commands():
+    """The command lines in README's blocks."""
+    blocks = re.findall(r"```(?:sh|bash)?\n(.*?)```", readme(), re.S)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    commands = [line for line in lines if re.match(r"(python|torchrun|bash) ", line)]
+    return [line.split("  #")[0] for line in commands]

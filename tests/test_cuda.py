@@ -1,5 +1,6 @@
-"""wkv_cuda/cuda_seq.py and its .cu files. Without a GPU the same .cu sources are compiled by g++ (cuda_on_cpu.h) and go
-through the whole Python path on CPU tensors; where there is a GPU every comparison runs there as well."""
+"""wkv_cuda/cuda_seq.py and its .cu files. Without a GPU the same .cu sources are compiled by g++
+(cuda_on_cpu.h) and go through the whole Python path on CPU tensors; where there is a GPU every
+comparison runs there as well."""
 
 import functools
 import os
@@ -40,15 +41,20 @@ def device(request):
         yield "cpu"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the oracle: one token at a time, float64, gradients by autograd
 
 
 def oracle(op, r, logw, k, v, *rest):
     *ab_or_u, S = rest
     y, w = [], logw.exp()
-    row = lambda x, t: x[:, t, :, None, :]  # [B, H, 1, N]: spreads over the columns of S
-    col = lambda x, t: x[:, t, :, :, None]  # [B, H, N, 1]: spreads over the rows
+
+    def row(x, t):
+        return x[:, t, :, None, :]  # [B, H, 1, N]: spreads over the columns of S
+
+    def col(x, t):
+        return x[:, t, :, :, None]  # [B, H, N, 1]: spreads over the rows
+
     for t in range(r.shape[1]):
         vk = col(v, t) * row(k, t)
         if op == "wkv7":
@@ -65,7 +71,10 @@ def oracle(op, r, logw, k, v, *rest):
 def make(op, T, B=2, kind="random", dtype=torch.float32, seed=0):
     """Inputs in the order of NAMES[op], and gradients for y and for the final state."""
     g = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.randn(*shape, generator=g)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g)
+
     x = {name: rand(B, T, H, N) * N**-0.25 for name in "rkv"}
     kappa = torch.nn.functional.normalize(rand(B, T, H, N), dim=-1)
     if kind == "stress":  # one key again and again
@@ -96,7 +105,7 @@ def run(op, inputs, dy, dstate, device, cu_seqlens=None, fn=None):
     x = [i.to(device, copy=True).requires_grad_() for i in inputs]
     y, state = (fn or OPS[op])(*x, cu_seqlens=cu_seqlens)
     ((y * dy.to(device)).sum() + (state * dstate.to(device)).sum()).backward()
-    out = {"y": y, "state": state, **{"d" + n: i.grad for n, i in zip(NAMES[op], x)}}
+    out = {"y": y, "state": state, **{"d" + n: i.grad for n, i in zip(NAMES[op], x, strict=False)}}
     return {n: t.detach().cpu() for n, t in out.items()}
 
 
@@ -107,7 +116,7 @@ def run_oracle(op, inputs, dy, dstate):
     return {
         "y": y.detach(),
         "state": state.detach(),
-        **{"d" + n: i.grad for n, i in zip(NAMES[op], x)},
+        **{"d" + n: i.grad for n, i in zip(NAMES[op], x, strict=False)},
     }
 
 
@@ -116,7 +125,7 @@ def errors(out, ref):
     return {n: ((out[n].double() - ref[n]).norm() / ref[n].norm()).item() for n in ref}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # numbers
 
 
@@ -129,9 +138,9 @@ def test_fp32_against_float64(op, T, kind, device):
         assert error <= (2e-6 if name in ("y", "state") else 2e-5), (name, error)
 
 
-# inputs are rounded before both sides see them and all arithmetic is fp32, so what is left is the rounding of the
-# output: at most half a unit in the last place, 2^-9 (bf16) or 2^-12 (fp16) of the value. What stays fp32 (state,
-# dlogw, du, dstate) has the fp32 bounds
+# inputs are rounded before both sides see them and all arithmetic is fp32, so what is left is the
+# rounding of the output: at most half a unit in the last place, 2^-9 (bf16) or 2^-12 (fp16) of the
+# value. What stays fp32 (state, dlogw, du, dstate) has the fp32 bounds
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)])
 @pytest.mark.parametrize("op", OPS)
 def test_half_precision(op, dtype, tolerance, device):
@@ -152,12 +161,12 @@ def test_documents_equal_each_alone(op, device):
     inputs[-1], dstate = torch.randn(2, len(lengths), H, N, N, generator=g)
     packed = run(op, inputs, dy, dstate, device, cu_seqlens=cu.to(device))
     du = torch.zeros(H, N)
-    for d, (p, q) in enumerate(zip(cu[:-1], cu[1:])):
+    for d, (p, q) in enumerate(zip(cu[:-1], cu[1:], strict=False)):
         alone = run(
             op,
             [
                 x[:, p:q] if x.dim() == 4 and n != "state" else x
-                for n, x in zip(NAMES[op], inputs[:-1])
+                for n, x in zip(NAMES[op], inputs[:-1], strict=False)
             ]
             + [inputs[-1][d : d + 1]],
             dy[:, p:q],
@@ -198,10 +207,13 @@ def test_layout_dtype_and_missing_parts(op, device):
     strided = [i.transpose(0, 1).contiguous().transpose(0, 1) for i in inputs]
     assert all(torch.equal(whole[n], x) for n, x in run(op, strided, dy, dstate, device).items())
     # mixed dtypes meet in fp32; y is as r, every gradient as its input
-    mixed = [i.bfloat16() if n in ("k", "logw", "u") else i for n, i in zip(NAMES[op], inputs)]
+    mixed = [
+        i.bfloat16() if n in ("k", "logw", "u") else i
+        for n, i in zip(NAMES[op], inputs, strict=False)
+    ]
     out = run(op, mixed, dy, dstate, device)
     assert out["y"].dtype == torch.float32 and all(
-        out["d" + n].dtype == i.dtype for n, i in zip(NAMES[op], mixed)
+        out["d" + n].dtype == i.dtype for n, i in zip(NAMES[op], mixed, strict=False)
     )
     ref = run_oracle(op, mixed, dy, dstate)
     assert all(
@@ -210,7 +222,9 @@ def test_layout_dtype_and_missing_parts(op, device):
     # no state; a loss that uses only y, or only the state; only one input that wants a gradient
     x = [i.to(device) for i in inputs]
     zero = torch.zeros_like(x[-1])
-    assert all(torch.equal(p, q) for p, q in zip(OPS[op](*x[:-1]), OPS[op](*x[:-1], zero)))
+    assert all(
+        torch.equal(p, q) for p, q in zip(OPS[op](*x[:-1]), OPS[op](*x[:-1], zero), strict=False)
+    )
     for used, cotangents in ((0, (dy, dstate * 0)), (1, (dy * 0, dstate))):
         k = x[2].clone().requires_grad_()
         out = OPS[op](*x[:2], k, *x[3:])[used]
@@ -218,15 +232,17 @@ def test_layout_dtype_and_missing_parts(op, device):
         assert torch.equal(k.grad.cpu(), run(op, inputs, *cotangents, device)["dk"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # a good citizen of PyTorch
 
 
 def flat_case(op, device):
-    """Arguments of the op itself, but for `save`: two sequences of 40 tokens (no chunk slot stays unused)."""
+    """Arguments of the op itself, but for `save`: two sequences of 40 tokens (no chunk slot stays
+    unused)."""
     inputs, dy, dstate = make(op, 40)
     flat = [
-        x.flatten(0, 1) if x.dim() == 4 and n != "state" else x for n, x in zip(NAMES[op], inputs)
+        x.flatten(0, 1) if x.dim() == 4 and n != "state" else x
+        for n, x in zip(NAMES[op], inputs, strict=False)
     ]
     return (
         [x.to(device) for x in (*flat, torch.tensor([0, 40, 80], dtype=torch.int32))],
@@ -304,11 +320,13 @@ def test_wrong_arguments(device):
     half = state.bfloat16()  # a state is used in fp32 whatever it comes in
     assert all(
         torch.equal(x, y)
-        for x, y in zip(call(r, logw, k, v, a, b, half), call(r, logw, k, v, a, b, half.float()))
+        for x, y in zip(
+            call(r, logw, k, v, a, b, half), call(r, logw, k, v, a, b, half.float()), strict=False
+        )
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # building
 
 
@@ -353,7 +371,8 @@ def test_on_a_machine_without_cuda():
 
 @pytest.fixture
 def looks_like_a_gpu(monkeypatch, tmp_path):
-    """A machine that is made to look as if it had a GPU, and an empty toolkit in tmp_path -> (build, nvcc's path)"""
+    """A machine that is made to look as if it had a GPU, and an empty toolkit in tmp_path ->
+    (build, nvcc's path)"""
     from torch.utils import cpp_extension
 
     for target, name, value in [
@@ -379,7 +398,8 @@ def test_what_is_missing(looks_like_a_gpu):
     assert "no nvcc: install the CUDA toolkit" in build()[1]
     write_nvcc(
         nvcc,
-        "echo nothing\necho 'wkv6.cu(7): error: nothing compiles today' >&2\necho the end >&2; exit 1",
+        "echo nothing\necho 'wkv6.cu(7): error: nothing compiles today' >&2\n"
+        "echo the end >&2; exit 1",
     )
     assert build() == (None, "wkv6.cu(7): error: nothing compiles today")
     (lock,) = nvcc.parent.parent.glob(
@@ -389,7 +409,8 @@ def test_what_is_missing(looks_like_a_gpu):
 
 
 def test_what_is_built_is_kept(looks_like_a_gpu, library_on_cpu, capfd):
-    """nvcc's place taken by a script that copies a library. Half a library is built anew, another compiler's is another."""
+    """nvcc's place taken by a script that copies a library. Half a library is built anew, another
+    compiler's is another."""
     build, nvcc = looks_like_a_gpu
     write_nvcc(nvcc, "exit 1")
     assert build() == (None, f"{nvcc} failed")
@@ -408,12 +429,13 @@ def test_what_is_built_is_kept(looks_like_a_gpu, library_on_cpu, capfd):
     write_nvcc(nvcc, "exit 1")
     assert build()[1] is None and capfd.readouterr().err == ""
     write_nvcc(nvcc, 'echo release 14; test "$1" = --version')
-    assert build()[1] == "%s failed" % nvcc and len(list(lock.parent.glob("*.lock"))) == 2
+    assert build()[1] == f"{nvcc} failed" and len(list(lock.parent.glob("*.lock"))) == 2
 
 
 @needs_nvcc
 def test_nvcc_builds_a_library_that_loads(tmp_path):
-    """With the real compiler's own command; its probe says that there is no card, where there is none."""
+    """With the real compiler's own command; its probe says that there is no card, where there is
+    none."""
     home = Path(os.path.realpath(shutil.which("nvcc"))).parent.parent
     home = home if (home / "include").exists() else Path("/usr/local/cuda")
     if not (home / "bin/nvcc").exists():

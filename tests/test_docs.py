@@ -1,4 +1,4 @@
-"""What README.md shows exists and parses."""
+"""What README.md and docs/ show exists and parses."""
 
 import dataclasses
 import importlib
@@ -7,17 +7,10 @@ import re
 import shlex
 
 import pytest
+from helpers import ROOT, readme, readme_commands
 
-from conftest import ROOT
 from runs import demo
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.strip().split("  #")[0]
-    for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if re.match(r"\s*(python|torchrun|bash) ", line)
-]
 LADDER = [
     shlex.join(["python", *command])
     for version in ("x070", "x060")
@@ -27,37 +20,71 @@ LADDER = [
 ]
 
 
-def test_there_are_commands():
-    assert len(COMMANDS) >= 8
-
-
-@pytest.mark.parametrize("command", [*COMMANDS, *dict.fromkeys(LADDER)])
-def test_scripts_configs_and_flags_exist(command):
-    words = [
-        w
-        for w in shlex.split(command, comments=True)
-        if w not in ("python", "torchrun", "bash", "--", "\\")
-    ]
+def wrong_word(command):
+    """The first word of a command line that names no script, config or flag of ours; None."""
+    words = shlex.split(command, comments=True)
+    words = [word for word in words if word not in ("python", "torchrun", "bash", "--", "\\")]
     while words and words[0].startswith("--"):
         words.pop(0)  # torchrun's own flags
     script, *rest = words
-    assert (ROOT / script).is_file(), script
+    if not (ROOT / script).is_file():
+        return script
     if script.endswith(".sh"):
-        return
+        return None
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    fields = {
-        f.name
-        for c in vars(module).values()
-        if inspect.isclass(c) and c.__module__ == module.__name__ and c.__name__.endswith("Config")
-        for f in dataclasses.fields(c)
-    }
+    fields = {"help"}
+    for config in vars(module).values():
+        if inspect.isclass(config) and config.__name__.endswith("Config"):
+            fields |= {field.name.rstrip("_") for field in dataclasses.fields(config)}
     for word in rest:
-        if word.startswith("config/"):
-            assert (ROOT / word).is_file(), word
-        elif word.startswith("--"):
-            assert re.split("=", word[2:])[0] in fields | {"help"}, word
+        if word.startswith("config/") and not (ROOT / word).is_file():
+            return word
+        if word.startswith("--") and word[2:].split("=")[0] not in fields:
+            return word
+    return None
 
 
-def test_every_python_file_is_in_the_map_of_the_house():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "wkv_cuda").glob("*.py")]:
-        assert path.name in README or path.parent.name in README, path.name
+def test_there_are_commands():
+    assert len(readme_commands()) >= 8
+
+
+@pytest.mark.parametrize("command", dict.fromkeys([*readme_commands(), *LADDER]))
+def test_scripts_configs_and_flags_exist(command):
+    assert wrong_word(command) is None
+
+
+@pytest.mark.parametrize(
+    "command, wrong",
+    [
+        ("python train_sft.py config/sft_tiny.py --lr=1", None),
+        ("python train_ssft.py", "train_ssft.py"),
+        ("python train_sft.py config/sft_tinny.py", "config/sft_tinny.py"),
+        ("python train_sft.py --lrr=1", "--lrr=1"),
+        ("torchrun --nproc_per_node=8 -- train_sft.py --num_generations=4", "--num_generations=4"),
+    ],
+)
+def test_a_wrong_command_would_be_seen(command, wrong):
+    assert wrong_word(command) == wrong
+
+
+def map_of_the_house():
+    """The rows of README's table of files: {words in the first two columns of backticks}."""
+    table = readme().split("| file | what |")[1].split("\n\n")[0]
+    return set(re.findall(r"[\w./]+", table))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_every_script_is_in_the_map_of_the_house(path):
+    assert path.name in map_of_the_house()
+
+
+@pytest.mark.parametrize("folder", ["gosling", "wkv_cuda"])
+def test_every_module_is_in_the_map_of_the_house(folder):
+    known = {word.removesuffix(".py") for word in map_of_the_house()}
+    modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__", "native"}
+    assert modules <= known
+
+
+def test_every_link_in_the_readme_leads_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", readme()):
+        assert target.startswith("https://") or (ROOT / target).exists(), target

@@ -1,4 +1,7 @@
-"""--log=…: what wandb, tensorboard and swanlab then hold is what metrics.jsonl holds. Each runs where its package is."""
+"""--log=…: what wandb, tensorboard and swanlab then hold is what metrics.jsonl holds.
+
+Each test runs where its package is installed.
+"""
 
 import json
 import os
@@ -6,17 +9,20 @@ import subprocess
 import sys
 
 import pytest
-
-from conftest import ROOT
+from helpers import ROOT
 
 RUN = """
 import sys
-from common import Metrics, Run
-import torch, types
-cfg = types.SimpleNamespace(out_dir=sys.argv[1], log=sys.argv[2])
-import common
-common.config_dict = lambda cfg: vars(cfg)
-metrics = Metrics(cfg, Run(0, 1, torch.device("cpu"), torch.float32, False))
+from dataclasses import dataclass
+import torch
+from gosling.runs import Metrics, Run
+
+@dataclass
+class Config:
+    out_dir: str
+    log: str
+
+metrics = Metrics(Config(sys.argv[1], sys.argv[2]), Run(0, 1, torch.device("cpu"), torch.float32))
 for step in range(1, 4):
     metrics.log(step, loss=1 / step, lr=0.5)
 """

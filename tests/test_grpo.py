@@ -1,35 +1,47 @@
-"""train_grpo.py and config/rewards.py: losses and advantages by hand, gradients, what it learns, the same numbers however it
-is run."""
+"""train_grpo.py and config/rewards.py: losses and advantages by hand, gradients, what it learns,
+the same numbers however it is run."""
 
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import (
+    GROUPS,
+    ROOT,
+    kill_after,
+    random_model,
+    rows,
+    torchrun,
+    trained_gradient,
+    tune,
+    write,
+)
 
-import common
-import prepare
 import train_grpo
 import train_reward
-from common import UserError
 from config import rewards as kit
-from conftest import ROOT
-from model import RWKV, RWKVConfig, fork, forked_backward, load_model
-from test_dpo import GROUPS, trained_gradient
-from test_model import random_model
-from test_pretrain import kill_after
-from test_sft import rows, write
-from test_state import tune
-from train_grpo import Config, combine_rewards, group_advantages, policy_loss
+from gosling import config
+from gosling.batch import fork, score_forks
+from gosling.config import UserError
+from gosling.rollouts import combine_rewards
+from gosling.runs import shuffled
+from gosling.tokenizer import load_tokenizer
+from gosling.tune import load_model
+from model import RWKV, RWKVConfig
+from train_grpo import Config, group_advantages, grpo_loss, policy_loss
 
-BYTES = prepare.load_tokenizer("bytes")
-t = lambda *x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
+BYTES = load_tokenizer("bytes")
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+def t(*x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+# ----------------------------------------------------------------------------------------------
 # the loss by hand: 5 rows of up to 6 tokens, one masked whole, one with a hole
 
 A = [1.2, -0.7, 0.4, -1.5, 0.9]
@@ -173,14 +185,15 @@ def test_losses_and_gradients_by_hand(loss_type, level):
         names = [
             n for n in OPTIONS if loss_type != "cispo" or n not in ("delta", "wide")
         ]  # cispo has a cap already, and no bound below
-        seen = [x for x, n in zip(seen, OPTIONS) if n in names]
+        seen = [x for x, n in zip(seen, OPTIONS, strict=False) if n in names]
         assert all(abs(x - y) > 1e-6 for x, y in itertools.combinations(seen, 2)), dict(
-            zip(names, seen)
+            zip(names, seen, strict=False)
         )
 
 
 def test_numbers_that_can_be_checked_on_paper():
-    # one row, ratios 2 and 1/2. A = 1: min(2, 1.2) + min(0.5, 0.8) = 1.7; A = -1: -(2 + 0.8) = -2.8, with delta 1.5 -(1.5 + 0.8)
+    # one row, ratios 2 and 1/2. A = 1: min(2, 1.2) + min(0.5, 0.8) = 1.7; A = -1: -(2 + 0.8) =
+    # -2.8, with delta 1.5 -(1.5 + 0.8)
     lp, old, m = t([math.log(2), 0]), t([0, math.log(2)]), torch.ones(1, 2)
     for a, more, want in (
         (1, {}, -1.7),
@@ -217,7 +230,7 @@ def test_numbers_that_can_be_checked_on_paper():
 @pytest.mark.parametrize("loss_type", REDUCTIONS[:4])
 @pytest.mark.parametrize("old", [None, LP])
 def test_on_policy(loss_type, old):
-    """Check 1: the loss is the mean of -A, its gradient -A m / norm."""
+    """The loss is the mean of -A, its gradient -A m / norm."""
     loss, gradient, metrics = loss_and_gradient(LP, old=old, loss_type=loss_type)
     lengths = [sum(row) for row in MASK]
     norm = [{"grpo": 5 * max(n, 1), "dr_grpo": 5 * 7}.get(loss_type, sum(lengths)) for n in lengths]
@@ -231,12 +244,15 @@ def test_on_policy(loss_type, old):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -1e9, 1e9])
 def test_what_is_masked_does_not_matter(loss_type, level, garbage):
-    """Checks 2 and 5."""
+    """NaN, infinity and large numbers where the mask is 0, and a mask that is 0 everywhere."""
     here, options = (
         torch.tensor(MASK).bool(),
         dict(beta=0.2, high=0.5, loss_type=loss_type, level=level, cap=1.5),
     )
-    dirt = lambda x: torch.where(here, x, garbage)  # noqa: E731
+
+    def dirt(x):
+        return torch.where(here, x, garbage)
+
     want, want_gradient, want_metrics = loss_and_gradient(
         LP, ref=REF, said=SAID, entropy=-LP, **options
     )
@@ -251,8 +267,18 @@ def test_what_is_masked_does_not_matter(loss_type, level, garbage):
         assert loss == 0 and not gradient.any() and not any(metrics.values())
 
 
+def test_the_plain_loss_is_the_default():
+    """grpo_loss, which is there to be copied, and policy_loss as it is by default."""
+    mask, advantages = torch.tensor(MASK), torch.tensor(A, dtype=torch.float64)
+    plain = LP.clone().requires_grad_()
+    loss = grpo_loss(plain, OLD, advantages, mask)
+    want, want_gradient, _ = loss_and_gradient(LP, loss_type="dapo")
+    assert loss.item() == pytest.approx(want, rel=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(loss, plain)[0], want_gradient)
+
+
 def test_reductions_are_four_and_coincide_on_equal_rows():
-    """Check 3, and row 2, which is masked whole: counted in grpo and dr_grpo, not seen in dapo and bnpo."""
+    """And row 2, which is masked whole: counted in grpo and dr_grpo, not seen in dapo and bnpo."""
     got = {k: loss_and_gradient(LP, loss_type=k)[0] for k in REDUCTIONS[:4]}
     assert (
         got["dapo"] == pytest.approx(got["bnpo"]) and len({round(x, 6) for x in got.values()}) == 3
@@ -291,7 +317,7 @@ def test_reductions_are_four_and_coincide_on_equal_rows():
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("world", [1, 2])
 def test_sums_over_parts_are_the_whole(loss_type, size, world):
-    """Check 4, in float32; two processes: each has its share of the counts, and gradients are averaged."""
+    """In float32; two processes: each has its share of the counts, and gradients are averaged."""
     options = dict(loss_type=loss_type, high=0.9, beta=0.1)
     lp, old, ref = [x[[0, 1, 2, 3, 4, 0, 3, 1]].float() for x in (LP, OLD, REF)]
     a, mask = [A[i] for i in (0, 1, 2, 3, 4, 3, 0, 2)], [MASK[i] for i in (0, 1, 2, 3, 4, 0, 3, 1)]
@@ -322,7 +348,7 @@ def test_sums_over_parts_are_the_whole(loss_type, size, world):
 
 
 def test_dual_clip_and_epsilon_high_and_sequences():
-    """Checks 6, 7, 8."""
+    """Dual clip's largest ratio, epsilon_high, and one ratio for a sequence."""
     lp, old, m = t([math.log(4.0)], [math.log(4.0)]), t([0.0], [0.0]), torch.ones(2, 1)
     for delta, want in (
         (None, 4.0),
@@ -361,7 +387,7 @@ def test_dual_clip_and_epsilon_high_and_sequences():
 
 
 def test_kl_terms():
-    """Check 9; k3 is not multiplied by the ratio: another old policy changes nothing in it."""
+    """k3 is not multiplied by the ratio: another old policy changes nothing in it."""
     zero, options = [0.0] * 5, dict(loss_type="dapo", beta=1.0, ref=REF)
     for estimator in ("k1", "k2", "k3"):
         a, b = (
@@ -401,9 +427,12 @@ def test_kl_terms():
 
 def advantages_by_hand(rewards, G, scale):
     out, every = [], [r for r in rewards if not math.isnan(r)]
-    spread = lambda x: (
-        math.sqrt(sum((r - sum(x) / len(x)) ** 2 for r in x) / (len(x) - 1)) if len(x) > 1 else 0.0
-    )  # noqa: E731
+
+    def spread(x):
+        if len(x) < 2:
+            return 0.0
+        return math.sqrt(sum((r - sum(x) / len(x)) ** 2 for r in x) / (len(x) - 1))
+
     for i in range(0, len(rewards), G):
         there = [r for r in rewards[i : i + G] if not math.isnan(r)]
         by = {"group": spread(there) + 1e-4, "batch": spread(every) + 1e-4, "none": 1.0}[scale]
@@ -415,7 +444,7 @@ def advantages_by_hand(rewards, G, scale):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_advantages(scale):
-    """Check 10."""
+    """By hand, with missing rewards and groups whose rewards are all equal."""
     nan = math.nan
     rewards = [
         0.0,
@@ -472,12 +501,12 @@ def test_what_does_not_go_together(bad, words):
         policy_loss(LP, OLD, t(*A), torch.tensor(MASK), **bad)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # config/rewards.py
 
 
 def test_overlong_penalty():
-    """Check 11."""
+    """DAPO's ramp: 0 up to longest - buffer, and down to -1 at longest."""
     got = kit.overlong_penalty([10, 384, 385, 448, 512, 600], 512, 128)
     assert got == [0, 0, -1 / 128, -0.5, -1, -1]
 
@@ -547,9 +576,9 @@ def test_a_config_imports_them(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys; sys.path[0] = '.'; import common, train_grpo; "
-            f"cfg = common.load_config(train_grpo.Config, [{str(tmp_path / 'c.py')!r}]); "
-            "print(list(train_grpo.reward_functions(cfg)))",
+            "import sys; sys.path[0] = '.'; import train_grpo; from gosling import config, rewards; "
+            f"cfg = config.load_config(train_grpo.Config, [{str(tmp_path / 'c.py')!r}]); "
+            "print(list(rewards.reward_functions(cfg)))",
         ],
         cwd=ROOT,
         capture_output=True,
@@ -560,54 +589,49 @@ def test_a_config_imports_them(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # models
 
 
-def gspo(forks, groups, level="sequence"):
-    lengths = forks.borders2.diff().tolist()
-
-    def loss_of(scores):
-        logps = torch.nn.utils.rnn.pad_sequence(scores.logps[0].split(lengths), batch_first=True)
-        n, T = logps.shape
-        mask = torch.arange(T)[None] < torch.tensor(lengths)[:, None]
-        old = logps.detach() + 0.3 * torch.sin(torch.arange(n * T, dtype=torch.float64)).view(n, T)
-        return policy_loss(
-            logps,
-            old,
-            torch.linspace(-1, 1.5, n, dtype=torch.float64),
-            mask,
-            loss_type="grpo",
-            epsilon=0.02,
-            importance_sampling_level=level,
-            ref_logps=logps.detach() - 0.2,
-            beta=0.1,
-        )
-
-    return loss_of
+def gspo(model, forks, chunk_len):
+    """A sequence-level loss with a KL term, and its gradient, far enough off-policy to be
+    clipped."""
+    model.zero_grad()
+    logps = forks.by_row(score_forks(model, forks, chunk_len, 0.7).logps)
+    n, T = logps.shape
+    mask = torch.arange(T)[None] < forks.cu_seqlens.diff()[:, None]
+    away = 0.3 * torch.sin(torch.arange(n * T, dtype=torch.float64)).view(n, T)
+    loss, metrics = policy_loss(
+        logps,
+        logps.detach() + away,
+        torch.linspace(-1, 1.5, n, dtype=torch.float64),
+        mask,
+        loss_type="grpo",
+        epsilon=0.02,
+        importance_sampling_level="sequence",
+        ref_logps=logps.detach() - 0.2,
+        beta=0.1,
+    )
+    loss.backward()
+    return loss.item(), trained_gradient(model), metrics["clip_ratio/region_mean"]
 
 
 @pytest.mark.parametrize("version", ["x060", "x070"])
 @pytest.mark.parametrize("mode", ["full", "state"])
 def test_gspo_in_chunks_equals_the_whole(version, mode):
-    """Check 21."""
+    """The gradient of a sequence-level loss through chunks of time, prompts included."""
     model = random_model(version).double()
     if mode == "state":
         tune(model, shift=True)
     forks = fork(GROUPS)
-    got = []
-    for chunk_len in (0, 8):
-        model.zero_grad()
-        loss, metrics = forked_backward(model, forks, gspo(forks, GROUPS), chunk_len, 0.7)
-        got.append((float(loss), trained_gradient(model), metrics["clip_ratio/region_mean"]))
-    assert (
-        got[1][0] == pytest.approx(got[0][0], rel=1e-9)
-        and (got[1][1] - got[0][1]).norm() < 1e-9 * got[0][1].norm()
-    )
-    assert got[0][1].norm() > 1e-3 and 0 < got[0][2] < 1
+    loss, gradient, clipped = gspo(model, forks, 0)
+    chunked_loss, chunked_gradient, _ = gspo(model, forks, 8)
+    assert chunked_loss == pytest.approx(loss, rel=1e-9)
+    assert (chunked_gradient - gradient).norm() < 1e-9 * gradient.norm()
+    assert gradient.norm() > 1e-3 and 0 < clipped < 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # runs
 
 
@@ -695,7 +719,7 @@ def letters_base(tmp_path_factory):
 
 @pytest.mark.parametrize("mode, lr", [("full", 2e-3), ("lora", 1e-2), ("state", 0.3)])
 def test_learns_a_letter(mode, lr, letters_base, tmp_path):
-    """Check 24."""
+    """In a few steps, from a reward that is the share of one letter."""
     train_grpo.main(
         tiny(
             letters_base,
@@ -715,7 +739,9 @@ def test_learns_a_letter(mode, lr, letters_base, tmp_path):
 
 @pytest.mark.parametrize("mode", ["full", "lora", "state"])
 def test_equal_rewards_move_nothing(mode, base, tmp_path):
-    same = lambda prompts, completions, **columns: [0.1] * len(completions)  # noqa: E731  (the mean of three 0.1 is not 0.1)
+    def same(prompts, completions, **columns):
+        return [0.1] * len(completions)  # the mean of three 0.1 is not 0.1
+
     train_grpo.main(tiny(base, tmp_path / "run", tune=mode, reward=same, num_generations=3))
     model, _ = load_model(base / "x070.pth")
     after, _ = load_model(
@@ -738,8 +764,9 @@ def test_equal_rewards_move_nothing(mode, base, tmp_path):
 @pytest.mark.parametrize("version", ["x060", "x070"])
 @pytest.mark.parametrize("mode", ["full", "lora", "state"])
 def test_the_first_steps_by_hand(version, mode, base, tmp_path):
-    """Two steps share one batch of rollouts: loss, ratio, KL and gap of both from the files, each sequence run whole; at
-    step 1 the reference is the policy exactly (check 22), at step 2 it still gives the old numbers."""
+    """Two steps share one batch of rollouts: loss, ratio, KL and gap of both from the files, each
+    sequence run whole; at step 1 the reference is the policy exactly, at step 2 it still gives the
+    old numbers."""
     over = dict(
         tune=mode,
         init_from=str(base / f"{version}.pth"),
@@ -846,7 +873,7 @@ def reward(prompts, completions, n, **columns):
 
 def test_loss_does_not_depend_on_micro_batch_or_processes(base, tmp_path):
     (tmp_path / "c.py").write_text(CONFIG)
-    reward = common.read_config_file(tmp_path / "c.py", Config)["reward"]
+    reward = config.read_config_file(tmp_path / "c.py", Config)["reward"]
     over = dict(
         dynamic_sampling=3,
         adam_eps=1e-3,
@@ -857,47 +884,27 @@ def test_loss_does_not_depend_on_micro_batch_or_processes(base, tmp_path):
         val_data=str(base / "prompts.jsonl"),
         eval_every=2,
     )
-    runs = {
+    layouts = {
         "1x4": {},
         "1x1": dict(micro_bsz=1),
         "1x2": dict(micro_bsz=2),
         "chunks": dict(chunk_len=20),
     }
-    for name, more in runs.items():
+    for name, more in layouts.items():
         train_grpo.main(tiny(base, tmp_path / name, **over, **more, reward=reward))
     cfg = tiny(base, tmp_path / "2x1", micro_bsz=1, **over, reward=None)
-    flags = [
-        f"--{f}={v}"
-        for f, v in common.config_dict(cfg).items()
-        if v not in (None, "()", "") and f != "reward"
-    ]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--master_port",
-            str(30900 + os.getpid() % 1000),
-            "--",
-            "train_grpo.py",
-            str(tmp_path / "c.py"),
-            *flags,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    file = str(tmp_path / "c.py")
+    done = torchrun("train_grpo.py", cfg, nproc=2, config_file=file)
     assert done.returncode == 0, done.stderr
     want = rows(tmp_path / "1x4")
     cursors = [
         torch.load(tmp_path / name / "last.pt", weights_only=True)["cursor"]
-        for name in (*runs, "2x1")
+        for name in (*layouts, "2x1")
     ]
     assert (
         len({*cursors}) == 1 and cursors[0] > 16 and want[-1]["loss"] != 0
     )  # groups were replaced, the same ones
-    for name in (*runs, "2x1"):
+    for name in (*layouts, "2x1"):
         for a, b in zip(rows(tmp_path / name), want, strict=True):
             assert a.keys() == b.keys()
             for key in b.keys() - {"time", "tokens_per_s", "seconds/rollout", "seconds/train"}:
@@ -910,7 +917,8 @@ def test_loss_does_not_depend_on_micro_batch_or_processes(base, tmp_path):
 
 @pytest.mark.parametrize("mode", ["full", "lora", "state"])
 def test_resume_is_bit_for_bit(mode, base, tmp_path):
-    """Stopped in the middle of a batch of rollouts, whose old log-probabilities, advantages and place it needs."""
+    """Stopped in the middle of a batch of rollouts, whose old log-probabilities, advantages and
+    place it needs."""
     over = dict(
         tune=mode,
         steps_per_generation=2,
@@ -929,7 +937,7 @@ def test_resume_is_bit_for_bit(mode, base, tmp_path):
     a, b = (
         torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")
     )
-    assert (a["best"], a["cursor"], a["groups"]) == (b["best"], b["cursor"], b["groups"])
+    assert (a["best_loss"], a["cursor"], a["groups"]) == (b["best_loss"], b["cursor"], b["groups"])
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     for x, y in zip(rows(tmp_path / "whole"), rows(tmp_path / "parts"), strict=True):
         assert {
@@ -953,7 +961,7 @@ def test_missing_rewards_are_left_out(base, tmp_path):
     def second(prompts, completions, n, completion_ids, **columns):
         assert all(
             len(ids) <= 6 and BYTES.decode([k for k in ids if k]) == text
-            for ids, text in zip(completion_ids, completions)
+            for ids, text in zip(completion_ids, completions, strict=False)
         )
         return [None if i % 4 == 1 else k for i, k in enumerate(n)]
 
@@ -1005,7 +1013,7 @@ def test_dynamic_sampling_replaces_groups_without_spread(base, tmp_path):
             kept_groups(tmp_path / str(rounds)),
             torch.load(tmp_path / str(rounds) / "last.pt", weights_only=True)["cursor"],
         )
-        order = common.shuffled(range(cursor), 12, 42)
+        order = shuffled(range(cursor), 12, 42)
         assert len(groups) == 4 and [group["row"]["n"] for group in groups] == [
             order[group["number"]] for group in groups
         ]
@@ -1041,15 +1049,17 @@ def test_truncated_completions_masked(base, tmp_path):
     cut = [c["finish_reason"] == "length" for c in completions]
     assert 0 < sum(cut) < len(cut)
     assert [c["mask"] for c in completions] == [
-        [0 if x else 1] * len(c["tokens"]) for c, x in zip(completions, cut)
+        [0 if x else 1] * len(c["tokens"]) for c, x in zip(completions, cut, strict=False)
     ]
     a = advantages_by_hand(
         [r for group in groups for r in group["reward"]], 4, "group"
     )  # truncated rows keep their place there
-    n = sum(len(c["tokens"]) for c, x in zip(completions, cut) if not x)
+    n = sum(len(c["tokens"]) for c, x in zip(completions, cut, strict=False) if not x)
     row = rows(tmp_path / "run")[0]
     assert row["loss"] == pytest.approx(
-        -sum(x * len(c["tokens"]) for x, c, no in zip(a, completions, cut) if not no) / n, abs=1e-6
+        -sum(x * len(c["tokens"]) for x, c, no in zip(a, completions, cut, strict=False) if not no)
+        / n,
+        abs=1e-6,
     )
     assert row["completions/clipped_ratio"] == sum(cut) / 16 and row["completions/max_length"] == 8
     train_grpo.main(
@@ -1086,7 +1096,7 @@ def test_process_changes_tokens_and_masks(base, tmp_path):
     a = advantages_by_hand([r for group in groups for r in group["reward"]], 4, "group")
     n = [sum(c["mask"]) for c in completions]
     assert rows(tmp_path / "run")[0]["loss"] == pytest.approx(
-        -sum(x * k for x, k in zip(a, n)) / sum(n), abs=1e-6
+        -sum(x * k for x, k in zip(a, n, strict=False)) / sum(n), abs=1e-6
     )
     with pytest.raises(UserError, match="expected a mask for each completion"):
         train_grpo.main(
@@ -1137,7 +1147,7 @@ def test_a_reward_model_by_path(base, tmp_path):
             group["rewards"]["reward_model"] == pytest.approx(want, abs=1e-5) and len(set(want)) > 1
         )
         assert group["reward"] == pytest.approx(
-            [x + 3 * y for x, y in zip(group["rewards"]["spread"], want)], abs=1e-4
+            [x + 3 * y for x, y in zip(group["rewards"]["spread"], want, strict=False)], abs=1e-4
         )
     train_grpo.main(
         tiny(base, tmp_path / "alone", reward=None, reward_model=str(path), max_steps=1)
@@ -1152,7 +1162,7 @@ def test_pass_at_k_and_rollouts_and_best(base, tmp_path):
     seen = []
 
     def some(prompts, completions, n, **columns):
-        seen.append(list(zip(n, completions)))
+        seen.append(list(zip(n, completions, strict=False)))
         return [1.0 if k == 0 or k == 1 and i % 3 == 2 else 0.25 for i, k in enumerate(n)]
 
     write(tmp_path / "val.jsonl", *({"prompt": f"held out {i}", "n": i} for i in range(4)))
@@ -1233,7 +1243,8 @@ def test_epochs_are_passes_over_the_prompts(base, tmp_path):
 
 
 def test_importance_weights_and_gspo_and_cispo_in_a_run(base, tmp_path):
-    """Sampler and trainer agree, so importance weights change nothing; the variants run, and GSPO on-policy is GRPO."""
+    """Sampler and trainer agree, so importance weights change nothing; the variants run, and GSPO
+    on-policy is GRPO."""
     losses = {}
     for name, more in {
         "grpo": dict(loss_type="grpo"),
@@ -1320,12 +1331,15 @@ def test_bad_rewards(reward, words, base, tmp_path):
         (dict(data="EMPTY"), 'EMPTY:2: "prompt" is missing or empty'),
         (dict(data="NOTHING"), "holds nothing|holds no prompts|is empty"),
         (dict(val_data="EMPTY"), "EMPTY:2: "),
-        (dict(num_generations=1), "num_generations=1: expected 2 or more"),
+        (
+            dict(num_generations=1),
+            "num_generations=1: expected a number greater than or equal to 2",
+        ),
         (dict(reward=None), "no reward: define"),
         (dict(reward_weights=(1.0, 2.0)), "reward_weights has 2 numbers for 1 rewards: spread"),
         (dict(loss_type="cispo"), "give it, about 5"),
         (dict(reward=[spread, spread]), "2 rewards, but only 1 names: spread"),
-        (dict(temperature=0.0), "temperature=0.0: expected a number above 0"),
+        (dict(temperature=0.0), "temperature=0.0: expected a number greater than 0"),
         (dict(steps_per_generation=0), "steps_per_generation=0"),
         (dict(beta=0.1, reference="OTHER"), "vocabulary of 300.*one of 257"),
         (dict(micro_bsz=3), "not a multiple of micro_bsz"),

@@ -1,7 +1,8 @@
-"""Backend "cuda", wkv_cuda/wkv*_chunk.cu, against the naive loop in float64 on the same bf16 inputs.
+"""Backend "cuda", wkv_cuda/wkv*_chunk.cu, against the naive loop in float64 on the same bf16
+inputs.
 
-Without a GPU the kernels' own source runs on the CPU (cuda_on_cpu.h): the same indexing, fragments and rounding to fp16.
-Where there is a GPU every comparison runs there as well.
+Without a GPU the kernels' own source runs on the CPU (cuda_on_cpu.h): the same indexing, fragments
+and rounding to fp16. Where there is a GPU every comparison runs there as well.
 """
 
 import functools
@@ -13,10 +14,10 @@ import sys
 
 import pytest
 import torch
+from helpers import ROOT
 from torch.utils.checkpoint import checkpoint
 
 import wkv_cuda
-from conftest import ROOT
 from wkv_cuda import cuda, cuda_seq
 
 N = 64
@@ -55,9 +56,13 @@ def make(
     grads=1.0,
     sequences=None,
 ):
-    """Inputs with the state last, dy, dstate. As the networks feed them, and as badly as they could."""
+    """Inputs with the state last, dy, dstate. As the networks feed them, and as badly as they
+    could."""
     g = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=g)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
     r, k, v = randn(B, T, H, N), randn(B, T, H, N) * 0.3, randn(B, T, H, N) * values
     if version == 6:
         logw = -torch.exp(randn(B, T, H, N) - 1)
@@ -97,11 +102,13 @@ def run(version, inputs, dy, dstate, device="cpu", fn=None, **kw):
     x = [i.to(device, copy=True).requires_grad_() for i in inputs]
     y, state = (fn or OPS[version])(*x, **kw)
     grads = torch.autograd.grad([y, state], x, [dy.to(device), dstate.to(device)])
-    return dict(zip(NAMES[version], [t.detach().cpu() for t in (y, state, *grads)]))
+    return dict(zip(NAMES[version], [t.detach().cpu() for t in (y, state, *grads)], strict=False))
 
 
 def exact(version, inputs, dy, dstate, cu_seqlens=None):
-    naive = lambda *x, cu_seqlens: wkv_cuda.naive(version, x[:-1], x[-1], cu_seqlens)
+    def naive(*x, cu_seqlens):
+        return wkv_cuda.naive(version, x[:-1], x[-1], cu_seqlens)
+
     return run(
         version,
         [x.double() for x in inputs],
@@ -193,7 +200,8 @@ def test_any_decay(version, logw, device):
 
 
 def test_every_token_forgets(device):
-    """A log w below -14 is taken as -14 by wkv7, so its own gradient, 1e-13 and less, is not that small."""
+    """A log w below -14 is taken as -14 by wkv7, so its own gradient, 1e-13 and less, is not that
+    small."""
     inputs, *grads = make(7, 20, H=1)
     inputs[1][:] = -30
     got, want = run(7, inputs, *grads, device), exact(7, inputs, *grads)
@@ -210,7 +218,7 @@ def test_documents_equal_each_alone(version, device):
         version, inputs, dy, dstate, device, cu_seqlens=torch.tensor(borders, device=device)
     )
     du = 0
-    for d, (p, q) in enumerate(zip(borders, borders[1:])):
+    for d, (p, q) in enumerate(zip(borders, borders[1:], strict=False)):
         alone = run(
             version,
             [*(x[:, p:q] if x.dim() == 4 else x for x in inputs[:-1]), inputs[-1][d : d + 1]],
@@ -289,7 +297,7 @@ def test_long(version):
         assert torch.equal(x, again[name]) and error(x, want[name].double()) < 3e-3, name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # a good citizen of PyTorch
 
 
@@ -373,7 +381,9 @@ def test_wrong_arguments(emulated):
     half = state.bfloat16()  # a state is used in fp32 whatever it comes in
     assert all(
         torch.equal(x, y)
-        for x, y in zip(OPS[7](*inputs[:-1], half), OPS[7](*inputs[:-1], half.float()))
+        for x, y in zip(
+            OPS[7](*inputs[:-1], half), OPS[7](*inputs[:-1], half.float()), strict=False
+        )
     )
 
 
@@ -392,7 +402,10 @@ def test_what_takes_over(monkeypatch):
             )
 
     inputs = make(7, 3)[0][:-1]
-    fastest = lambda xs: wkv_cuda._fastest([OnCuda(x) for x in xs], None)
+
+    def fastest(xs):
+        return wkv_cuda._fastest([OnCuda(x) for x in xs], None)
+
     monkeypatch.setattr(cuda_seq, "unavailable", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
@@ -417,7 +430,7 @@ def test_what_takes_over(monkeypatch):
         assert fastest(inputs) == "chunked"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # nvcc
 
 
@@ -425,7 +438,8 @@ def test_what_takes_over(monkeypatch):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 @both
 def test_nvcc_compiles(version):
-    """For sm_80 and sm_90: four blocks of 128 threads fit an SM, in registers and in its 227 KB of shared memory."""
+    """For sm_80 and sm_90: four blocks of 128 threads fit an SM, in registers and in its 227 KB of
+    shared memory."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench/kernels.py"), "--compile", f"--version={version}"],
         capture_output=True,

@@ -1,5 +1,5 @@
-"""Every command of README.md that a laptop can run, in its order, in a copy of the house, on small stand-ins for the files
-that it names; training takes two steps."""
+"""Every command of README.md that a laptop can run, in its order, in a copy of the house, on small
+stand-ins for the files that it names; training takes two steps."""
 
 import json
 import os
@@ -12,13 +12,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, readme, readme_commands
 
-from conftest import ROOT
 from model import RWKV, RWKVConfig
-from test_docs import COMMANDS, README
 
 pytestmark = pytest.mark.slow
-TABLES = [c for c in re.findall(r"`(python [^`]*)`", README) if "bench/" not in c]
+TABLES = [c for c in re.findall(r"`(python [^`]*)`", readme()) if "bench/" not in c]
 ELSEWHERE = re.compile(
     r"torchrun|^bash |_1b5|_0b1|demo\.py|^python eval\.py"
 )  # GPUs, or minutes, or an extra package
@@ -88,7 +87,7 @@ def run(words, house):
     script = next(w for w in words if w.endswith(".py"))
     words = [sys.executable, *words[1:]]
     if (
-        not {w.split("=")[0] for w in words} & {"--epochs", "--score", "make-eft", "pairs"}
+        not {w.split("=")[0] for w in words} & {"--epochs", "--score", "pairs"}
         and script in SMALLER
     ):
         words += SMALLER[script]
@@ -104,7 +103,7 @@ def run(words, house):
 
 def test_every_command_runs(house):
     ran = []
-    for command in dict.fromkeys([*COMMANDS, *TABLES]):
+    for command in dict.fromkeys([*readme_commands(), *TABLES]):
         if ELSEWHERE.search(command):
             continue
         done = run(shlex.split(command, comments=True), house)

@@ -575,6 +575,22 @@ def test_bad_arguments_name_the_thing(model, options, words):
         sample.generate(model, options.pop("prompts"), **options)
 
 
+def test_answers_shown_are_those_of_generate(model, capsys):
+    tokenizer = load_tokenizer("bytes")
+    documents = []
+    for prompt, reply in (("hi", "a"), ("User: x", "bc")):
+        ids = tokenizer.encode(prompt + reply)
+        documents.append((ids, [0] * len(prompt) + [1] * len(reply)))
+    engine.show_answers(model.eval(), documents, tokenizer)
+    lines = capsys.readouterr().out.splitlines()
+    options = dict(max_new_tokens=128, temperature=0, tokenizer=tokenizer, stop="\n\nUser:")
+    for i, (prompt, reply) in enumerate((("hi", "a"), ("User: x", "bc"))):
+        (answer,) = sample.generate(model, [tokenizer.encode(prompt)], **options)
+        assert lines[3 * i] == f"  {prompt!r}"
+        assert lines[3 * i + 1].startswith(f"    model: {answer.text[:20]!r}"[:-1])
+        assert lines[3 * i + 2] == f"    data:  {reply!r}"
+
+
 def test_streaming_holds_back_half_a_character(capsys):
     tokenizer = load_tokenizer("bytes")
     ids, pieces = tokenizer.encode("aé漢b"), []

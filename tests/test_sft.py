@@ -222,6 +222,27 @@ def test_lora_is_w_plus_scale_b_a():
     assert torch.equal(layer(x), torch.nn.functional.linear(x, w)) and layer.weight.requires_grad
 
 
+def test_an_adapter_of_the_head_trains_and_is_heard_in_the_loss():
+    """The loss without [B, T, V] and the logits are of the same head."""
+    model, idx = random_model("x070").double(), torch.randint(0, 320, (2, 20))
+    model.set_tune("lora", r=4, targets=("head",))
+    with torch.no_grad():
+        model.head.lora_B.normal_(std=0.1)
+
+    def gradient(logps):
+        model.zero_grad()
+        logps.sum().backward()
+        return torch.cat([model.head.lora_A.grad.flatten(), model.head.lora_B.grad.flatten()])
+
+    logps = model(idx[:, :-1])[0].log_softmax(-1).gather(-1, idx[:, 1:, None])[..., 0]
+    scored = model.token_logprobs(idx[:, :-1], idx[:, 1:])
+    torch.testing.assert_close(scored, logps, atol=1e-9, rtol=1e-9)
+    want, got = gradient(logps), gradient(scored)
+    assert (got - want).norm() < 1e-9 * want.norm() and want.norm() > 0
+    with model.reference():
+        assert (model.token_logprobs(idx[:, :-1], idx[:, 1:]) - scored).abs().max() > 1e-3
+
+
 def test_a_fresh_lora_is_the_same_in_every_process():
     """Python orders a set of names by a hash that differs from process to process."""
     code = """

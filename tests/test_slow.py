@@ -1,4 +1,5 @@
-"""Slow proofs, `runs/test.sh slow`: the demo's number, both versions, integer data, and a run killed again and again."""
+"""Slow proofs, `runs/test.sh slow`: the demo's number, both versions, integer data, and a run
+killed again and again."""
 
 import json
 import os
@@ -12,8 +13,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
-from conftest import ROOT
 from model import RWKV
 
 pytestmark = pytest.mark.slow
@@ -57,7 +58,8 @@ def last_row(out):
 
 
 def test_the_demo_reaches_the_readmes_number(stdlib, tmp_path):
-    """bits per byte of config/pretrain_tiny.py; the standard library differs a little between Python versions."""
+    """bits per byte of config/pretrain_tiny.py; the standard library differs a little between
+    Python versions."""
     said = float(re.search(r"([\d.]+) bits per byte", (ROOT / "README.md").read_text())[1])
     out = tiny(stdlib, tmp_path / "run")
     got = last_row(tmp_path / "run")["val_bpb"]
@@ -86,7 +88,8 @@ def test_version_6_learns_too(stdlib, tmp_path):
 
 
 def test_integer_series(tmp_path):
-    """Angles 0..359 that turn by a constant step: all but the first two of a document can be known exactly."""
+    """Angles 0..359 that turn by a constant step: all but the first two of a document can be known
+    exactly."""
     rng = np.random.default_rng(0)
     start, turn = rng.integers(0, 360, (2000, 1)), rng.integers(1, 8, (2000, 1))
     np.save(tmp_path / "angles.npy", (start + turn * np.arange(63)) % 360)
@@ -98,24 +101,16 @@ def test_integer_series(tmp_path):
         "--val=0.05",
     )
     tiny(tmp_path / "angles", tmp_path / "run", "--max_steps=400")
-    # a perfect model pays ln 360 + ln 7 for the first two of every 64 tokens, and at worst a little for the rest
+    # a perfect model pays ln 360 + ln 7 for the first two of every 64 tokens, and at worst a little
+    # for the rest
     best = (np.log(360) + np.log(7)) / 64
     got = last_row(tmp_path / "run")["val_loss"]
     assert best * 0.9 < got < 3 * best, (got, best)
 
 
-@pytest.mark.parametrize("version", [6, 7])
-def test_chunked_equals_naive_at_every_length(version):
-    from test_wkv import error, inputs, run, start_state
-
-    for T in range(1, 301):
-        xs, state = inputs(version, 1, T, 1, seed=T), start_state(1, 1)
-        for got, want in zip(run(version, xs, state, "chunked"), run(version, xs, state, "naive")):
-            assert error(got, want) <= 1e-9, T
-
-
 def test_killed_at_random_moments_it_still_ends_where_it_would(stdlib, tmp_path):
-    """SIGKILL at ten random moments, each time on from last.pt: every checkpoint is whole, the end is bit for bit."""
+    """SIGKILL at ten random moments, each time on from last.pt: every checkpoint is whole, the end
+    is bit for bit."""
     flags = [
         "config/pretrain_tiny.py",
         f"--data={stdlib}_train",
@@ -166,7 +161,8 @@ def test_killed_at_random_moments_it_still_ends_where_it_would(stdlib, tmp_path)
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path):
-    """The C++ for the CPU under the address and undefined-behaviour sanitizers, with all tests that call it."""
+    """The C++ for the CPU under the address and undefined-behaviour sanitizers, with all tests that
+    call it."""
     cxx, library = os.environ.get("CXX", "c++"), {}
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
         library[name] = subprocess.run(

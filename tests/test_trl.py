@@ -1,4 +1,5 @@
-"""The losses against TRL's own code (`pip install trl==1.16.0` and these run; it is not in requirements.txt)."""
+"""The losses against TRL's own code (`pip install trl==1.16.0` and these run; it is not in
+requirements.txt)."""
 
 import itertools
 from collections import defaultdict
@@ -8,10 +9,10 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="pip install trl==1.16.0 to compare with it")
+from test_grpo import LP, MASK, OLD, REDUCTIONS, REF, SAID, A  # noqa: E402
 from trl.trainer.dpo_trainer import DPOTrainer  # noqa: E402
 from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 
-from test_grpo import A, LP, MASK, OLD, REDUCTIONS, REF, SAID  # noqa: E402
 from train_dpo import dpo_loss  # noqa: E402
 from train_grpo import policy_loss  # noqa: E402
 

@@ -1,14 +1,16 @@
-"""The recurrences: the naive loop in float64 is the specification; it is itself checked against a loop of scalars."""
+"""The recurrences: the naive loop in float64 is the specification; it is itself checked against a
+loop of scalars."""
 
+import functools
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import ROOT
 
 import wkv_cuda
-from conftest import ROOT
 from wkv_cuda import cpu, wkv6, wkv7
 from wkv_cuda.chunked import unit_lower_inverse
 
@@ -22,7 +24,8 @@ def built():
 
 
 def inputs(version, B, T, H, kind="plain", N=64, dtype=torch.float64, seed=0):
-    """Leaf tensors (r, logw, k, v, a, b) or (r, logw, k, v, u) as the networks feed them, and as badly as they could."""
+    """Leaf tensors (r, logw, k, v, a, b) or (r, logw, k, v, u) as the networks feed them, and as
+    badly as they could."""
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -55,7 +58,8 @@ def inputs(version, B, T, H, kind="plain", N=64, dtype=torch.float64, seed=0):
 
 
 def run(version, xs, state, backend, cu_seqlens=None):
-    """-> y, final state, and the gradients of a loss that uses both, for every input and the initial state."""
+    """-> y, final state, and the gradients of a loss that uses both, for every input and the
+    initial state."""
     y, end = (wkv7 if version == 7 else wkv6)(*xs, state, cu_seqlens=cu_seqlens, backend=backend)
     g = torch.Generator().manual_seed(9)
     loss = (y * torch.randn(y.shape, dtype=torch.float64, generator=g).to(y.dtype)).sum() + (
@@ -113,11 +117,11 @@ def test_naive_equals_a_loop_of_scalars():
 def test_chunked_equals_naive(version, kind, T):
     xs, state = inputs(version, 2, T, 2, kind), start_state(2, 2)
     want = run(version, xs, state, "naive")
-    for i, (got, w) in enumerate(zip(run(version, xs, state, "chunked"), want)):
+    for i, (got, w) in enumerate(zip(run(version, xs, state, "chunked"), want, strict=False)):
         assert error(got, w) <= 1e-9, i
     single = [x.detach().float().requires_grad_() for x in (*xs, state)]
     got = run(version, single[:-1], single[-1], "chunked")
-    for i, (g, w) in enumerate(zip(got, want)):
+    for i, (g, w) in enumerate(zip(got, want, strict=False)):
         if w.norm() < 1e-38:  # decays of exp(-148): below the smallest float32
             assert g.norm() == 0
         elif kind == "plain":
@@ -136,7 +140,7 @@ def test_packed_documents_equal_each_alone(version, backend):
     wy = torch.randn(packed[0].shape, dtype=torch.float64, generator=g)
     ws = torch.randn(packed[1].shape, dtype=torch.float64, generator=g)
     loss = 0
-    for d, (i, j) in enumerate(zip(borders, borders[1:])):
+    for d, (i, j) in enumerate(zip(borders, borders[1:], strict=False)):
         if i == j:
             assert torch.equal(packed[1][d], state[d])  # handed through
             loss = loss + (state[d] * ws[d]).sum()
@@ -146,7 +150,7 @@ def test_packed_documents_equal_each_alone(version, backend):
         )
         assert error(packed[0][:, i:j], y) <= 1e-9 and error(packed[1][d : d + 1], end) <= 1e-9
         loss = loss + (y * wy[:, i:j]).sum() + (end * ws[d : d + 1]).sum()
-    for got, want in zip(packed[2:], torch.autograd.grad(loss, [*xs, state])):
+    for got, want in zip(packed[2:], torch.autograd.grad(loss, [*xs, state]), strict=False):
         assert error(got, want) <= 1e-9
 
 
@@ -157,7 +161,7 @@ def test_cpp_equals_naive(version, kind, T, built):
     xs, state = inputs(version, 2, T, 2, kind), start_state(2, 2)
     single = [x.detach().float().requires_grad_() for x in (*xs, state)]
     got = run(version, single[:-1], single[-1], "cpu")
-    for i, (g, w) in enumerate(zip(got, run(version, xs, state, "naive"))):
+    for i, (g, w) in enumerate(zip(got, run(version, xs, state, "naive"), strict=False)):
         assert g.dtype == torch.float32
         if w.norm() < 1e-38:  # decays of exp(-148)
             assert g.norm() == 0
@@ -170,7 +174,9 @@ def test_cpp_equals_naive(version, kind, T, built):
 def test_cpp_takes_other_head_sizes(version, N, built):
     xs, state = inputs(version, 1, 40, 2, N=N), start_state(1, 2, N)
     single = [x.detach().float().requires_grad_() for x in (*xs, state)]
-    for g, w in zip(run(version, single[:-1], single[-1], "cpu"), run(version, xs, state, "naive")):
+    for g, w in zip(
+        run(version, single[:-1], single[-1], "cpu"), run(version, xs, state, "naive"), strict=False
+    ):
         assert error(g, w) <= 2e-6
     with pytest.raises(ValueError, match="16 or 32"):
         run(version, *single_and_state(version, N=24), "cpu")
@@ -186,7 +192,11 @@ def test_cpp_takes_any_decay(version, logw, built):
             xs[1][:, ::step] = logw
         single = [x.detach().float().requires_grad_() for x in (*xs, state)]
         for i, (g, w) in enumerate(
-            zip(run(version, single[:-1], single[-1], "cpu"), run(version, xs, state, "naive"))
+            zip(
+                run(version, single[:-1], single[-1], "cpu"),
+                run(version, xs, state, "naive"),
+                strict=False,
+            )
         ):
             assert error(g, w) <= 2e-6 or (i == 3 and w.norm() < 1e-30), (
                 i
@@ -206,19 +216,21 @@ def test_cpp_documents_pieces_and_threads_change_no_bit(version, built):
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             again = run(version, single, state, "cpu", torch.tensor(borders))
-            assert all(torch.equal(x, y) for x, y in zip(again, want))
+            assert all(torch.equal(x, y) for x, y in zip(again, want, strict=False))
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
     op = wkv7 if version == 7 else wkv6
-    for d, (i, j) in enumerate(zip(borders, borders[1:])):
+    for d, (i, j) in enumerate(zip(borders, borders[1:], strict=False)):
         S, ys = state[d : d + 1], []
         for p, q in ((i, min(i + 7, j)), (min(i + 7, j), j)):
             y, S = op(*[x if x.dim() == 2 else x[:, p:q] for x in single], S, backend="cpu")
             ys.append(y)
         assert torch.equal(torch.cat(ys, 1), want[0][:, i:j]) and torch.equal(S, want[1][d : d + 1])
     double = [x.detach().double().requires_grad_() for x in (*single, state)]
-    for g, w in zip(want, run(version, double[:-1], double[-1], "naive", torch.tensor(borders))):
+    for g, w in zip(
+        want, run(version, double[:-1], double[-1], "naive", torch.tensor(borders)), strict=False
+    ):
         assert error(g, w) <= 2e-6
 
 
@@ -260,7 +272,8 @@ def test_training_builds_and_sampling_does_not(nothing_built, monkeypatch, capfd
     assert not list(nothing_built.iterdir()) and wkv_cuda._fastest(frozen, frozen[0]) == "chunked"
     wkv7(*[x.double() for x in xs])
     assert not list(nothing_built.iterdir())
-    code = "import wkv_cuda; assert not wkv_cuda.cpu.unavailable(build=True)"  # two first runs at the same time
+    # Two first runs at the same time.
+    code = "import wkv_cuda; assert not wkv_cuda.cpu.unavailable(build=True)"
     runs = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -310,10 +323,12 @@ def test_wkv7_takes_any_decay(logw):
         xs[1][:, ::3] = logw
     state = start_state(1, 1)
     wants = run(7, xs, state, "naive")
-    for got, want in zip(run(7, xs, state, "chunked"), wants):
+    for got, want in zip(run(7, xs, state, "chunked"), wants, strict=False):
         assert error(got, want) <= 1e-9
     single = [x.detach().float().requires_grad_() for x in (*xs, state)]
-    for i, (got, want) in enumerate(zip(run(7, single[:-1], single[-1], "chunked"), wants)):
+    for i, (got, want) in enumerate(
+        zip(run(7, single[:-1], single[-1], "chunked"), wants, strict=False)
+    ):
         assert error(got, want) <= (2e-6 if i < 2 else 2e-5), i
 
 
@@ -322,9 +337,18 @@ def test_gradients_equal_finite_differences(version):
     xs, state = inputs(version, 1, 5, 1, N=4), start_state(1, 1, N=4)
     fn = wkv7 if version == 7 else wkv6
     for backend in ("naive", "chunked"):
-        assert torch.autograd.gradcheck(
-            lambda *args: fn(*args[:-1], args[-1], backend=backend), (*xs, state), atol=1e-6
-        )
+        form = functools.partial(fn, backend=backend)
+        assert torch.autograd.gradcheck(form, (*xs, state), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [6, 7])
+def test_chunked_equals_naive_at_every_length(version):
+    for T in range(1, 301):
+        xs, state = inputs(version, 1, T, 1, seed=T), start_state(1, 1)
+        chunked, naive = (run(version, xs, state, backend) for backend in ("chunked", "naive"))
+        for got, want in zip(chunked, naive, strict=True):
+            assert error(got, want) <= 1e-9, T
 
 
 @pytest.mark.parametrize("L", [1, 2, 8, 32])
@@ -354,7 +378,7 @@ def test_half_precision_inputs_keep_a_float32_state(version, backend, request):
     s = state.detach().float().requires_grad_()
     got = run(version, half, s, backend)
     assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
-    for g, w in zip(got, want):
+    for g, w in zip(got, want, strict=False):
         assert error(g, w) < 0.02  # bfloat16 has 8 bits: 0.4 % for each input
     if backend == "cpu":  # the same numbers as in float32, rounded once
         whole = run(version, [x.detach().float().requires_grad_() for x in half], s, backend)
@@ -431,6 +455,7 @@ def test_bad_input_names_the_argument(version, backend, request):
     for a, b in zip(
         run(version, strided, state.detach().mT.contiguous().mT.requires_grad_(), backend),
         run(version, xs, state, backend),
+        strict=False,
     ):
         assert torch.equal(a, b) if backend == "cpu" else error(a, b.double()) < 1e-5
     none = [x.detach()[:, :0].requires_grad_() if x.dim() == 4 else x for x in xs]
