@@ -550,7 +550,8 @@ def test_numeric_in_a_process_that_is_stopped(tmp_path, monkeypatch):
         ["p"] * 4, ["= 42", "41", "x", "1,000"], answer=["42", 42, None, 1000.0]
     ) == [1, 0, None, 1]
     (tmp_path / "math_verify.py").write_text(
-        "def parse(text):\n    return text.strip('$ ')\n\ndef verify(a, b):\n    return a == 'x' and b == 'y'\n"
+        "def parse(text):\n    return text.strip('$ ')\n\n"
+        "def verify(a, b):\n    return a == 'x' and b == 'y'\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # if it is installed, it decides
     assert kit.numeric(["p"] * 3, ["$y$", "x", "42"], answer=["x", "x", "42"]) == [1, 0, 0]
@@ -576,7 +577,8 @@ def test_a_config_imports_them(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys; sys.path[0] = '.'; import train_grpo; from gosling import config, rewards; "
+            "import sys; sys.path[0] = '.'; import train_grpo; "
+            "from gosling import config, rewards; "
             f"cfg = config.load_config(train_grpo.Config, [{str(tmp_path / 'c.py')!r}]); "
             "print(list(rewards.reward_functions(cfg)))",
         ],
@@ -866,8 +868,10 @@ def test_on_policy_the_ratio_is_one_whatever_the_prompts(mode, base, tmp_path):
 
 CONFIG = '''
 def reward(prompts, completions, n, **columns):
-    """1 if there is a vowel among a few random bytes; the prompt's number decides how many count."""
-    return [float(any(c in "aeiouAEIOU0123456789!?., "[:5 + k] for c in text)) for text, k in zip(completions, n)]
+    """1 if there is a vowel among a few random bytes; the prompt decides how many count."""
+    letters = "aeiouAEIOU0123456789!?., "
+    rows = zip(completions, n)
+    return [float(any(c in letters[:5 + k] for c in text)) for text, k in rows]
 '''
 
 
@@ -998,7 +1002,7 @@ def test_dynamic_sampling_replaces_groups_without_spread(base, tmp_path):
     def odd(prompts, completions, n, **columns):  # prompts of odd numbers have spread
         return [float(k % 2 and i % 4 == 0) for i, k in enumerate(n)]
 
-    for rounds, dead in ((0, None), (9, 0), (1, None)):
+    for rounds in (0, 9, 1):
         train_grpo.main(
             tiny(
                 base,
@@ -1302,7 +1306,7 @@ def test_bad_rewards(reward, words, base, tmp_path):
             else reward(prompts, completions, **columns)
         )
 
-    breaks.__name__ = getattr(reward, "__name__")
+    breaks.__name__ = reward.__name__
     write(tmp_path / "p.jsonl", *({"prompt": "h" * 36, "n": 7} for _ in range(4)))
     with pytest.raises(UserError, match=words) as e:
         train_grpo.main(
