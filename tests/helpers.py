@@ -30,6 +30,25 @@ GROUPS = [
 ]
 
 
+# Of a policy loss: 5 rows of up to 6 tokens, one masked whole, one with a hole.
+A = [1.2, -0.7, 0.4, -1.5, 0.9]
+MASK = [
+    [1, 1, 1, 0, 0, 0],
+    [1, 1, 1, 1, 1, 1],
+    [0, 0, 0, 0, 0, 0],
+    [1, 0, 1, 1, 0, 0],
+    [1, 0, 0, 0, 0, 0],
+]
+g = torch.Generator().manual_seed(3)
+LP, REF, OLD, SAID = (
+    -2 + scale * torch.randn(5, 6, dtype=torch.float64, generator=g)
+    for scale in (0.6, 0.6, 0.6, 0.6)
+)
+OLD = LP + 0.5 * (OLD + 2)  # ratios of 0.5 to 2, most of them outside of the clip range
+SAID = OLD + 0.8 * (SAID + 2)
+REDUCTIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
+
+
 # ----------------------------------------------------------------------------------------------
 # models and data
 

@@ -90,7 +90,9 @@ def test_losses_and_gradients_by_hand(loss_type, beta, e):
 
 
 def test_numbers_that_can_be_checked_on_paper():
-    t = lambda *x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
+    def t(*x):
+        return torch.tensor(x, dtype=torch.float64)
+
     # h = 0.1 * ((-10 + 11) - (-12 + 11.5)) = 0.15; log(1 + exp(-0.15)) = 0.6209570
     assert dpo_loss(t(-10), t(-12), t(-11), t(-11.5))[0].item() == pytest.approx(
         0.6209570, abs=1e-6

@@ -11,7 +11,14 @@ import pytest
 import torch
 from helpers import (
     GROUPS,
+    LP,
+    MASK,
+    OLD,
+    REDUCTIONS,
+    REF,
     ROOT,
+    SAID,
+    A,
     kill_after,
     random_model,
     rows,
@@ -43,23 +50,6 @@ def t(*x):
 
 # ----------------------------------------------------------------------------------------------
 # the loss by hand: 5 rows of up to 6 tokens, one masked whole, one with a hole
-
-A = [1.2, -0.7, 0.4, -1.5, 0.9]
-MASK = [
-    [1, 1, 1, 0, 0, 0],
-    [1, 1, 1, 1, 1, 1],
-    [0, 0, 0, 0, 0, 0],
-    [1, 0, 1, 1, 0, 0],
-    [1, 0, 0, 0, 0, 0],
-]
-g = torch.Generator().manual_seed(3)
-LP, REF, OLD, SAID = (
-    -2 + scale * torch.randn(5, 6, dtype=torch.float64, generator=g)
-    for scale in (0.6, 0.6, 0.6, 0.6)
-)
-OLD = LP + 0.5 * (OLD + 2)  # ratios of 0.5 to 2, most of them outside of the clip range
-SAID = OLD + 0.8 * (SAID + 2)
-REDUCTIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
 
 def by_hand(
@@ -957,10 +947,8 @@ def test_resume_is_bit_for_bit(mode, base, tmp_path):
 
 def test_missing_rewards_are_left_out(base, tmp_path):
     def first(prompts, completions, **columns):
-        return [
-            None if i % 4 == 1 else math.nan if i % 4 == 2 else float(i)
-            for i in range(len(completions))
-        ]
+        missing = {1: None, 2: math.nan}
+        return [missing.get(i % 4, float(i)) for i in range(len(completions))]
 
     def second(prompts, completions, n, completion_ids, **columns):
         assert all(

@@ -130,18 +130,12 @@ def check(version, case, kind, device, **kw):
     few = case[1].numel() < 2000
     for name, want in exact(version, *case, **kw).items():
         bar = 2e-3 if name in ("y", "state", "dstate") else 3e-3
-        if (
-            kind == "slowest" and version == 7
-        ):  # the gradients are small differences, of size 0.01 of what is subtracted
+        if kind == "slowest" and version == 7:
+            # The gradients are small differences, of size 0.01 of what is subtracted.
             bar *= 1.2
         assert error(got[name], want) <= bar * (1.3 if few else 1), name
-        assert got[name].dtype == (
-            torch.float32
-            if "state" in name or name == "du"
-            else case[0][1].dtype
-            if name == "dlogw"
-            else torch.bfloat16
-        )
+        dtype = torch.float32 if "state" in name or name == "du" else torch.bfloat16
+        assert got[name].dtype == (case[0][1].dtype if name == "dlogw" else dtype)
 
 
 @both

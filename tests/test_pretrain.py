@@ -151,11 +151,12 @@ def test_eight_steps_end_where_upstreams_would(version, data, tmp_path):
     def distance(other):
         """of each tensor, as a share of the way it went; a tensor that did not move has gone no
         way"""
-        return {
-            n: ((ours[n] - other[n]).norm() / way).item()
-            for n in ours
-            if (way := (other[n] - start[n]).norm()) > 0
-        }
+        distances = {}
+        for n in ours:
+            way = (other[n] - start[n]).norm()
+            if way > 0:
+                distances[n] = ((ours[n] - other[n]).norm() / way).item()
+        return distances
 
     right = distance(upstreams_steps(version, data, cfg))
     # Adam with eps = 1e-18 turns the last bit of a tiny gradient into a full step, so a few numbers

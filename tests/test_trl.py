@@ -9,12 +9,12 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="pip install trl==1.16.0 to compare with it")
-from test_grpo import LP, MASK, OLD, REDUCTIONS, REF, SAID, A  # noqa: E402
-from trl.trainer.dpo_trainer import DPOTrainer  # noqa: E402
-from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
+from helpers import LP, MASK, OLD, REDUCTIONS, REF, SAID, A
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 
-from train_dpo import dpo_loss  # noqa: E402
-from train_grpo import policy_loss  # noqa: E402
+from train_dpo import dpo_loss
+from train_grpo import policy_loss
 
 ALONE = SimpleNamespace(
     gather=lambda x: x,
@@ -146,7 +146,8 @@ def test_dpo_loss_is_trls(loss_type):
         """carries the loss out: what TRL does after it wants a whole trainer"""
 
     class Aux:  # TRL adds its aux_loss last
-        __rmul__ = lambda self, weight: self  # noqa: E731
+        def __rmul__(self, weight):
+            return self
 
         def __radd__(self, loss):
             raise Stop(loss)
