@@ -746,7 +746,7 @@ def broken(prompts, completions, **columns):
         ),
         ([stage("spin")], {}, "spin: it needs data"),
         ([stage("train_judge")], {}, "it needs check"),
-        ([stage(num_candidates=0)], {}, "self_reward: num_candidates='0': expected"),
+        ([stage(num_candidates=0)], {}, "self_reward: num_candidates=0: expected"),
         ([stage(judge_template="{prompt} only")], {}, r"judge_template has no \{response\}"),
         ([stage(judge_template="{prompt} {respons}")], {}, "KeyError"),
         ([stage(judge_template="{{ promt }}{{ response }}")], {}, "UndefinedError"),
