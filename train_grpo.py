@@ -19,8 +19,9 @@ above its group:
 GRPO arXiv 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, GSPO 2507.18071 (grpo + sequence,
 epsilon 3e-4), CISPO 2506.13585, dual clip 1912.09729. Names and conventions are TRL's: rows that
 are masked whole still count in grpo and dr_grpo; of all reductions bnpo alone depends on micro_bsz,
-there as here. `reference` of the KL term: a model's file; empty = adapter or state off, with
-tune=full init_from.
+there as here. `reference` of the KL term: empty = the policy as training starts (init_from, with
+its `adapter` if one is given), so that the term is 0 at the first step; "off" = its adapter or
+tuned state switched off; or a model's file.
 
 A sample is a prompt with all its completions. A prompt is read once and its state forked into its
 completions, for sampling and in the training pass. Sampler and trainer are one network;
@@ -408,6 +409,11 @@ def check_settings(cfg):
             f"reward_weights has {len(cfg.reward_weights)} numbers for {len(names)} rewards: "
             f"{', '.join(names)}"
         )
+    if cfg.reference == "off" and cfg.tune == "full":
+        raise UserError(
+            "reference=off switches an adapter or a tuned state off, and tune=full has neither; "
+            "leave it empty"
+        )
     try:
         level = cfg.importance_sampling_level
         check_variant(cfg.loss_type, level, cfg.epsilon_high, cfg.max_completion_length)
@@ -460,9 +466,12 @@ def main(cfg):
         reward_model = reference_model = None
         if cfg.reward_model:
             reward_model = load_second("reward_model", cfg.reward_model, model, run)
-        if cfg.beta and (cfg.reference or cfg.tune == "full"):  # else its own adapter or state off
-            path = cfg.reference or cfg.init_from
-            reference_model = load_second("reference", path, model, run)
+        # The reference is what training starts from; a fresh adapter or state is the model without.
+        reference_path = cfg.reference or cfg.adapter
+        if cfg.tune == "full":
+            reference_path = cfg.reference or cfg.init_from
+        if cfg.beta and reference_path not in ("", "off"):
+            reference_model = load_second("reference", reference_path, model, run)
         sampler = Sampler(model, tokenizer, reward_model)
 
         # ---- data

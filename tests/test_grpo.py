@@ -820,6 +820,19 @@ def test_the_first_steps_by_hand(version, mode, base, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    "mode, file", [("lora", "lora-final.safetensors"), ("state", "state-final.pth")]
+)
+def test_the_reference_is_what_training_starts_from(mode, file, base, tmp_path):
+    """Going on from an adapter or a state, the KL term is 0 at first; "off" names the other choice."""
+    train_grpo.main(tiny(base, tmp_path / "a", tune=mode, lr=3e-2, lr_final=3e-2))
+    over = dict(tune=mode, adapter=str(tmp_path / "a" / file), beta=0.1, max_steps=1)
+    train_grpo.main(tiny(base, tmp_path / "start", **over))
+    train_grpo.main(tiny(base, tmp_path / "off", **over, reference="off"))
+    assert rows(tmp_path / "start")[0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert rows(tmp_path / "off")[0]["kl"] > 1e-5
+
+
 @pytest.mark.parametrize("mode", ["full", "lora", "state"])
 def test_on_policy_the_ratio_is_one_whatever_the_prompts(mode, base, tmp_path):
     write(
@@ -1334,6 +1347,7 @@ def test_bad_rewards(reward, words, base, tmp_path):
         (dict(temperature=0.0), "temperature=0.0: expected a number greater than 0"),
         (dict(steps_per_generation=0), "steps_per_generation=0"),
         (dict(beta=0.1, reference="OTHER"), "vocabulary of 300.*one of 257"),
+        (dict(beta=0.1, reference="off"), "tune=full has neither"),
         (dict(micro_bsz=3), "not a multiple of micro_bsz"),
     ],
 )
