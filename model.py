@@ -497,7 +497,6 @@ class RWKV(nn.Module):
         return [dict(name=name, **group) for name, group in groups.items() if group["params"]]
 
     # Plumbing that lives in gosling/, under the names where people look for it.
-
     def set_tune(self, tune, **options):
         """What trains: "full", "lora", "state" or "head"; options as in gosling/tune.py."""
         from gosling.tune import set_tune
