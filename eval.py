@@ -4,32 +4,41 @@
     python eval.py --model=RWKV-x070-World-0.1B.pth --tasks lambada_openai
     python eval.py --model=out/chats/rwkv-final.pth --tasks mmlu gsm8k --num_fewshot=5 --limit=200
     python eval.py --model=out/lora/lora-final.safetensors --tasks mine --include_path=my_tasks/
+    python eval.py --model=... --tasks=ifeval,gsm8k --apply_chat_template --out=out/scores.json
 
 my_tasks/ holds YAML files of your own. A context is read once for all of its choices. A recurrence
 has no window: however long a text is, nothing of it is cut.
 """
 
+import difflib
 import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat
 from tqdm import tqdm
 
 from gosling import engine
 from gosling.batch import fork, score_forks
 from gosling.config import UserError, read_flags
+from gosling.data import render_chat
+from gosling.files import write_json
 from gosling.runs import pick_device
 
 
 @dataclass
 class Config:
     model: str  # weights, a LoRA or a tuned state
-    tasks: tuple[str, ...]  # names, as `lm_eval --tasks list` shows them
+    tasks: tuple[str, ...]  # names, as `lm_eval --tasks list` shows them, or patterns: mmlu_*
     include_path: str | None = None  # a folder with tasks of your own (.yaml)
     num_fewshot: NonNegativeInt | None = None  # worked examples before each question
-    limit: PositiveInt | None = None  # only so many questions of each task
+    limit: PositiveFloat | None = None  # only so many questions of each task; below 1, that share
+    apply_chat_template: bool = False  # questions are a user's turns, and examples a conversation's
+    system_instruction: str | None = None  # a system turn to begin with
+    out: str = ""  # keep scores and settings in this file, JSON
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
@@ -61,19 +70,65 @@ def score_continuations(model, pairs):
     return [by_number[i] for i in range(len(pairs))]
 
 
-def answer(model, tokenizer, texts, options):
+# In generation_kwargs the most tokens go by these names; the first one that is there counts.
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def sampling_of(kwargs):
+    """A task's generation_kwargs -> keywords of `generate`, as the harness's adapters read them.
+
+    Numbers may be text. Without do_sample a temperature above 0 samples, without both it is greedy.
+    """
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    stop = given.pop("until", [])
+    limits = [given.pop(key) for key in LIMITS if key in given]
+    temperature = given.pop("temperature", None)
+    do_sample = given.pop("do_sample", float(temperature or 0) > 0)
+    if not do_sample:
+        temperature = 0
+    options = {
+        "max_new_tokens": int(float(limits[0])) if limits else 256,
+        "stop": [text for text in ([stop] if isinstance(stop, str) else stop) if text],
+        "temperature": 1.0 if temperature is None else float(temperature),
+        "top_p": min(float(given.pop("top_p", 1.0)), 1.0),
+        "top_k": max(int(float(given.pop("top_k", 0))), 0),  # -1 is all, too
+        "min_p": float(given.pop("min_p", 0.0)),
+        "repetition_penalty": float(given.pop("repetition_penalty", 1.0)),
+    }
+    if given:
+        print(f"note: generation_kwargs {', '.join(given)} are not used", file=sys.stderr)
+    return options
+
+
+def answer(model, tokenizer, texts, kwargs):
     """Texts and a task's generation_kwargs -> the completions' texts"""
-    stop = options.get("until") or []
+    prompts = [encode(tokenizer, text) or [tokenizer.end_id] for text in texts]
     completions = engine.generate(
-        model,
-        [tokenizer.encode(text) for text in texts],
-        tokenizer=tokenizer,
-        seed=0,
-        max_new_tokens=options.get("max_gen_toks", 256),
-        stop=[stop] if isinstance(stop, str) else stop,
-        temperature=options.get("temperature", 1.0) if options.get("do_sample") else 0.0,
+        model, prompts, tokenizer=tokenizer, seed=0, **sampling_of(kwargs)
     )
     return [completion.text for completion in completions]
+
+
+def encode(tokenizer, text):
+    """A task's text -> ids; UserError if it has half a character."""
+    try:
+        return tokenizer.encode(text)
+    except UnicodeError as e:
+        raise UserError(f"a task's text is not UTF-8 ({e.reason}): {text!r:.60}") from None
+
+
+def encode_pair(tokenizer, context, continuation):
+    """-> (context ids, continuation ids). Blanks at the context's end go over, as in the harness.
+
+    The two are cut as one text where the context's ids stay what they were; where a token would lie
+    across the border, as in "the" + "re", each is cut on its own, so that nothing is lost.
+    """
+    bare = context.rstrip()
+    continuation = context[len(bare) :] + continuation
+    context_ids, whole = encode(tokenizer, bare), encode(tokenizer, bare + continuation)
+    if whole[: len(context_ids)] == context_ids:
+        return context_ids, whole[len(context_ids) :]
+    return context_ids, encode(tokenizer, continuation)
 
 
 def adapter(model, tokenizer):
@@ -82,16 +137,29 @@ def adapter(model, tokenizer):
 
     class Adapter(TemplateLM):
         eot_token_id = tokenizer.end_id  # stands before a text that has no context
+        tokenizer_name = tokenizer.name
+        takes_chats = False
 
         def tok_encode(self, text, **_):
-            return tokenizer.encode(text)
+            return encode(tokenizer, text)
+
+        def chat_template(self, chat_template=False):
+            return "gosling.data.render_chat" if chat_template else None
+
+        def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            self.takes_chats = True
+            return chat_text(chat_history, tokenizer, add_generation_prompt)
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            pairs = [encode_pair(tokenizer, *request.args) for request in requests]
+            return self._loglikelihood_tokens([(None, *pair) for pair in pairs])
 
         def _loglikelihood_tokens(self, requests, **_):
             pairs = [(context or [tokenizer.end_id], ids) for _, context, ids in requests]
             return score_continuations(model, pairs)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            texts = [tokenizer.encode(request.args[0]) for request in requests]
+            texts = [encode(tokenizer, request.args[0]) for request in requests]
             scores = score_continuations(model, [([tokenizer.end_id], ids) for ids in texts])
             return [logp for logp, _ in scores]
 
@@ -100,6 +168,8 @@ def adapter(model, tokenizer):
             kinds = group_by(json.dumps(request.args[1], sort_keys=True) for request in requests)
             for options, group in kinds.items():
                 prompts = [requests[i].args[0] for i in group]
+                if self.takes_chats:  # see chat_text
+                    prompts = [prompt.removesuffix(" ") for prompt in prompts]
                 answers = answer(model, tokenizer, prompts, json.loads(options))
                 for i, text in zip(group, answers, strict=True):
                     texts[i] = text
@@ -108,20 +178,63 @@ def adapter(model, tokenizer):
     return Adapter()
 
 
+def chat_text(messages, tokenizer, generation_prompt):
+    """[{"role", "content"}] -> the chat as text, which the harness puts a continuation behind.
+
+    It ends in "Assistant: ", because the harness leaves out the blank before an answer; before
+    text is generated that blank is taken away. Else the last message goes on.
+    """
+    messages = [dict(message) for message in messages]
+    ids, _ = render_chat(messages, tokenizer, generation_prompt=generation_prompt)
+    if generation_prompt:
+        return tokenizer.decode(ids) + " "
+    return tokenizer.decode([token for token in ids if token != tokenizer.end_id])
+
+
+def find_tasks(names, manager):
+    """Names, patterns, comma lists and .yaml files -> names and files; UserError for an unknown."""
+    found = []
+    for name in (name.strip() for names_of_flag in names for name in names_of_flag.split(",")):
+        matched = [name] if Path(name).suffix == ".yaml" and Path(name).is_file() else []
+        matched = matched or sorted(manager.match_tasks([name]))
+        if name and not matched:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise UserError(
+                f"--tasks: {name!r} is no task{hint} (`lm_eval --tasks list` shows all)"
+            )
+        found += matched
+    if not found:
+        raise UserError("--tasks names no task (`lm_eval --tasks list` shows all)")
+    return list(dict.fromkeys(found))
+
+
 def main(cfg):
+    if cfg.limit and cfg.limit > 1 and cfg.limit % 1:
+        raise UserError(f"limit={cfg.limit}: expected a whole number, or a share below 1")
+    if cfg.include_path and not Path(cfg.include_path).is_dir():
+        raise UserError(f"--include_path={cfg.include_path} is not a folder")
     try:
-        import lm_eval
+        import lm_eval.tasks
+        import lm_eval.utils
     except ImportError:
         raise UserError("eval.py needs lm-evaluation-harness: pip install lm_eval") from None
+    manager = lm_eval.tasks.TaskManager(include_path=cfg.include_path)
+    tasks = find_tasks(cfg.tasks, manager)
     model, tokenizer, _ = engine.load(cfg.model, *pick_device(cfg), cfg.tokenizer)
     results = lm_eval.simple_evaluate(
         adapter(model, tokenizer),
-        tasks=list(cfg.tasks),
+        tasks=tasks,
         num_fewshot=cfg.num_fewshot,
         limit=cfg.limit,
-        task_manager=lm_eval.tasks.TaskManager(include_path=cfg.include_path),
+        task_manager=manager,
+        apply_chat_template=cfg.apply_chat_template,
+        system_instruction=cfg.system_instruction,
     )
     print(lm_eval.utils.make_table(results))
+    if cfg.out:
+        scores = {key: value for key, value in results.items() if key != "samples"}
+        write_json(cfg.out, json.loads(json.dumps(scores, default=str)))
     return results
 
 

@@ -12,10 +12,11 @@ Each command has its own --help. Nothing is overwritten without --overwrite; a f
 not at all.
 
 A hub folder is what flash-linear-attention's RWKV7ForCausalLM reads: pip install
-flash-linear-attention, `import fla`, AutoModelForCausalLM.from_pretrained(folder). All weights are
-in one model.safetensors, both ways: no shards. Layer 0's v0/v1/v2, which are never used and which
-fla does not have, are left out. A tokenizer.json goes along as it is; any other tokenizer as a
-vocab.txt, which transformers does not read, but prepare.load_tokenizer(folder) does.
+flash-linear-attention, `import fla`, AutoModelForCausalLM.from_pretrained(folder). It is written as
+one model.safetensors; such a folder, its shards and PEFT's adapters are read by every command that
+takes a model or a LoRA. Layer 0's v0/v1/v2, which are never used and which fla does not have, are
+left out. A tokenizer.json goes along as it is; any other tokenizer as a vocab.txt, which
+transformers does not read, but prepare.load_tokenizer(folder) does.
 """
 
 import math
@@ -30,20 +31,27 @@ import tyro
 
 from gosling.config import UserError, read_flags
 from gosling.files import read_json, write_json
+from gosling.hub import FIXED, fla_name
 from gosling.tokenizer import tokenizer_of
 from gosling.tune import shape_of
 from gosling.weights import (
+    FLOATS,
+    check_base,
     config_of,
-    empty_network,
+    digest_of,
+    expected_shapes,
     read_metadata,
     read_state,
     read_weights,
     same_size,
+    state_names,
+    state_shape,
     tensor_problems,
     write_state,
     write_weights,
+    wrong_numbers,
 )
-from model import NEVER_TRAINED, RWKVConfig
+from model import NEVER_TRAINED
 from wkv_cuda.fused import as_float32
 
 # ----------------------------------------------------------------------------------------------
@@ -54,7 +62,7 @@ WEIGHTS = (".pth", ".safetensors")
 
 @dataclass
 class Config:
-    model: str  # the file to read, .pth or .safetensors; hub: or a folder, to go back
+    model: str  # to read: .pth, .safetensors, a Hugging Face folder or one of its shards
     out: str  # the file to write, .pth or .safetensors; hub: a folder, or on the way back a file
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""  # to write; empty = as it is
     overwrite: bool = False  # replace --out if it is there
@@ -74,7 +82,12 @@ def check_out(cfg, suffixes):
 def cast(weights, dtype):
     """Every tensor of floats in `dtype` ("": as it is), in place; none may be NaN or infinite."""
     for name in list(weights):
-        if dtype and weights[name].is_floating_point():
+        if weights[name].dtype not in FLOATS:
+            raise UserError(
+                f"{name} is {str(weights[name].dtype)[6:]}, expected float32, bfloat16 or float16: "
+                "quantised weights are not read"
+            )
+        if dtype:
             weights[name] = weights[name].to(getattr(torch, dtype))
         if not weights[name].isfinite().all():
             raise UserError(
@@ -108,11 +121,6 @@ def total(weights):
     return f"{n_parameters:,} parameters, {dtypes}, {megabytes:,.2f} MB"
 
 
-def expected_shapes(config, with_score=False):
-    """{official name: shape} of every parameter."""
-    return {name: p.shape for name, p in empty_network(config, with_score).named_parameters()}
-
-
 # ----------------------------------------------------------------------------------------------
 # merge, convert
 
@@ -123,6 +131,7 @@ class MergeConfig(Config):
     state: str = ""  # a tuned state, .pth; goes into the file as it is, for engines of RWKV-6
     alpha: float | None = None  # LoRA: that it was trained with; empty = what its .safetensors says
     rslora: bool = False  # LoRA: its scale is alpha / sqrt(r); a .safetensors says it
+    another_base: bool = False  # --model is not what it was trained on, and that is meant
 
 
 def merge(cfg):
@@ -131,6 +140,7 @@ def merge(cfg):
         raise UserError("nothing to merge: give --adapter=LORA or --state=STATE")
     weights = read_weights(cfg.model)
     config = config_of(weights, cfg.model)
+    check_origin(weights, config, cfg)
     if cfg.adapter:
         merge_lora(weights, cfg)
     cast(weights, cfg.dtype)
@@ -139,21 +149,51 @@ def merge(cfg):
     write(weights, cfg.out)
 
 
-def merge_lora(weights, cfg):
-    """W <- W + scale B A in `weights`, computed in float32; other tensors replace the base's."""
-    adapter, metadata = read_weights(cfg.adapter), read_metadata(cfg.adapter)
-    if not any(name.endswith(".lora_A") for name in adapter):
-        raise UserError(
-            f"{cfg.adapter} is not a LoRA, it has no lora_A but {', '.join(list(adapter)[:2])} …; "
-            "a tuned state goes to --state"
-        )
+def check_origin(weights, config, cfg):
+    """UserError if the adapter or the state was trained on other weights than these."""
+    abouts = {}
+    if cfg.adapter:
+        abouts[cfg.adapter] = read_metadata(cfg.adapter)
+    if cfg.state:
+        abouts[cfg.state] = read_json(Path(cfg.state).with_suffix(".json"))
+    says = any("fingerprint" in about for about in abouts.values())
+    if not says or tensor_problems(weights, expected_shapes(config, weights)):
+        return  # what does not fit is named where it is merged
+    shapes = expected_shapes(config)
+    network = {name: w.reshape(shapes[name]) for name, w in weights.items() if name in shapes}
+    base = digest_of(network)
+    for path, about in abouts.items():
+        check_base(path, about, base, cfg.model, cfg.another_base)
+
+
+def scale_of(cfg, metadata):
+    """-> (alpha, rslora) of a LoRA; a flag that says otherwise than its file is a UserError."""
     if cfg.alpha is None and "alpha" not in metadata:
         raise UserError(
             f"{cfg.adapter} does not say its alpha; give the --alpha that it was trained with "
             "(RWKV-PEFT: lora_alpha of its command line, by default 32)"
         )
-    alpha = float(metadata["alpha"]) if cfg.alpha is None else cfg.alpha
-    rslora = cfg.rslora or metadata.get("rslora") == "True"
+    if "alpha" not in metadata:
+        return cfg.alpha, cfg.rslora
+    alpha, rslora = float(metadata["alpha"]), metadata.get("rslora") == "True"
+    if cfg.alpha not in (None, alpha) or (cfg.rslora and not rslora):
+        flags = f"--alpha={cfg.alpha:g}" if cfg.alpha not in (None, alpha) else "--rslora"
+        raise UserError(
+            f"{flags}, but {cfg.adapter} was trained with alpha {alpha:g}, rslora {rslora}; leave "
+            "the flag out"
+        )
+    return alpha, rslora
+
+
+def merge_lora(weights, cfg):
+    """W <- W + scale B A in `weights`, computed in float32; other tensors replace the base's."""
+    adapter = read_weights(cfg.adapter)
+    if not any(name.endswith(".lora_A") for name in adapter):
+        raise UserError(
+            f"{cfg.adapter} is not a LoRA, it has no lora_A but {', '.join(list(adapter)[:2])} …; "
+            "a tuned state goes to --state"
+        )
+    alpha, rslora = scale_of(cfg, read_metadata(cfg.adapter))
     for name in sorted({re.sub(r"lora_[AB]$", "weight", name) for name in adapter}):
         if name == "score.weight":  # a reward model's head, which the base has not
             weights[name] = adapter[name]
@@ -187,8 +227,7 @@ def merge_state(weights, config, cfg):
     """blocks.{i}.att.time_state [H, N, N] of each layer into `weights`."""
     state = read_weights(cfg.state)
     cast(state, "")
-    size = [config.n_embd // config.head_size, config.head_size, config.head_size]
-    expected = {f"blocks.{i}.att.time_state": size for i in range(config.n_layer)}
+    expected = dict.fromkeys(state_names(config.n_layer), state_shape(config))
     problems = tensor_problems(state, expected)
     if problems:
         raise UserError(
@@ -223,7 +262,8 @@ def convert(cfg):
 class StateConfig:
     state: str  # the file to read
     out: str  # the file to write: .pth, for web-rwkv .st
-    from_: Annotated[Literal["rwkv", "web-rwkv"], tyro.conf.arg(name="from")] = "rwkv"  # what it is
+    # what it is; empty = by its ending: a .st is web-rwkv's
+    from_: Annotated[Literal["", "rwkv", "web-rwkv"], tyro.conf.arg(name="from")] = ""
     to: Literal["rwkv", "web-rwkv"] = "rwkv"  # rwkv: gosling, RWKV-PEFT, RWKV-Runner, rwkv package
     overwrite: bool = False  # replace --out if it is there
 
@@ -237,15 +277,16 @@ def state(cfg):
     """
     check_out(cfg, (".st",) if cfg.to == "web-rwkv" else (".pth",))
     value, about = read_state(cfg.state)
-    if cfg.from_ == "web-rwkv":
+    by_ending = "web-rwkv" if Path(cfg.state).suffix == ".st" else "rwkv"
+    if cfg.from_ not in ("", by_ending):
         value["wkv"] = value["wkv"].mT
     if cfg.to == "rwkv":
         write_state(value, cfg.out, **about)
     else:
         if value["att_shift"].any() or value["ffn_shift"].any():
             warn("web-rwkv does not read shift vectors; they are left out")
-        layers = value["wkv"][:, 0].mT.contiguous()  # [L, H, key, value]
-        weights = {f"blocks.{i}.att.time_state": wkv for i, wkv in enumerate(layers)}
+        layers = value["wkv"][:, 0]  # [L, H, value, key]; writing a .st turns them
+        weights = dict(zip(state_names(len(layers)), layers, strict=True))
         cast(weights, "float16")
         write_weights(weights, cfg.out)
     L, _, H, N, _ = value["wkv"].shape
@@ -260,34 +301,6 @@ def state(cfg):
 class HubConfig(Config):
     tokenizer: str = ""  # name or file; empty = as the model's folder says, or World if V is 65536
 
-
-# What every RWKV-7 has and our network has built in: written to config.json, and demanded of one
-# that is read. fla's head norm has eps = head_dim * norm_eps, RWKV's is 64e-5 always: the same for
-# heads of 64 alone.
-FIXED = dict(
-    model_type="rwkv7",
-    head_dim=64,
-    hidden_act="sqrelu",
-    norm_first=True,
-    norm_bias=True,
-    norm_eps=1e-5,
-    attn=None,
-    tie_word_embeddings=False,
-)
-RENAMED = {
-    "emb": "model.embeddings",
-    "ln_out": "model.norm",
-    "head": "lm_head",
-    "ln0": "pre_norm",
-    "ln1": "attn_norm",
-    "ln2": "ffn_norm",
-    "att.receptance": "attn.r_proj",
-    "att.key": "attn.k_proj",
-    "att.value": "attn.v_proj",
-    "att.output": "attn.o_proj",
-    "att.ln_x": "attn.g_norm",
-}
-LOW_RANK = {"0": "2.bias", "1": "0.weight", "2": "2.weight"}  # of w0, w1, w2 in fla's Sequential
 
 # What prepare.render_chat writes: blank lines only between turns, none inside them; the end token
 # after a last reply. tokenizer.apply_chat_template(..., enable_thinking=True or False) begins a
@@ -310,45 +323,10 @@ CHAT_TEMPLATE = """\
 """
 
 
-def fla_name(name):
-    """Official name -> (fla's, transposed?).
-
-    Low-rank pairs are [in, rank] here, Linear layers [rank, in] there, and what is added to them is
-    the second one's bias.
-    """
-    layer, rest = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", name).groups()
-    prefix = f"model.layers.{layer}." if layer else ""
-    pair = re.fullmatch(r"att\.([wavg])([012])", rest)
-    if pair:
-        return f"{prefix}attn.{pair[1]}_lora.lora.{LOW_RANK[pair[2]]}", pair[2] != "0"
-    module, _, leaf = rest.rpartition(".")
-    return f"{prefix}{RENAMED.get(module, module.replace('att', 'attn'))}.{leaf}", False
-
-
-def read_folder(folder):
-    """A hub folder -> {official name: tensor}, vectors as [C]; what has none keeps its own name."""
-    config = read_json(Path(folder, "config.json"))
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            raise UserError(
-                f"{Path(folder, 'config.json')}: {key} is {config.get(key)!r}, expected {value!r}: "
-                "a folder of fla's RWKV-7, as export.py hub writes it"
-            )
-    theirs, weights = read_weights(Path(folder, "model.safetensors")), {}
-    layers = {name.split(".")[2] for name in theirs if name.startswith("model.layers.")}
-    any_sizes = RWKVConfig("x070", len(layers) or 1, 64, 1)  # for the names alone
-    for name in expected_shapes(any_sizes):
-        new_name, transposed = fla_name(name)
-        if new_name in theirs:
-            w = theirs.pop(new_name)
-            weights[name] = w.T if transposed else w
-    return weights | theirs
-
-
 def hub(cfg):
     back = Path(cfg.model).is_dir()
     check_out(cfg, WEIGHTS if back else ())
-    weights = read_folder(cfg.model) if back else read_weights(cfg.model)
+    weights = read_weights(cfg.model)
     config = config_of(weights, cfg.model)
     if (config.version, config.head_size) != ("x070", 64):
         # fla's RWKV-6 normalises heads with eps 1e-5, not 64e-5
@@ -456,17 +434,13 @@ def hub_settings(config, dtype, end_id, end_token):
 
 @dataclass
 class InspectConfig:
-    file: tyro.conf.Positional[str]  # a model, a LoRA, a state, .pth or .safetensors; a hub folder
+    file: tyro.conf.Positional[str]  # a model, a LoRA, a state; a Hugging Face folder
 
 
 def inspect(cfg):
     """Print what the file is, and what is odd about it."""
-    weights = read_folder(cfg.file) if Path(cfg.file).is_dir() else read_weights(cfg.file)
-    odd = []
-    for name, w in weights.items():
-        n_wrong = int((~w.isfinite()).sum())
-        if n_wrong:
-            odd.append(f"{name} has {n_wrong} values that are NaN or infinite")
+    weights = read_weights(cfg.file)
+    odd = [problem for problem in map(wrong_numbers, weights, weights.values()) if problem]
     lora = [name for name in weights if name.endswith(".lora_A")]
     states = [name for name in weights if name.endswith(".time_state")]
     if lora:
@@ -495,8 +469,7 @@ def inspect_network(weights, states, file):
     if states:
         inside = f"a tuned state of {len(states)} layers is inside"
         odd.append(f"{inside}; the rwkv package ignores it in RWKV-7 files")
-    network = {name: w for name, w in weights.items() if name not in states}
-    return what, odd + tensor_problems(network, expected_shapes(config, "score.weight" in weights))
+    return what, odd + tensor_problems(weights, expected_shapes(config, weights))
 
 
 COMMANDS = {

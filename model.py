@@ -133,38 +133,31 @@ class Packing(NamedTuple):
 
 
 def packing_of(cu_seqlens, device):
-    """cu_seqlens [D + 1] -> Packing; None -> None: B rows of one length."""
+    """cu_seqlens [D + 1] -> Packing; None, for B rows of one length -> one of None."""
     if cu_seqlens is None:
-        return None
+        return Packing(None, None, None, None)
     cu_seqlens = torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
     filled = cu_seqlens.diff().nonzero()[:, 0]
     first, last = cu_seqlens[:-1][filled], cu_seqlens[1:][filled] - 1
     return Packing(cu_seqlens, filled.to(device), first.to(device), last.to(device))
 
 
-def last_tokens(x, cu_seqlens):
-    """x [B, T, C] -> [B or D, 1, C] of each sequence's last token."""
-    return x[:, -1:] if cu_seqlens is None else x[0, packing_of(cu_seqlens, x.device).last][:, None]
-
-
 def pieces(T, cu_seqlens, chunk_len):
-    """A row of T tokens in chunks -> [(a, b, cu_seqlens of tokens a..b), …]; 0 = in one piece.
+    """Yield (a, b, cu_seqlens of tokens a..b) for each chunk of a row of T tokens; 0 = one chunk.
 
     A document that a chunk holds nothing of has length 0 there and hands its state through.
     """
-    found, step = [], chunk_len or max(T, 1)
+    step = chunk_len or max(T, 1)
     for a in range(0, T, step):
         b = min(a + step, T)
-        cu = None if cu_seqlens is None else torch.as_tensor(cu_seqlens).clamp(a, b) - a
-        found.append((a, b, cu))
-    return found
+        yield a, b, None if cu_seqlens is None else torch.as_tensor(cu_seqlens).clamp(a, b) - a
 
 
 def token_shift(x, shift, packing):
     """x [B, T, C] and the input before the first token, shift [B or D, C]
     -> (x of the token before each, x_prev [B, T, C], the new shift)."""
     shift = shift.to(x.dtype)  # a state may come from a run in another precision
-    if packing is None:
+    if packing.cu_seqlens is None:
         return torch.cat([shift[:, None], x[:, :-1]], 1), x[:, -1]
     x_prev = torch.cat([x[:, :1], x[:, :-1]], 1)
     x_prev = x_prev.index_copy(1, packing.first, shift[None, packing.filled])
@@ -230,8 +223,7 @@ class TimeMix7(nn.Module):
         kappa = F.normalize((k * k_k).view(by_head), dim=-1)  # removal key, of unit length
         k = k * (1 + (a - 1) * k_a)
         r, logw, k, v, a = (t.view(by_head) for t in (r, logw, k, v, a))
-        cu_seqlens = None if packing is None else packing.cu_seqlens
-        y, wkv = wkv7(r, logw, k, v, -kappa, kappa * a, wkv, cu_seqlens=cu_seqlens)
+        y, wkv = wkv7(r, logw, k, v, -kappa, kappa * a, wkv, cu_seqlens=packing.cu_seqlens)
         bonus = (r * k * r_k).sum(-1, keepdim=True) * v  # the current token, by itself
         y = head_norm(y, self.ln_x) + bonus.flatten(2)
         return self.output(y * g), v_first, shift, wkv
@@ -268,12 +260,9 @@ class TimeMix6(nn.Module):
         C, self.H, self.N = c.n_embd, c.n_embd // c.head_size, c.head_size
         self.time_maa_x, self.time_maa_w, self.time_maa_k = vector(C), vector(C), vector(C)
         self.time_maa_v, self.time_maa_r, self.time_maa_g = vector(C), vector(C), vector(C)
-        self.time_maa_w1 = matrix(C, 5 * c.mix_rank)
-        self.time_maa_w2 = matrix(5, c.mix_rank, C)
-        self.time_decay = vector(C)
-        self.time_decay_w1 = matrix(C, c.decay_rank)
-        self.time_decay_w2 = matrix(c.decay_rank, C)
-        self.time_faaaa = matrix(self.H, self.N)  # u
+        self.time_maa_w1, self.time_maa_w2 = matrix(C, 5 * c.mix_rank), matrix(5, c.mix_rank, C)
+        self.time_decay, self.time_faaaa = vector(C), matrix(self.H, self.N)  # time_faaaa: u
+        self.time_decay_w1, self.time_decay_w2 = matrix(C, c.decay_rank), matrix(c.decay_rank, C)
         self.receptance, self.key, self.value = Linear(C, C), Linear(C, C), Linear(C, C)
         self.gate, self.output = Linear(C, C), Linear(C, C)
         self.ln_x = LayerNorm(C)
@@ -299,9 +288,8 @@ class TimeMix6(nn.Module):
         logw = -torch.exp(decay + low_rank(x_w, self.time_decay_w1, self.time_decay_w2, torch.tanh))
 
         r, logw, k, v = (t.view(B, T, self.H, self.N) for t in (r, logw, k, v))
-        cu_seqlens = None if packing is None else packing.cu_seqlens
         u = self.time_faaaa.to(x.dtype)
-        y, wkv = wkv6(r, logw, k, v, u, wkv, cu_seqlens=cu_seqlens)
+        y, wkv = wkv6(r, logw, k, v, u, wkv, cu_seqlens=packing.cu_seqlens)
         return self.output(head_norm(y, self.ln_x) * g), v_first, shift, wkv
 
 
@@ -332,14 +320,14 @@ class Block(nn.Module):
         self.att = TimeMix7(c) if c.version == "x070" else TimeMix6(c)
         self.ffn = ChannelMix7(c) if c.version == "x070" else ChannelMix6(c)
 
-    def forward(self, x, v_first, att_shift, ffn_shift, wkv, packing):
+    def forward(self, x, v_first, wkv, att_shift, ffn_shift, packing):
         """x [B, T, C] and one layer of the state -> the same, after the block."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         h, v_first, att_shift, wkv = self.att(self.ln1(x), v_first, att_shift, wkv, packing)
         x = x + h
         h, ffn_shift = self.ffn(self.ln2(x), ffn_shift, packing)
-        return x + h, v_first, att_shift, ffn_shift, wkv
+        return x + h, v_first, wkv, att_shift, ffn_shift
 
 
 # ----------------------------------------------------------------------------------------------
@@ -355,8 +343,8 @@ class RWKV(nn.Module):
         self.ln_out = LayerNorm(c.n_embd)
         self.head = Linear(c.n_embd, c.vocab_size)
         self.score = None  # [1, C], of a reward model: add_score
-        self.tuned = nn.ModuleList()  # learned states to start from, one per task: set_tune
-        self.task = 0  # the one of them that is in use
+        self.tune = ""  # what trains: set_tune
+        self.tuned, self.task = nn.ModuleList(), 0  # states to start from, and the one in use
         self.compute_dtype = None  # of activations; None: the embedding's own
         self.grad_cp = False  # recompute blocks in backward: less memory, about a third more time
         for name, p in self.named_parameters():
@@ -373,22 +361,17 @@ class RWKV(nn.Module):
     def zero_state(self, sequences):
         """The state of B or D sequences that have read nothing."""
         c, weight = self.config, self.emb.weight
-        H, N, dtype = c.n_embd // c.head_size, c.head_size, self.compute_dtype or weight.dtype
-        wkv = weight.new_zeros(
-            c.n_layer, sequences, H, N, N, dtype=fused.as_float32(weight[:0]).dtype
-        )
-        shift = weight.new_zeros(c.n_layer, sequences, c.n_embd, dtype=dtype)
+        L, C, H, N = c.n_layer, c.n_embd, c.n_embd // c.head_size, c.head_size
+        wkv = fused.as_float32(weight.new_zeros(L, sequences, H, N, N))
+        shift = weight.new_zeros(L, sequences, C, dtype=self.compute_dtype)
         return {"wkv": wkv, "att_shift": shift, "ffn_shift": shift.clone()}
 
     def initial_state(self, sequences):
         """What B or D sequences start from: zeros, or the tuned state of the task in use."""
         if not self.tuned:
             return self.zero_state(sequences)
-        tuned = self.tuned[self.task]()
-        return {
-            key: value[:, None].expand(-1, sequences, *value.shape[1:])
-            for key, value in tuned.items()
-        }
+        one = {key: value[:, None] for key, value in self.tuned[self.task]().items()}  # [L, 1, …]
+        return {key: v.expand(-1, sequences, *v.shape[2:]) for key, v in one.items()}
 
     def forward(
         self,
@@ -412,26 +395,28 @@ class RWKV(nn.Module):
         last_only: logits [B or D, 1, V] of each sequence's last token.
         score: the scalar head, -> (scores [B or D], state) at each sequence's last token.
         chunk_len: keep the activations of so many tokens at a time, and run them again in backward;
-            the gradient is that of the whole. For targets; last_only then gives (None, state), and
-            score runs whole.
+            the gradient is that of the whole. For targets; without, -> (None, state). With score
+            all runs whole.
         """
         T, scores = idx.shape[1], []
-        for a, b, cu in pieces(T, cu_seqlens, 0 if score else chunk_len):
-            run = (idx[:, a:b], state, cu)
+        in_chunks = 0 < chunk_len < T and not score
+        for a, b, cu_of_chunk in pieces(T, cu_seqlens, chunk_len if in_chunks else 0):
+            chunk = (idx[:, a:b], state, cu_of_chunk)
             # What comes out of the blocks is scored outside of the checkpoint, so that the head is
             # not run twice. The last chunk comes first in backward: its activations may stay.
             if b < T and torch.is_grad_enabled():
-                x, state = checkpoint(self.hidden, *run, use_reentrant=False)
+                x, state = checkpoint(self.hidden, *chunk, use_reentrant=False)
             else:
-                x, state = self.hidden(*run)
+                x, state = self.hidden(*chunk)
             if targets is not None:
                 scores.append(self.score_targets(x, targets[:, a:b], temperature, l2wrap))
         if targets is not None:
             return TokenScores(*(torch.cat(parts, 1) for parts in zip(*scores, strict=True))), state
-        if last_only and 0 < chunk_len < T:
+        if in_chunks:
             return None, state
         if last_only or score:
-            x = last_tokens(x, cu_seqlens)  # [B or D, 1, C]
+            last = packing_of(cu_seqlens, idx.device).last
+            x = x[:, -1:] if last is None else x[0, last][:, None]  # [B or D, 1, C]
         if score:
             return self.score(fused.as_float32(x)).flatten(), state
         return self.head(x), state
@@ -440,32 +425,26 @@ class RWKV(nn.Module):
         """idx [B, T] -> (what the head reads, [B, T, C], state)"""
         packing = packing_of(cu_seqlens, idx.device)
         if state is None:
-            state = self.initial_state(len(idx) if packing is None else len(packing.cu_seqlens) - 1)
+            state = self.initial_state(len(idx) if cu_seqlens is None else len(cu_seqlens) - 1)
         x = self.emb(idx).to(self.compute_dtype or self.emb.weight.dtype)
-        v_first, att_shifts, ffn_shifts, wkvs = None, [], [], []
+        v_first, layers = None, []
         for layer, block in enumerate(self.blocks):
-            of_layer = (state["att_shift"][layer], state["ffn_shift"][layer], state["wkv"][layer])
+            before = [state[key][layer] for key in ("wkv", "att_shift", "ffn_shift")]
             if self.grad_cp and torch.is_grad_enabled():
-                after = checkpoint(block, x, v_first, *of_layer, packing, use_reentrant=False)
+                after = checkpoint(block, x, v_first, *before, packing, use_reentrant=False)
             else:
-                after = block(x, v_first, *of_layer, packing)
-            x, v_first, att_shift, ffn_shift, wkv = after
-            att_shifts.append(att_shift)
-            ffn_shifts.append(ffn_shift)
-            wkvs.append(wkv)
-        state = {
-            "wkv": torch.stack(wkvs),
-            "att_shift": torch.stack(att_shifts),
-            "ffn_shift": torch.stack(ffn_shifts),
-        }
-        return self.ln_out(x), state
+                after = block(x, v_first, *before, packing)
+            x, v_first, *after = after
+            layers.append(after)
+        wkv, att_shift, ffn_shift = map(torch.stack, zip(*layers, strict=True))
+        return self.ln_out(x), {"wkv": wkv, "att_shift": att_shift, "ffn_shift": ffn_shift}
 
     def score_targets(self, x, targets, temperature, l2wrap):
         """x [B, T, C] from `hidden`, targets [B, T] -> TokenScores"""
-        scores = fused.score_tokens(
-            x.flatten(0, 1), self.head.whole_weight(), targets.flatten().long(), temperature, l2wrap
-        )
-        return TokenScores(*(of_token.view(targets.shape) for of_token in scores))
+        h, targets_flat = x.flatten(0, 1), targets.flatten().long()  # [B T, C], [B T]
+        weight = self.head.whole_weight()
+        scores = fused.score_tokens(h, weight, targets_flat, temperature, l2wrap)
+        return TokenScores(*(values.view(targets.shape) for values in scores))
 
     def token_logprobs(self, idx, targets, state=None, *, cu_seqlens=None, temperature=1.0):
         """[B, T] log-probability of each target; for use outside DDP, which only sees `forward`."""
@@ -485,15 +464,14 @@ class RWKV(nn.Module):
         }
         twice = "att.w0" if self.config.version == "x070" else "att.time_decay"
         for name, p in self.named_parameters():
-            if not p.requires_grad:
-                continue
             if name.endswith(twice):
                 group = "2x"
             elif weight_decay > 0 and ".weight" in name and p.squeeze().dim() >= 2:
                 group = "decay"
             else:
                 group = "1x"
-            groups[group]["params"].append(p)
+            if p.requires_grad:
+                groups[group]["params"].append(p)
         return [dict(name=name, **group) for name, group in groups.items() if group["params"]]
 
     # Plumbing that lives in gosling/, under the names where people look for it.

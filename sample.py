@@ -8,14 +8,17 @@
     python sample.py batch in.jsonl out.jsonl --model=... --n=4
 
 Several states answer side by side. A state that is saved after a prompt is one that --state goes on
-from. batch writes each row again, with "completions"; killed and run again, it goes on. No compiler
-is needed, and a CPU is enough. gosling/engine.py does the work.
+from. batch writes each row again, with "completions"; killed and run again, it goes on. What the
+rows are made with stands in out.jsonl.json. No compiler is needed, and a CPU is enough.
+gosling/engine.py does the work.
 """
 
+import hashlib
 import json
 import os
+import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,10 +29,12 @@ from gosling import engine, weights
 from gosling.config import UserError, read_flags
 from gosling.data import read_jsonl, render_chat, render_prompt
 from gosling.engine import TURNS, Completion, generate, score_choices, stream
-from gosling.files import read_text, whole_lines
+from gosling.files import digest, read_json, read_text, whole_lines, write_json
 from gosling.runs import pick_device
 
 __all__ = ["generate", "score_choices"]  # imported from here by code outside this repository
+
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}  # what --escape makes of a letter after a \
 
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]  # a flag that may be given several times
 
@@ -42,6 +47,7 @@ class Config(engine.Sampling):
     chat: bool = False  # talk: a turn a line, an empty line or Ctrl-D ends
     system: str = ""  # chat: a system turn to begin with
     stop: Repeated = ()  # text that ends a sample; repeated: any of them
+    escape: bool = False  # read \n, \t, \r and \\ in prompt, system and stop as in Python
     state: Repeated = ()  # tuned state; repeated: side by side; "none" is one too
     save_state: str = ""  # keep the state after the prompt in this file, and stop
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the state
@@ -55,6 +61,34 @@ class BatchConfig(Config):
     out: tyro.conf.Positional[str]  # .jsonl, the same rows with "completions"; it goes on with it
     column: str = "prompt"  # the column with the prompt: text, or a list of messages
     logprobs: bool = False  # also write tokens and their log-probabilities
+
+
+def utf8(text, name):
+    """Text from a flag or the keyboard, where Python makes half characters of odd bytes -> UTF-8.
+
+    UserError for what is not; in a locale that is not UTF-8, what is becomes whole again.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        raise UserError(f"{name}: {text!r:.60} is not UTF-8 text; convert or retype it") from None
+
+
+def read_texts(cfg):
+    """cfg with the texts of its flags as they are meant; says once if a \\n in them is literal."""
+    texts = {"prompt": [cfg.prompt], "system": [cfg.system], "stop": list(cfg.stop)}
+    texts = {name: [utf8(text, f"--{name}") for text in found] for name, found in texts.items()}
+    if cfg.escape:
+        for name, found in texts.items():
+            texts[name] = [re.sub(r"\\([ntr\\])", lambda m: ESCAPES[m[1]], text) for text in found]
+    literal = [f"--{name}" for name, found in texts.items() if any("\\n" in text for text in found)]
+    if literal and not cfg.escape:
+        print(
+            f"{', '.join(literal)}: \\n is a backslash and an n; --escape makes it a line end",
+            file=sys.stderr,
+        )
+    (prompt,), (system,) = texts["prompt"], texts["system"]
+    return replace(cfg, prompt=prompt, system=system, stop=tuple(texts["stop"]))
 
 
 def load(cfg):
@@ -92,6 +126,7 @@ def read_prompts(path, tokenizer, column="prompt"):
     def render(row):
         if column not in row:
             raise UserError(f"no {column!r} in it; its keys are {sorted(row)}")
+        json.dumps(row, ensure_ascii=False).encode()  # half a character in any column is an error
         if row[column] == "":
             return [tokenizer.end_id], row
         return render_prompt(row[column], tokenizer), row
@@ -123,11 +158,14 @@ def print_stream(pieces, tokenizer, stop=()):
 
 
 def read_turn():
-    """A line of the user's; empty at the end."""
-    try:
-        return input("User: ").strip()
-    except EOFError:
-        return ""
+    """A line of the user's; empty at the end. One that is not UTF-8 is asked for again."""
+    while True:
+        try:
+            return utf8(input("User: "), "this line").strip()
+        except EOFError:
+            return ""
+        except UserError as e:
+            print(f"\nerror: {e}", file=sys.stderr)
 
 
 def chat(model, tokenizer, cfg, options, state=None):
@@ -174,18 +212,49 @@ def count_done(cfg, rows):
     return len(lines)
 
 
+def made_with(cfg, tokenizer, path):
+    """What a batch's completions follow from, beside its rows: {name: value}."""
+    free = ("prompt", "prompts", "chat", "system", "escape", "save_state", "batch_size", "device")
+    free += ("rows", "out")
+    about = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in free}
+    vocab = hashlib.blake2b((tokenizer.text or tokenizer.name).encode(), digest_size=8).hexdigest()
+    states = [name if name == "none" else digest(name) for name in cfg.state or ("none",)]
+    files = {"model": digest(path), "state": states, "tokenizer": f"digest {vocab}"}
+    return {**about, **files, "stop": list(cfg.stop)}
+
+
+def keep_or_compare(cfg, about, n_done):
+    """Write what a new output is made with beside it; UserError if one that grows has another.
+
+    An output without that note is gone on with as it is.
+    """
+    path = f"{cfg.out}.json"
+    if n_done == 0:
+        write_json(path, about)
+        return
+    before = read_json(path)
+    for key, value in before.items():
+        if key in about and value != about[key]:
+            raise UserError(
+                f"{cfg.out} was made with {key}={value}, and this is {key}={about[key]}; give "
+                f"another file to write, or the settings in {path}"
+            )
+
+
 def batch(cfg):
     """Rows of a JSONL file with their completions beside them, in order.
 
     The output says how far it is: killed at any moment, the next run goes on behind its last line.
     """
-    model, tokenizer, states, _ = load(cfg)
+    cfg = read_texts(cfg)
+    model, tokenizer, states, path = load(cfg)
     if len(states) > 1:
         raise UserError("batch takes one --state")
     (state,) = states.values()
     prompts = read_prompts(cfg.rows, tokenizer, cfg.column)
     rows = [row for _, row in prompts]
     n_done = count_done(cfg, rows)
+    keep_or_compare(cfg, made_with(cfg, tokenizer, path), n_done)
     options = options_of(cfg, tokenizer)
     if any(isinstance(row[cfg.column], list) for row in rows):
         options["stop"] = cfg.stop + TURNS
@@ -239,6 +308,7 @@ def save_state(model, prompt_ids, text, state, path, cfg):
 
 
 def main(cfg):
+    cfg = read_texts(cfg)
     model, tokenizer, states, path = load(cfg)
     options = options_of(cfg, tokenizer)
     if cfg.prompts:
@@ -274,6 +344,10 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    # In any locale; what is typed and is not UTF-8 comes in halves of characters, see utf8.
+    if sys.stdin:
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         if sys.argv[1:2] == ["batch"]:
             batch(read_flags(BatchConfig, sys.argv[2:]))

@@ -357,8 +357,7 @@ def validate(model, val_pairs, ref_val, tokenizer, cfg, run):
     values = {}
     if val_pairs:
         values = evaluate(model, val_pairs, ref_val, cfg, run)
-    if cfg.eval_fn is not None:
-        values.update(cfg.eval_fn(model, tokenizer))
+    values.update(runs.call_eval_fn(cfg, model, tokenizer))
     asked_for = cfg.patience or cfg.watch != Config.watch
     if cfg.watch not in values and asked_for:
         measured = ", ".join(values) or "nothing; give --val_data"
@@ -439,7 +438,9 @@ def main(cfg):
 
                 # ---- evaluate, log, save
                 if done == max_steps or runs.due(done, cfg.eval_every):
-                    values = validate(model, val_pairs, ref_val, tokenizer, cfg, run)
+                    at = dict(step=done, best_loss=best_loss, waited=waited)
+                    with runs.saving_first(cfg, run, model, opt, same, **at):
+                        values = validate(model, val_pairs, ref_val, tokenizer, cfg, run)
                     watched = -values.get(cfg.watch, -math.inf)
                     waited = 0 if watched < best_loss else waited + 1
                     best_loss = tune.save_best(model, cfg, run, watched, best_loss, about)

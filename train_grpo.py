@@ -451,8 +451,7 @@ def validate(sampler, val_prompts, cfg, run):
             "val_pass@1": float(right.double().mean()),
             f"val_pass@{k}": float(right.any(1).double().mean()),
         }
-    if cfg.eval_fn is not None:
-        values.update(cfg.eval_fn(sampler.model, sampler.tokenizer))
+    values.update(runs.call_eval_fn(cfg, sampler.model, sampler.tokenizer))
     return values
 
 
@@ -533,7 +532,9 @@ def main(cfg):
                 start = time.time()
                 if step % updates == 0:
                     model.eval()
-                    groups, cursor = next_rollouts(sampler, prompts, cursor, cfg, run)
+                    at = dict(step=step, best_loss=best_loss, cursor=cursor, groups=[])
+                    with runs.saving_first(cfg, run, model, opt, same, **at):
+                        groups, cursor = next_rollouts(sampler, prompts, cursor, cfg, run)
                     if updates > 1:  # with one update the policy is still the one that sampled
                         groups = add_old_logps(groups, model, cfg, run)
                     if cfg.rollouts_every and step % cfg.rollouts_every < updates:
@@ -599,7 +600,9 @@ def main(cfg):
 
                 # ---- evaluate, log, save
                 if done == max_steps or runs.due(done, cfg.eval_every):
-                    values = validate(sampler, val_prompts, cfg, run)
+                    at = dict(step=done, best_loss=best_loss, cursor=cursor, groups=groups)
+                    with runs.saving_first(cfg, run, model, opt, same, **at):
+                        values = validate(sampler, val_prompts, cfg, run)
                     watched = -values.get("val_pass@1", -math.inf)
                     best_loss = tune.save_best(model, cfg, run, watched, best_loss, about)
                 if values or done in (1, max_steps) or runs.due(done, cfg.log_every):

@@ -99,8 +99,7 @@ def validate(model, val_documents, tokenizer, cfg, run):
         values = evaluate(model, val_documents, cfg, run)
         if run.main:
             show_answers(model, val_documents[: cfg.eval_samples], tokenizer)
-    if cfg.eval_fn is not None:
-        values.update(cfg.eval_fn(model, tokenizer))
+    values.update(runs.call_eval_fn(cfg, model, tokenizer))
     return values
 
 
@@ -177,7 +176,9 @@ def main(cfg):
 
                 # ---- evaluate, log, save
                 if done == max_steps or runs.due(done, cfg.eval_every):
-                    values = validate(model, val_documents, tokenizer, cfg, run)
+                    at = dict(step=done, best_loss=best_loss)
+                    with runs.saving_first(cfg, run, model, opt, same, **at):
+                        values = validate(model, val_documents, tokenizer, cfg, run)
                     best_loss = tune.save_best(
                         model, cfg, run, values.get("val_loss"), best_loss, about
                     )

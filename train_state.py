@@ -213,7 +213,7 @@ def save_state(model, cfg, run, name, task, number, about):
     if run.main:
         path = tune.tuned_path(model, Path(cfg.out_dir) / task, name)
         tune.save_state(model, path, number, **about)
-        runs.prune(path, cfg.keep_last)
+        runs.prune(path, cfg.keep_last, cfg.out_dir)
 
 
 def save_best_states(model, cfg, run, values, best_losses, abouts):
@@ -243,8 +243,7 @@ def validate(model, val_documents, tasks, tokenizer, cfg, run):
             if run.main:
                 shown = val_documents[task][: cfg.eval_samples]
                 show_answers(model, shown, tokenizer, off=cfg.eval_off)
-        if cfg.eval_fn is not None:
-            of_task.update(cfg.eval_fn(model, tokenizer))
+        of_task.update(runs.call_eval_fn(cfg, model, tokenizer))
         values.update({metric(name, task): value for name, value in of_task.items()})
     return values
 
@@ -325,7 +324,9 @@ def main(cfg):
 
                 # ---- evaluate, log, save
                 if done == max_steps or runs.due(done, cfg.eval_every):
-                    values = validate(model, val_documents, tasks, tokenizer, cfg, run)
+                    at = dict(step=done, best_losses=best_losses)
+                    with runs.saving_first(cfg, run, model, opt, same, **at):
+                        values = validate(model, val_documents, tasks, tokenizer, cfg, run)
                     best_losses = save_best_states(model, cfg, run, values, best_losses, abouts)
                 if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
                     if len(tasks) > 1:

@@ -1,31 +1,31 @@
-"""The C++ for a CPU, as ratios in the same run: the recurrence to its PyTorch forms, training to an equal-size GPT, decoding
-and prefill to the `rwkv` package with the same weights, the bytes of weights a decode step reads to those of a plain sum, a
-training step of the large model to its matrix products alone, and long sequences to short ones.
+"""The C++ for a CPU, as ratios in the same run: the recurrence to its PyTorch forms, training to an
+equal-size GPT, decoding and prefill to the `rwkv` package with the same weights, the bytes of
+weights a decode step reads to those of a plain sum, a training step of the large model to its
+matrix products alone, and long sequences to short ones.
 
-    python bench/cpu.py                     # one thread; JSON lines: ratios of process CPU time and of wall time, medians
+    python bench/cpu.py                     # one thread; JSON lines: ratios, medians
     python bench/cpu.py --part=decode --threads=2
 """
 
-import json
+import functools
 import os
-import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gosling import config, runs  # noqa: E402
-import model as network  # noqa: E402
-import train_vs_gpt  # noqa: E402
-import wkv  # noqa: E402
-import wkv_cuda  # noqa: E402
-from model import RWKV, RWKVConfig  # noqa: E402
+import timer
+import train_vs_gpt
+import wkv
+
+import model as network
+from gosling import config, engine
+from model import RWKV, RWKVConfig
+from wkv_cuda import fused
 
 
 @dataclass
@@ -41,186 +41,168 @@ class Config:
     threads: int = 1  # CPU threads
 
 
-def say(cfg, what, **values):
-    print(
-        json.dumps(
-            dict(
-                bench="cpu",
-                what=what,
-                date=str(date.today()),
-                **values,
-                threads=cfg.threads,
-                torch=torch.__version__,
-                device=runs.cpu_name(),
-            )
-        ),
-        flush=True,
-    )
+def init_uniform(name, p, c):
+    """In place of model.init_parameter, whose orthogonal matrices take minutes at this size."""
+    p.uniform_(-0.05, 0.05)
+
+
+def repeat(function, n):
+    for _ in range(n):
+        function()
+
+
+# ----------------------------------------------------------------------------------------------
+# training
+
+
+def train_step(model, opt, ids):
+    (-model(ids[:, :-1], targets=ids[:, 1:])[0].logps.mean()).backward()
+    opt.step()
+    opt.zero_grad()
 
 
 def training(n_layer, n_embd, vocab, rows, length, dtype):
-    """-> (a step on [rows, length] tokens, its tokens)"""
+    """-> a function that takes a step on [rows, length] tokens"""
     model = RWKV(RWKVConfig("x070", n_layer, n_embd, vocab))
-    model.compute_dtype, opt = dtype, torch.optim.AdamW(model.param_groups(1e-4, 0.1), fused=True)
+    model.compute_dtype = dtype
+    opt = torch.optim.AdamW(model.param_groups(1e-4, 0.1), fused=True)
     ids = torch.randint(0, vocab, (rows, length + 1))
-
-    def step():
-        (-model(ids[:, :-1], targets=ids[:, 1:])[0].logps.mean()).backward()
-        opt.step()
-        opt.zero_grad()
-
-    return step, rows * length
+    return functools.partial(train_step, model, opt, ids)
 
 
-def speeds(sides, rounds):
-    """{name: (work, how much of it)} -> {name: how much a second of CPU time}, medians, interleaved"""
-    found = {name: [] for name in sides}
-    for i in range(rounds + 1):
-        for name, (work, amount) in sides.items():
-            start = time.process_time()
-            work()
-            if i:
-                found[name].append(amount / (time.process_time() - start))
-    return {name: statistics.median(x) for name, x in found.items()}
+def n_multiplied(c):
+    """How many weights multiply each token: all but the embedding."""
+    with torch.device("meta"):
+        named = RWKV(c).named_parameters()
+        return sum(p.numel() for name, p in named if name != "emb.weight")
 
 
 def large(cfg):
-    """Training the large model, as a share of the speed at which its products alone, 0.845 GFLOP a token at 12 x 768 and
-    vocabulary 65536, would go; and 4 x 256 at 16,384 x 1 to 1,024 x 16 tokens."""
-    torch.set_num_threads(cfg.threads)
-    fused.keep_memory()
-    network.init_parameter = lambda name, p, c: p.uniform_(
-        -0.05, 0.05
-    )  # orthogonal matrices of this size take minutes
+    """The large model's training as a share of the speed of its products alone, and 4 x 256 at
+    16,384 x 1 to 1,024 x 16 tokens."""
+    rounds = min(cfg.rounds, 3)
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.randn(512, 768, dtype=dtype), torch.randn(3072, 768, dtype=dtype)
-        found = speeds(
-            {
-                "train": training(12, 768, 65536, 4, 512, dtype),
-                "products": (lambda: [x @ w.T for _ in range(40)], 40 * 2 * 512 * 768 * 3072 / 1e9),
-            },
-            min(cfg.rounds, 3),
-        )
-        say(
-            cfg,
-            "training 12 x 768 to its products",
+        sides = {
+            "train": training(cfg.n_layer, cfg.n_embd, cfg.vocab, 4, 512, dtype),
+            "products": functools.partial(repeat, functools.partial(torch.mm, x, w.T), 40),
+        }
+        seconds = timer.interleaved(sides, rounds)
+        tokens_per_s = 4 * 512 / seconds["train"]
+        gflop_per_s = 40 * 2 * 512 * 768 * 3072 / 1e9 / seconds["products"]
+        weights = n_multiplied(RWKVConfig("x070", cfg.n_layer, cfg.n_embd, cfg.vocab))
+        timer.report(
+            "cpu",
+            what=f"training {cfg.n_layer} x {cfg.n_embd} to its products",
             dtype=str(dtype)[6:],
-            tokens_per_s=round(found["train"], 1),
-            gflop_per_s=round(found["products"], 1),
-            ratio=round(found["train"] * 0.845 / found["products"], 3),
+            tokens_per_s=timer.median(tokens_per_s, 1),
+            gflop_per_s=timer.median(gflop_per_s, 1),
+            ratio=timer.median(tokens_per_s * 6e-9 * weights / gflop_per_s, 3),
         )
-    found = speeds(
-        {
-            shape: training(4, 256, 4096, *shape, torch.float32)
-            for shape in ((16, 1024), (1, 16384))
-        },
-        min(cfg.rounds, 3),
+    sides = {
+        "short": training(4, 256, 4096, 16, 1024, torch.float32),
+        "long": training(4, 256, 4096, 1, 16384, torch.float32),
+    }
+    seconds = timer.interleaved(sides, rounds)
+    ratio = timer.median(seconds["short"] / seconds["long"], 3)
+    timer.report("cpu", what="training on 16384 x 1 to 1024 x 16", ratio=ratio)
+
+
+# ----------------------------------------------------------------------------------------------
+# decoding
+
+
+def load_official(model):
+    """-> {dtype: the `rwkv` package's model of the same weights}"""
+    os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
+    from rwkv.model import RWKV as Official
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/m.pth")
+        return {
+            torch.float32: Official(model=f"{folder}/m", strategy="cpu fp32"),
+            torch.bfloat16: Official(model=f"{folder}/m", strategy="cpu bf16"),
+        }
+
+
+def decode_ours(model, step, ids, rows):
+    state = model.zero_state(rows)
+    for token in ids:
+        _, state = engine.decode(model, step, torch.full((rows,), token), state)
+
+
+def decode_theirs(official, ids):
+    state = None
+    for token in ids:
+        _, state = official.forward([token], state)
+
+
+def compare(cfg, model, official, ids):
+    dtype = model.emb.weight.dtype
+    step = fused.decoder(model)
+    n_read = sum(p.numel() for name, p in model.named_parameters() if name != "emb.weight")
+    as_many_bytes = torch.empty(n_read * dtype.itemsize // 4).uniform_()
+    some = ids[: cfg.tokens]
+    sides = {
+        "step": functools.partial(decode_ours, model, step, some, 1),
+        "batch": functools.partial(decode_ours, model, step, some, cfg.slots),
+        "rwkv": functools.partial(decode_theirs, official, some),
+        "sum": functools.partial(repeat, as_many_bytes.sum, cfg.tokens),
+        "prefill": functools.partial(model, torch.tensor([ids]), last_only=True),
+        "rwkv_prefill": functools.partial(official.forward, ids, None),
+    }
+    seconds = timer.interleaved(sides, cfg.rounds, timer.cpu_and_wall)  # [rounds, 2]
+    tokens = dict(
+        step=cfg.tokens,
+        batch=cfg.tokens * cfg.slots,
+        rwkv=cfg.tokens,
+        sum=cfg.tokens,
+        prefill=len(ids),
+        rwkv_prefill=len(ids),
     )
-    say(
-        cfg, "training on 16384 x 1 to 1024 x 16", ratio=round(found[1, 16384] / found[16, 1024], 3)
+    speed = {name: tokens[name] / seconds[name] for name in sides}
+    for name, peer in dict(step="rwkv", batch="rwkv", prefill="rwkv_prefill").items():
+        report_pair(cfg, dtype, speed, name, peer)
+    report_pair(cfg, dtype, speed, "step", "sum")
+
+
+def report_pair(cfg, dtype, speed, name, peer):
+    ratio, wall_ratio = timer.median(speed[name] / speed[peer], 2)
+    timer.report(
+        "cpu",
+        what=f"{name} to {peer}",
+        dtype=str(dtype)[6:],
+        n_layer=cfg.n_layer,
+        n_embd=cfg.n_embd,
+        vocab=cfg.vocab,
+        rows=cfg.slots if name == "batch" else 1,
+        ratio=ratio,
+        wall_ratio=wall_ratio,
+        tokens_per_s=timer.median(speed[name], 1)[0],
     )
 
 
 @torch.no_grad()
 def decode(cfg):
-    torch.set_num_threads(cfg.threads)
-    wkv_cuda.cpu.unavailable()  # build
-    network.init_parameter = lambda name, p, c: p.uniform_(
-        -0.05, 0.05
-    )  # orthogonal matrices of this size take minutes
     torch.manual_seed(0)
     model = RWKV(RWKVConfig("x070", cfg.n_layer, cfg.n_embd, cfg.vocab)).eval()
     ids = torch.randint(1, cfg.vocab, (cfg.prompt,)).tolist()
-    os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(f"{folder}/m.pth")
-        from rwkv.model import RWKV as Official
-
-        official = {
-            dtype: Official(model=f"{folder}/m", strategy=f"cpu {name}")
-            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-        }
-    for dtype, theirs in official.items():
-        model.to(dtype)
-        model.step, state = model.stepper(), {n: model.zero_state(n) for n in (1, cfg.slots)}
-        read = sum(p.numel() for name, p in model.named_parameters() if name != "emb.weight")
-        plain = torch.empty(read * dtype.itemsize // 4).uniform_()  # as many bytes
-        _, their_state = theirs.forward(ids[:1], None)
-
-        def steps(rows):
-            for t in range(cfg.tokens):
-                model(torch.tensor([[ids[t]]] * rows), state[rows], out=state[rows])
-
-        def their_steps():
-            nonlocal their_state
-            for t in range(cfg.tokens):
-                _, their_state = theirs.forward([ids[t]], their_state)
-
-        # what -> (work, how much of it), so that speeds compare
-        sides = {
-            "step": (lambda: steps(1), cfg.tokens),
-            "batch": (lambda: steps(cfg.slots), cfg.tokens * cfg.slots),
-            "rwkv": (their_steps, cfg.tokens),
-            "sum": (lambda: [plain.sum() for _ in range(cfg.tokens)], cfg.tokens),
-            "prefill": (lambda: model(torch.tensor([ids]), last_only=True), cfg.prompt),
-            "rwkv_prefill": (lambda: theirs.forward(ids, None), cfg.prompt),
-        }
-        speed = {name: [] for name in sides}  # (per second of CPU time, of wall time)
-        for i in range(cfg.rounds + 1):
-            for name, (work, amount) in sides.items():
-                start = time.process_time(), time.perf_counter()
-                work()
-                if i:
-                    speed[name].append(
-                        (
-                            amount / (time.process_time() - start[0]),
-                            amount / (time.perf_counter() - start[1]),
-                        )
-                    )
-        for name, peer in (
-            ("step", "rwkv"),
-            ("batch", "rwkv"),
-            ("prefill", "rwkv_prefill"),
-            ("step", "sum"),
-        ):
-            ratio, wall = (
-                round(statistics.median(a[i] / b[i] for a, b in zip(speed[name], speed[peer])), 2)
-                for i in (0, 1)
-            )
-            print(
-                json.dumps(
-                    dict(
-                        bench="cpu",
-                        what=f"{name} to {peer}",
-                        date=str(date.today()),
-                        dtype=str(dtype)[6:],
-                        n_layer=cfg.n_layer,
-                        n_embd=cfg.n_embd,
-                        vocab=cfg.vocab,
-                        rows=cfg.slots if name == "batch" else 1,
-                        ratio=ratio,
-                        wall_ratio=wall,
-                        tokens_per_s=round(statistics.median(a for a, _ in speed[name]), 1),
-                        threads=cfg.threads,
-                        torch=torch.__version__,
-                        device=runs.cpu_name(),
-                    )
-                ),
-                flush=True,
-            )
+    for dtype, official in load_official(model).items():
+        compare(cfg, model.to(dtype), official, ids)
 
 
 def main(cfg):
+    torch.set_num_threads(cfg.threads)
     if cfg.part in ("all", "op"):
         wkv.main(wkv.Config(rounds=cfg.rounds, threads=cfg.threads))
     if cfg.part in ("all", "train"):
         for n_layer, n_embd in ((4, 256), (6, 512)):
-            train_vs_gpt.main(
-                train_vs_gpt.Config(
-                    n_layer=n_layer, n_embd=n_embd, rounds=cfg.rounds, threads=cfg.threads
-                )
-            )
+            options = dict(rounds=cfg.rounds, threads=cfg.threads)
+            train_vs_gpt.main(train_vs_gpt.Config(n_layer=n_layer, n_embd=n_embd, **options))
+    fused.build("cpu")
+    network.init_parameter = init_uniform
     if cfg.part in ("all", "large"):
+        fused.keep_memory()
         large(cfg)
     if cfg.part in ("all", "decode"):
         decode(cfg)

@@ -1,21 +1,22 @@
-"""DPO's forward and backward pass with each prompt run once, as a ratio to two full sequences a pair, interleaved.
+"""DPO's forward and backward pass with each prompt run once, as a ratio to two whole sequences.
 
 python bench/forks.py          # prompts of 256 tokens, answers of 64, one thread, process CPU time
 """
 
-import json
-import statistics
+import functools
 import sys
-import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gosling import config, runs  # noqa: E402
-from model import RWKV, RWKVConfig, fork, forked_backward  # noqa: E402
+import timer
+
+from gosling import config
+from gosling.batch import fork, score_forks
+from model import RWKV, RWKVConfig
 
 
 @dataclass
@@ -30,53 +31,43 @@ class Config:
     threads: int = 1  # CPU threads
 
 
+def one_pass(model, forks):
+    chosen, rejected = forks.per_answer(score_forks(model, forks).logps).view(-1, 2).T
+    loss = -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+    loss.backward()
+    model.zero_grad()
+
+
 def main(cfg):
     torch.set_num_threads(cfg.threads)
     g = torch.Generator().manual_seed(0)
     model = RWKV(RWKVConfig("x070", cfg.n_layer, cfg.n_embd, cfg.vocab))
-    ids = lambda n: torch.randint(0, cfg.vocab, (n,), generator=g).tolist()  # noqa: E731
-    groups = [(ids(cfg.prompt), [ids(cfg.answer), ids(cfg.answer)]) for _ in range(cfg.pairs)]
-    layouts = {
-        "shared": groups,
-        "apart": [(prompt, [answer]) for prompt, answers in groups for answer in answers],
-    }
-    seconds = {name: [] for name in layouts}
 
-    def loss_of(forks):
-        def loss(scores):
-            chosen, rejected = forks.per_answer(scores.logps).view(-1, 2).T
-            return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean(), None
+    def random_ids(n):
+        return torch.randint(0, cfg.vocab, (n,), generator=g).tolist()
 
-        return loss
-
-    for i in range(cfg.rounds + 1):
-        for name, layout in layouts.items():
-            forks = fork(layout)
-            t = time.process_time()
-            forked_backward(model, forks, loss_of(forks))
-            model.zero_grad()
-            if i:  # the first is the warm-up
-                seconds[name].append(time.process_time() - t)
-    print(
-        json.dumps(
-            dict(
-                bench="forks",
-                date=str(date.today()),
-                n_layer=cfg.n_layer,
-                n_embd=cfg.n_embd,
-                prompt=cfg.prompt,
-                answer=cfg.answer,
-                pairs=cfg.pairs,
-                shared_pairs_per_s=round(cfg.pairs / statistics.median(seconds["shared"]), 2),
-                apart_pairs_per_s=round(cfg.pairs / statistics.median(seconds["apart"]), 2),
-                ratio=round(
-                    statistics.median(b / a for a, b in zip(seconds["shared"], seconds["apart"])), 3
-                ),
-                threads=cfg.threads,
-                torch=torch.__version__,
-                device=runs.cpu_name(),
-            )
-        )
+    shared = [
+        (random_ids(cfg.prompt), [random_ids(cfg.answer), random_ids(cfg.answer)])
+        for _ in range(cfg.pairs)
+    ]
+    apart = [(prompt_ids, [answer]) for prompt_ids, answers in shared for answer in answers]
+    seconds = timer.interleaved(
+        {
+            "shared": functools.partial(one_pass, model, fork(shared)),
+            "apart": functools.partial(one_pass, model, fork(apart)),
+        },
+        cfg.rounds,
+    )
+    timer.report(
+        "forks",
+        n_layer=cfg.n_layer,
+        n_embd=cfg.n_embd,
+        prompt=cfg.prompt,
+        answer=cfg.answer,
+        pairs=cfg.pairs,
+        shared_pairs_per_s=timer.median(cfg.pairs / seconds["shared"], 2),
+        apart_pairs_per_s=timer.median(cfg.pairs / seconds["apart"], 2),
+        ratio=timer.median(seconds["apart"] / seconds["shared"], 3),
     )
 
 

@@ -1,13 +1,16 @@
-"""The CUDA forms of the recurrence side by side: time forward and forward + backward, saved memory, error against float64.
+"""The CUDA forms of the recurrence side by side: time forward and forward + backward, saved memory,
+error against float64.
 
-    python bench/kernels.py                   # on a GPU: a table, and JSON lines in bench/results/
-    python bench/kernels.py --compile         # no GPU needed: registers, spills and shared memory, from nvcc
+    python bench/kernels.py               # on a GPU: a table, and JSON lines in bench/results/
+    python bench/kernels.py --compile     # no GPU: registers, spills and shared memory, from nvcc
 
-The forms: "cuda" (tensor cores), "cuda_seq" (token by token, stands for the official kernel), "chunked" (PyTorch), and
-flash-linear-attention where it is installed. Inputs are as the networks feed them, log w in fp32.
+The forms: "cuda" (tensor cores), "cuda_seq" (token by token, stands for the official kernel),
+"chunked" (PyTorch), and flash-linear-attention where it is installed. Inputs are as the networks
+feed them, log w in fp32.
 """
 
 import ctypes
+import functools
 import json
 import re
 import statistics
@@ -23,13 +26,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from gosling import config, runs  # noqa: E402
-import wkv_cuda  # noqa: E402
+import wkv_cuda
+from gosling import config
 
-SHAPES = [
-    (C, B, T) for B, T in ((8, 4096), (1, 65536), (32, 512)) for C in (768, 1024, 2048, 2560, 4096)
-]
-NAMES = {6: "r logw k v u", 7: "r logw k v a b"}
+WIDTHS = (768, 1024, 2048, 2560, 4096)
+SHAPES = [(C, B, T) for B, T in ((8, 4096), (1, 65536), (32, 512)) for C in WIDTHS]
+NAMES = {6: ["r", "logw", "k", "v", "u"], 7: ["r", "logw", "k", "v", "a", "b"]}
 
 
 @dataclass
@@ -41,8 +43,15 @@ class Config:
     save: bool = False  # add the JSON lines to bench/results/
 
 
+# ----------------------------------------------------------------------------------------------
+# on a GPU
+
+
 def make(version, B, T, H, kind="plain", dtype=torch.bfloat16, device="cuda"):
-    """Inputs as the networks feed them; repeated: one key again and again; fastest: as fast a decay as there is."""
+    """Inputs as the networks feed them.
+
+    kind: plain; repeated: one key again and again; fastest: also as fast a decay as there is.
+    """
     torch.manual_seed(0)
     r, k, v, x, y = (torch.randn(B, T, H, 64, device=device) for _ in range(5))
     k = k * 0.3
@@ -58,36 +67,34 @@ def make(version, B, T, H, kind="plain", dtype=torch.bfloat16, device="cuda"):
         if kind == "repeated":
             k = k[:, :1].expand_as(k)
         xs = [r, logw, k, v, torch.randn(H, 64, device=device)]
-    keep = (1, 4) if version == 6 else (1,)
-    return [
-        x.to(torch.float32 if i in keep else dtype).contiguous().requires_grad_()
-        for i, x in enumerate(xs)
-    ]
+    in_float32 = (1, 4) if version == 6 else (1,)
+    dtypes = [torch.float32 if i in in_float32 else dtype for i in range(len(xs))]
+    typed = [x.to(dtype).contiguous() for x, dtype in zip(xs, dtypes, strict=True)]
+    return [x.requires_grad_() for x in typed]
+
+
+def ours(version, backend, xs):
+    wkv = wkv_cuda.wkv7 if version == 7 else wkv_cuda.wkv6
+    return wkv(*xs, backend=backend)[0]
+
+
+def fla(chunk, names, xs):
+    return chunk(**dict(zip(names, xs, strict=True)), scale=1.0)[0]
 
 
 def forms(version):
-    def ours(backend):
-        return lambda xs: (wkv_cuda.wkv7 if version == 7 else wkv_cuda.wkv6)(*xs, backend=backend)[
-            0
-        ]
-
-    found = {name: ours(name) for name in ("cuda", "cuda_seq", "chunked")}
+    """{name: function from the inputs to y}"""
+    names = ("cuda", "cuda_seq", "chunked")
+    found = {name: functools.partial(ours, version, name) for name in names}
     try:
         if version == 7:
-            from fla.ops.rwkv7 import chunk_rwkv7
-
-            found["fla"] = lambda xs: chunk_rwkv7(
-                **dict(zip("r w k v a b".split(), xs)), scale=1.0
-            )[0]
+            from fla.ops.rwkv7 import chunk_rwkv7 as chunk
         else:
-            from fla.ops.rwkv6 import chunk_rwkv6
-
-            found["fla"] = lambda xs: chunk_rwkv6(**dict(zip("r w k v u".split(), xs)), scale=1.0)[
-                0
-            ]
+            from fla.ops.rwkv6 import chunk_rwkv6 as chunk
     except ImportError:
-        pass
-    return found
+        return found
+    names = ["w" if name == "logw" else name for name in NAMES[version]]
+    return {**found, "fla": functools.partial(fla, chunk, names)}
 
 
 def milliseconds(form, xs, dy):
@@ -121,110 +128,55 @@ def errors(version, form, kind, T=2048, H=4):
     got = [y, *torch.autograd.grad(y, xs, dy)]
     return {
         name: float(((g.double() - w).norm() / w.norm().clamp(min=1e-38)).item())
-        for name, g, w in zip(["y", *NAMES[version].split()], got, want)
+        for name, g, w in zip(["y", *NAMES[version]], got, want, strict=True)
     }
 
 
-def nvcc(version):
-    """Registers, spills and shared memory of each kernel, for sm_80 and sm_90, as nvcc tells them."""
-    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [
-                "nvcc",
-                "-O3",
-                "-std=c++17",
-                "-Xptxas",
-                "-v",
-                "-shared",
-                "-Xcompiler",
-                "-fPIC",
-                "-o",
-                f"{folder}/wkv.so",
-                *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)),
-                str(ROOT / f"wkv_cuda/wkv{version}_chunk.cu"),
-            ],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise config.UserError(f"nvcc failed: {done.stderr[-2000:]}")
-        shared = getattr(ctypes.CDLL(f"{folder}/wkv.so"), f"wkv{version}_chunk_shared_bytes")
-        for part in done.stderr.split("Compiling entry function")[1:]:
-            kernel, logw, flag, sm = re.search(
-                r"\d(forward|backward|combine)I(f|13__nv_bfloat16)?(?:Lb([01])E)?.*for 'sm_(\d+)'",
-                part,
-            ).groups()
-            stores, loads, registers = map(
-                int,
-                re.search(
-                    r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-                    part,
-                    re.S,
-                ).groups(),
-            )
-            bytes_ = shared(
-                ("forward", "backward", "combine").index(kernel),
-                int(logw != "f" and logw is not None),
-            )
-            if flag == "1":
-                kernel = {"backward": "scan", "combine": "combine_backward"}[kernel]
-            yield dict(
-                bench="nvcc",
-                date=str(date.today()),
-                version=version,
-                kernel=kernel,
-                logw={"f": "float32", None: None}.get(logw, "bfloat16"),
-                sm=int(sm),
-                registers=registers,
-                spill_store_bytes=stores,
-                spill_load_bytes=loads,
-                shared_bytes=bytes_,
-                threads=128,
-                nvcc=re.search(r"release ([\d.]+)", said)[1],
-            )
-
-
-def measure(version, cfg):
-    here = dict(
+def about_the_card():
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return dict(
         date=str(date.today()),
         card=torch.cuda.get_device_name(),
         torch=torch.__version__,
         cuda=torch.version.cuda,
-        driver=subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-        ).stdout.strip(),
+        driver=subprocess.run(query, capture_output=True, text=True).stdout.strip(),
     )
-    print(
-        f"\nWKV-{version} on {here['card']}\n{'C':>5} {'B':>3} {'T':>6}  {'form':10}{'forward':>10}{'f + b':>10} ms"
-        f"{'saved':>9} GB"
-    )
+
+
+def time_shape(version, cfg, C, B, T):
+    """-> {form: (ms forward, ms forward + backward, GB saved)} of what runs at this shape"""
+    xs = make(version, B, T, C // 64)
+    dy = torch.randn_like(xs[0])
+    times, memory = {}, {}
+    for name, form in forms(version).items():
+        try:
+            milliseconds(form, xs, dy)  # builds, tunes, warms
+            memory[name], times[name] = saved(form, xs), []
+        except Exception as error:  # out of memory, or a peer that does not take this shape
+            first_line = str(error).splitlines()[0][:60]
+            print(f"{C:5} {B:3} {T:6}  {name:10}{type(error).__name__}: {first_line}")
+            torch.cuda.empty_cache()
+    for _ in range(cfg.rounds):
+        for name in times:
+            times[name].append(milliseconds(forms(version)[name], xs, dy))
+    found = {}
+    for name, pairs in times.items():
+        forward, both = (statistics.median(column) for column in zip(*pairs, strict=True))
+        found[name] = (forward, both, memory[name])
+    return found
+
+
+def measure(version, cfg):
+    """Rows of JSON, printed as tables."""
+    about = about_the_card()
+    print(f"\nWKV-{version} on {about['card']}")
+    print(f"{'C':>5} {'B':>3} {'T':>6}  {'form':10}{'forward':>10}{'f + b':>10} ms{'saved':>9} GB")
     for C, B, T in SHAPES:
         if cfg.quick and (B != 8 or C not in (768, 4096)):
             continue
-        xs = make(version, B, T, C // 64)
-        dy = torch.randn_like(xs[0])
-        times, kept = {}, {}
-        for name, form in forms(version).items():
-            try:
-                milliseconds(form, xs, dy)  # builds, tunes, warms
-                kept[name], times[name] = saved(form, xs), []
-            except Exception as error:  # out of memory, or a peer that does not take this shape
-                print(
-                    f"{C:5} {B:3} {T:6}  {name:10}{type(error).__name__}: {str(error).splitlines()[0][:60]}"
-                )
-                torch.cuda.empty_cache()
-        for _ in range(cfg.rounds):
-            for name in times:
-                times[name].append(milliseconds(forms(version)[name], xs, dy))
-        for name, pairs in times.items():
-            forward, both = (statistics.median(t) for t in zip(*pairs))
-            print(
-                f"{C:5} {B:3} {T:6}  {name:10}{forward:10.3f}{both:10.3f}   {kept[name]:9.3f}",
-                flush=True,
-            )
+        for name, (forward, both, gb) in time_shape(version, cfg, C, B, T).items():
+            row = f"{C:5} {B:3} {T:6}  {name:10}{forward:10.3f}{both:10.3f}   {gb:9.3f}"
+            print(row, flush=True)
             yield dict(
                 bench="kernels",
                 version=version,
@@ -234,17 +186,69 @@ def measure(version, cfg):
                 T=T,
                 forward_ms=round(forward, 4),
                 forward_backward_ms=round(both, 4),
-                saved_gb=round(kept[name], 4),
-                **here,
+                saved_gb=round(gb, 4),
+                **about,
             )
-    print(f"relative RMS error{'':9}" + "".join(f"{n:>9}" for n in ["y", *NAMES[version].split()]))
+    columns = "".join(f"{name:>9}" for name in ["y", *NAMES[version]])
+    print(f"relative RMS error{'':9}" + columns)
     for kind in ("plain", "repeated", "fastest"):
         for name, form in forms(version).items():
             found = errors(version, form, kind)
             print(f"{kind:10} {name:16}" + "".join(f"{e:9.1e}" for e in found.values()), flush=True)
-            yield dict(
-                bench="kernel_errors", version=version, form=name, kind=kind, **found, **here
-            )
+            row = dict(bench="kernel_errors", version=version, form=name, kind=kind)
+            yield {**row, **found, **about}
+
+
+# ----------------------------------------------------------------------------------------------
+# without one
+
+ENTRY = re.compile(
+    r"\d(forward|backward|combine)I(f|13__nv_bfloat16)?(?:Lb([01])E)?.*for 'sm_(\d+)'"
+)
+NUMBERS = re.compile(
+    r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.S
+)
+
+
+def nvcc(version):
+    """Registers, spills and shared memory of each kernel, for sm_80 and sm_90, as nvcc says."""
+    banner = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release ([\d.]+)", banner)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["-O3", "-std=c++17", "-Xptxas", "-v", "-shared", "-Xcompiler", "-fPIC"]
+        options += [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90)]
+        source = ROOT / f"wkv_cuda/wkv{version}_chunk.cu"
+        command = ["nvcc", *options, "-o", f"{folder}/wkv.so", str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise config.UserError(f"nvcc failed: {done.stderr[-2000:]}")
+        shared = getattr(ctypes.CDLL(f"{folder}/wkv.so"), f"wkv{version}_chunk_shared_bytes")
+        for entry in done.stderr.split("Compiling entry function")[1:]:
+            yield kernel_row(version, entry, shared, release)
+
+
+def kernel_row(version, entry, shared, release):
+    """What nvcc prints of one kernel -> a row of JSON."""
+    kernel, logw, flag, sm = ENTRY.search(entry).groups()
+    stores, loads, registers = map(int, NUMBERS.search(entry).groups())
+    number = ("forward", "backward", "combine").index(kernel)
+    shared_bytes = shared(number, int(logw not in ("f", None)))
+    if flag == "1":
+        kernel = {"backward": "scan", "combine": "combine_backward"}[kernel]
+    return dict(
+        bench="nvcc",
+        date=str(date.today()),
+        version=version,
+        kernel=kernel,
+        logw={"f": "float32", None: None}.get(logw, "bfloat16"),
+        sm=int(sm),
+        registers=registers,
+        spill_store_bytes=stores,
+        spill_load_bytes=loads,
+        shared_bytes=shared_bytes,
+        threads=128,
+        nvcc=release,
+    )
 
 
 def main(cfg):
@@ -259,7 +263,8 @@ def main(cfg):
                 print(json.dumps(row), flush=True)
             if cfg.save or not cfg.compile:
                 name = "nvcc" if cfg.compile else re.sub(r"\W+", "-", row["card"].lower())
-                with open(ROOT / f"bench/results/{date.today()}-{name}.jsonl", "a") as out:
+                path = ROOT / f"bench/results/{date.today()}-{name}.jsonl"
+                with open(path, "a", encoding="utf-8") as out:
                     out.write(json.dumps(row) + "\n")
 
 

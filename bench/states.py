@@ -1,24 +1,27 @@
-"""Many states trained together over one frozen model, as a ratio to as many runs, interleaved: CPU time of the processes.
+"""Many states trained together over one frozen model, as a ratio to as many runs: CPU time of the
+processes.
 
-python bench/states.py          # the eight skills of tasks.py, 4 documents of each a step; about two minutes
+python bench/states.py          # the eight skills of tasks.py, 4 documents of each a step
 """
 
-import json
+import functools
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gosling import config, runs  # noqa: E402
-import tasks  # noqa: E402
-from model import RWKV, RWKVConfig  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import timer
+
+import tasks
+from gosling import config, files
+from model import RWKV, RWKVConfig
 
 
 @dataclass
@@ -30,67 +33,72 @@ class Config:
     threads: int = 1  # CPU threads
 
 
+def children():
+    """A clock: the CPU time of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def train(cfg, folder, name, data, bsz):
+    subprocess.run(
+        [
+            sys.executable,
+            "train_state.py",
+            f"--data={data}",
+            f"--init_from={folder / 'base.pth'}",
+            "--tokenizer=bytes",
+            f"--out_dir={folder / name}",
+            f"--micro_bsz={bsz}",
+            f"--global_bsz={bsz}",
+            f"--max_steps={cfg.steps}",
+            "--eval_every=0",
+            "--save_every=0",
+            "--device=cpu",
+        ],
+        check=True,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": str(cfg.threads)},
+    )
+
+
+def train_each(cfg, folder):
+    for skill in tasks.ALL_SKILLS:
+        train(cfg, folder, f"alone-{skill}", folder / f"data/{skill}.jsonl", cfg.each)
+
+
 def main(cfg):
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    torch.set_num_threads(cfg.threads)
+    n_tasks = len(tasks.ALL_SKILLS)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = folder / "data"
         RWKV(RWKVConfig("x070", cfg.n_layer, cfg.n_embd, 257)).save_pretrained(folder / "base.pth")
-        (folder / "data").mkdir()
-        for skill in tasks.RULES:
+        for skill in tasks.ALL_SKILLS:
             rows = [tasks.with_answer(row) for row in tasks.prompts(64, 0, [skill])]
-            (folder / f"data/{skill}.jsonl").write_text(
-                "".join(json.dumps(row) + "\n" for row in rows)
-            )
-
-        def seconds(data, bsz):
-            """CPU time of a whole run, from the shell's point of view"""
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run(
-                [
-                    sys.executable,
-                    "train_state.py",
-                    f"--data={data}",
-                    f"--init_from={folder / 'base.pth'}",
-                    "--tokenizer=bytes",
-                    f"--out_dir={folder}/{data.stem}-{bsz}",
-                    f"--micro_bsz={bsz}",
-                    f"--global_bsz={bsz}",
-                    f"--max_steps={cfg.steps}",
-                    "--eval_every=0",
-                    "--save_every=0",
-                    "--device=cpu",
-                ],
-                check=True,
-                cwd=Path(__file__).parent.parent,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": str(cfg.threads)},
-            )
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-        files = sorted((folder / "data").glob("*.jsonl"))
-        seconds(files[0], 1)  # the warm-up
-        together, alone = (
-            seconds(folder / "data", cfg.each * len(files)),
-            [seconds(file, cfg.each) for file in files],
+            files.write_jsonl(data / f"{skill}.jsonl", rows)
+        train(cfg, folder, "warm-up", data / f"{skill}.jsonl", 1)
+        seconds = timer.interleaved(
+            {
+                "together": functools.partial(
+                    train, cfg, folder, "together", data, cfg.each * n_tasks
+                ),
+                "alone": functools.partial(train_each, cfg, folder),
+            },
+            rounds=1,
+            clock=children,
+            warm_ups=0,
         )
-    print(
-        json.dumps(
-            dict(
-                bench="states",
-                date=str(date.today()),
-                n_layer=cfg.n_layer,
-                n_embd=cfg.n_embd,
-                tasks=len(alone),
-                each=cfg.each,
-                steps=cfg.steps,
-                together_s=round(together, 2),
-                alone_s=round(sum(alone), 2),
-                ratio=round(together / sum(alone), 3),
-                threads=cfg.threads,
-                torch=torch.__version__,
-                device=runs.cpu_name(),
-            )
-        )
+    timer.report(
+        "states",
+        n_layer=cfg.n_layer,
+        n_embd=cfg.n_embd,
+        tasks=n_tasks,
+        each=cfg.each,
+        steps=cfg.steps,
+        together_s=timer.median(seconds["together"], 2),
+        alone_s=timer.median(seconds["alone"], 2),
+        ratio=timer.median(seconds["together"] / seconds["alone"], 3),
     )
 
 

@@ -1,18 +1,18 @@
-"""Training speed of RWKV-7 and RWKV-6 as a ratio to an equal-size GPT, in the same run, interleaved.
+"""Training speed of RWKV-7 and RWKV-6 as a ratio to an equal-size GPT, in the same run.
 
-    python bench/train_vs_gpt.py                      # CPU, one thread, process CPU time; JSON lines
-    python bench/train_vs_gpt.py --device=cuda --n_layer=12 --n_embd=768 --ctx=1024 --bsz=16 --vocab=50304
+    python bench/train_vs_gpt.py               # CPU, one thread, process CPU time; JSON lines
+    python bench/train_vs_gpt.py --device=cuda --n_layer=12 --n_embd=768 --ctx=1024 --bsz=16 \\
+        --vocab=50304
 
-The GPT is the plain modern one: pre-norm, learned positions, PyTorch's causal scaled_dot_product_attention, GELU
-4 C feed-forward, no biases. A step is forward, loss, backward and AdamW (fused), float32 on a CPU, bf16 on a GPU.
+The GPT is the plain modern one: pre-norm, learned positions, PyTorch's causal
+scaled_dot_product_attention, GELU 4 C feed-forward, no biases. A step is forward, loss, backward
+and AdamW (fused), float32 on a CPU, bf16 on a GPU.
 """
 
-import json
-import statistics
+import functools
 import sys
 import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -20,8 +20,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gosling import config, runs  # noqa: E402
-from model import RWKV, RWKVConfig  # noqa: E402
+import timer
+
+from gosling import config, runs
+from model import RWKV, RWKVConfig
 
 
 @dataclass
@@ -39,11 +41,8 @@ class Config:
 class GPT(nn.Module):
     def __init__(self, L, C, V, ctx):
         super().__init__()
-        self.tok, self.pos, self.head = (
-            nn.Embedding(V, C),
-            nn.Embedding(ctx, C),
-            nn.Linear(C, V, bias=False),
-        )
+        self.tok, self.pos = nn.Embedding(V, C), nn.Embedding(ctx, C)
+        self.head = nn.Linear(C, V, bias=False)
         self.blocks = nn.ModuleList(
             nn.ModuleDict(
                 dict(
@@ -70,81 +69,60 @@ class GPT(nn.Module):
         return F.cross_entropy(self.head(self.ln(x)).flatten(0, 1).float(), targets.flatten())
 
 
-def stepper(model, loss_fn, idx):
-    """One training step as a function that returns its seconds: CPU time on a CPU, device time on a GPU."""
-    cuda = idx.is_cuda
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=True)
+def gpt_loss(model, x, y):
+    with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+        return model(x, y)
 
-    def step():
-        if cuda:
-            torch.cuda.synchronize()
-        t = time.perf_counter() if cuda else time.process_time()
-        loss = loss_fn(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        if cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() if cuda else time.process_time()) - t
 
-    return step
+def rwkv_loss(model, x, y):
+    return -model(x, targets=y)[0].logps.mean()
+
+
+def train_step(model, opt, loss_of, idx):
+    loss_of(model, idx[:, :-1], idx[:, 1:]).backward()
+    opt.step()
+    opt.zero_grad()
+
+
+def compare(cfg, ctx, bsz):
+    torch.manual_seed(0)
+    cuda = cfg.device.startswith("cuda")
+    idx = torch.randint(0, cfg.vocab, (bsz, ctx + 1), device=cfg.device)
+    models = {"gpt": GPT(cfg.n_layer, cfg.n_embd, cfg.vocab, ctx)}
+    for version in ("x070", "x060"):
+        models[version] = RWKV(RWKVConfig(version, cfg.n_layer, cfg.n_embd, cfg.vocab))
+        models[version].compute_dtype = torch.bfloat16 if cuda else torch.float32
+    steps = {}
+    for name, model in models.items():
+        model.to(cfg.device)
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=True)
+        loss_of = gpt_loss if name == "gpt" else rwkv_loss
+        steps[name] = functools.partial(train_step, model, opt, loss_of, idx)
+    clock = timer.gpu if cuda else time.process_time
+    seconds = timer.interleaved(steps, cfg.rounds, clock, warm_ups=2)
+    params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    for version in ("x070", "x060"):
+        timer.report(
+            "train_vs_gpt",
+            version=version,
+            ctx=ctx,
+            bsz=bsz,
+            n_layer=cfg.n_layer,
+            n_embd=cfg.n_embd,
+            vocab=cfg.vocab,
+            params=params[version],
+            gpt_params=params["gpt"],
+            tokens_per_s=round(timer.median(bsz * ctx / seconds[version], 0)),
+            gpt_tokens_per_s=round(timer.median(bsz * ctx / seconds["gpt"], 0)),
+            ratio=timer.median(seconds["gpt"] / seconds[version], 3),
+            device=torch.cuda.get_device_name() if cuda else runs.cpu_name(),
+        )
 
 
 def main(cfg):
     torch.set_num_threads(cfg.threads)
-    cuda = cfg.device.startswith("cuda")
     for ctx, bsz in [(cfg.ctx, cfg.bsz)] if cfg.ctx else [(512, 8), (4096, 1)]:
-        torch.manual_seed(0)
-        idx = torch.randint(0, cfg.vocab, (bsz, ctx + 1), device=cfg.device)
-        gpt = GPT(cfg.n_layer, cfg.n_embd, cfg.vocab, ctx).to(cfg.device)
-
-        def gpt_loss(x, y):
-            with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-                return gpt(x, y)
-
-        steps, params = (
-            {"gpt": stepper(gpt, gpt_loss, idx)},
-            {"gpt": sum(p.numel() for p in gpt.parameters())},
-        )
-        for version in ("x070", "x060"):
-            rwkv = RWKV(RWKVConfig(version, cfg.n_layer, cfg.n_embd, cfg.vocab)).to(cfg.device)
-            rwkv.compute_dtype = torch.bfloat16 if cuda else torch.float32
-            steps[version] = stepper(
-                rwkv, lambda x, y, m=rwkv: -m(x, targets=y)[0].logps.mean(), idx
-            )
-            params[version] = sum(p.numel() for p in rwkv.parameters())
-        for step in steps.values():
-            step(), step()
-        seconds = {name: [] for name in steps}
-        for _ in range(cfg.rounds):
-            for name, step in steps.items():
-                seconds[name].append(step())
-        speed = {name: bsz * ctx / statistics.median(s) for name, s in seconds.items()}
-        for version in ("x070", "x060"):
-            ratio = statistics.median(g / s for g, s in zip(seconds["gpt"], seconds[version]))
-            print(
-                json.dumps(
-                    dict(
-                        bench="train_vs_gpt",
-                        date=str(date.today()),
-                        version=version,
-                        ctx=ctx,
-                        bsz=bsz,
-                        n_layer=cfg.n_layer,
-                        n_embd=cfg.n_embd,
-                        vocab=cfg.vocab,
-                        params=params[version],
-                        gpt_params=params["gpt"],
-                        tokens_per_s=round(speed[version]),
-                        gpt_tokens_per_s=round(speed["gpt"]),
-                        ratio=round(ratio, 3),
-                        threads=cfg.threads,
-                        torch=torch.__version__,
-                        device=torch.cuda.get_device_name() if cuda else runs.cpu_name(),
-                    )
-                ),
-                flush=True,
-            )
+        compare(cfg, ctx, bsz)
 
 
 if __name__ == "__main__":

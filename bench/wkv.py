@@ -1,22 +1,21 @@
-"""Speed of the recurrences alone on a CPU, forward and backward, as a ratio to the naive loop. A GPU's: bench/kernels.py.
+"""Speed of the recurrences alone on a CPU, forward and backward, as a ratio to the naive loop.
 
-python bench/wkv.py                         # process CPU time, interleaved, median; JSON lines
+python bench/wkv.py          # process CPU time, median; JSON lines. A GPU's: bench/kernels.py
 """
 
-import json
-import statistics
+import functools
 import sys
-import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gosling import config, runs  # noqa: E402
-import wkv_cuda  # noqa: E402
+import timer
+
+import wkv_cuda
+from gosling import config
 
 
 @dataclass
@@ -41,58 +40,40 @@ def make(version, cfg):
     return [t.to(torch.float32 if i == 1 else dtype).requires_grad_() for i, t in enumerate(xs)]
 
 
-def seconds(version, backend, xs):
-    """CPU time of one forward and one backward."""
-    start = time.process_time()
-    y, _ = (wkv_cuda.wkv7 if version == 7 else wkv_cuda.wkv6)(*xs, backend=backend)
-    middle = time.process_time()
+def forward(version, form, xs):
+    wkv = wkv_cuda.wkv7 if version == 7 else wkv_cuda.wkv6
+    return wkv(*xs, backend=form)[0]
+
+
+def forward_and_backward(version, form, xs):
+    y = forward(version, form, xs)
     torch.autograd.grad(y, xs, torch.ones_like(y))
-    return middle - start, time.process_time() - middle
 
 
 def main(cfg):
     torch.set_num_threads(cfg.threads)
-    forms = ["naive", "chunked", "cpu"]
     for version in (7, 6):
         xs = make(version, cfg)
-        us = {form: ([], []) for form in forms}  # per token and head
-        for i in range(cfg.rounds + 1):
-            for form in forms:
-                pair = seconds(version, form, xs)
-                if i:  # the first is the warm-up
-                    for kept, s in zip(us[form], pair):
-                        kept.append(s * 1e6 / (cfg.B * cfg.T * cfg.H))
-        for form in forms[1:]:
-            ratio = {
-                peer: statistics.median(
-                    (a + b) / (c + d) for a, b, c, d in zip(*us[peer], *us[form])
-                )
-                for peer in ("naive", "chunked")
-            }
-            print(
-                json.dumps(
-                    dict(
-                        bench="wkv",
-                        date=str(date.today()),
-                        version=version,
-                        form=form,
-                        B=cfg.B,
-                        T=cfg.T,
-                        H=cfg.H,
-                        dtype=cfg.dtype,
-                        us_per_token_head_forward=round(statistics.median(us[form][0]), 3),
-                        us_per_token_head_backward=round(statistics.median(us[form][1]), 3),
-                        naive_us_per_token_head=round(
-                            statistics.median(a + b for a, b in zip(*us["naive"])), 2
-                        ),
-                        times_faster_than_naive=round(ratio["naive"], 2),
-                        times_faster_than_chunked=round(ratio["chunked"], 2),
-                        threads=cfg.threads,
-                        torch=torch.__version__,
-                        device=runs.cpu_name(),
-                    )
-                ),
-                flush=True,
+        sides = {"naive": functools.partial(forward_and_backward, version, "naive", xs)}
+        for form in ("chunked", "cpu"):
+            sides[form] = functools.partial(forward_and_backward, version, form, xs)
+            sides[f"{form} forward"] = functools.partial(forward, version, form, xs)
+        seconds = timer.interleaved(sides, cfg.rounds)
+        us = {name: 1e6 * s / (cfg.B * cfg.T * cfg.H) for name, s in seconds.items()}
+        for form in ("chunked", "cpu"):
+            timer.report(
+                "wkv",
+                version=version,
+                form=form,
+                B=cfg.B,
+                T=cfg.T,
+                H=cfg.H,
+                dtype=cfg.dtype,
+                us_per_token_head_forward=timer.median(us[f"{form} forward"], 3),
+                us_per_token_head_backward=timer.median(us[form] - us[f"{form} forward"], 3),
+                naive_us_per_token_head=timer.median(us["naive"], 2),
+                times_faster_than_naive=timer.median(us["naive"] / us[form], 2),
+                times_faster_than_chunked=timer.median(us["chunked"] / us[form], 2),
             )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from gosling.runs import all_sum, chunks
+from model import TokenScores
 
 
 def pack_ids(rows, device="cpu"):
@@ -70,8 +71,11 @@ class Forks(NamedTuple):
 def fork(groups, device="cpu", whole=False):
     """[(prompt_ids, [answer_ids, ...]), ...] -> Forks.
 
-    whole: also run over each answer's last token, where a scalar head's score is read.
+    whole: also run over each answer's last token, where a scalar head's score is read. An answer
+    may be empty, a prompt not: ValueError.
     """
+    if not all(prompt_ids for prompt_ids, _ in groups):
+        raise ValueError("a prompt is empty; begin with the tokenizer's end id")
     prompts = [prompt_ids for prompt_ids, _ in groups]
     pairs = [(prompt_ids, answer) for prompt_ids, answers in groups for answer in answers]
     owner = [i for i, (_, answers) in enumerate(groups) for _ in answers]
@@ -80,12 +84,11 @@ def fork(groups, device="cpu", whole=False):
         x, cu_seqlens = pack_ids([prompt_ids[-1:] + answer for prompt_ids, answer in pairs], device)
         y, _ = pack_ids([answer + [0] for _, answer in pairs], device)
     else:
-        x, cu_seqlens = pack_ids(
-            [prompt_ids[-1:] + answer[:-1] for prompt_ids, answer in pairs], device
-        )
+        inputs = [(prompt_ids[-1:] + answer)[: len(answer)] for prompt_ids, answer in pairs]
+        x, cu_seqlens = pack_ids(inputs, device)
         y, _ = pack_ids([answer for _, answer in pairs], device)
     row = torch.arange(len(pairs)).repeat_interleave(cu_seqlens.diff()).to(device)
-    owner = torch.tensor(owner, device=device)
+    owner = torch.tensor(owner, dtype=torch.long, device=device)
     return Forks(prompt_x, prompt_cu_seqlens, owner, x, y, cu_seqlens, row)
 
 
@@ -102,6 +105,9 @@ def forked_state(model, forks, chunk_len=0):
 
 def score_forks(model, forks, chunk_len=0, temperature=1.0):
     """-> TokenScores [1, T] of the answers' tokens; their gradient reaches the prompts, too."""
+    if forks.x.shape[1] == 0:  # every answer is empty
+        nothing = torch.zeros(forks.x.shape, device=forks.x.device)
+        return TokenScores(nothing, nothing, nothing.bool())
     scores, _ = model(
         forks.x,
         forked_state(model, forks, chunk_len),

@@ -11,6 +11,8 @@ import functools
 import os
 import runpy
 import sys
+import sysconfig
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -19,6 +21,7 @@ import pydantic
 
 Decay = typing.Annotated[float, pydantic.Field(ge=0, lt=1)]  # of a running mean
 Share = typing.Annotated[float, pydantic.Field(ge=0, le=1)]
+PRIMITIVES = (int, float, str, bool, type(None))
 
 
 class UserError(Exception):
@@ -32,15 +35,41 @@ def print0(*args):
 
 
 def show(value):
-    """A function by its name, anything else as text."""
+    """A function by its name and what is bound to it, anything else as text.
+
+    The text is the same after a restart: no address in memory is part of it.
+    """
+    if isinstance(value, (list, tuple)) and any(callable(item) for item in value):
+        return f"[{', '.join(show(item) for item in value)}]"
+    if isinstance(value, functools.partial) and not hasattr(value, "__name__"):
+        bound = [show_bound(item) for item in value.args]
+        bound += [f"{key}={show_bound(item)}" for key, item in value.keywords.items()]
+        return f"{show(value.func)}({', '.join(bound)})"
+    if type(value).__repr__ is object.__repr__:
+        return getattr(value, "__name__", type(value).__name__)
     return getattr(value, "__name__", None) or str(value)
+
+
+def show_bound(value):
+    """What a functools.partial holds: small values as they are, others by their kind."""
+    if callable(value):
+        return show(value)
+    return repr(value) if isinstance(value, PRIMITIVES) else type(value).__name__
+
+
+def failure(error):
+    """An exception of the user's code in a line: its kind, its words, and where it was raised."""
+    text = f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is our call
+    library = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
+    places = [frame for frame in frames if not frame.filename.startswith(library)]
+    return f"{text} ({places[-1].filename}, line {places[-1].lineno})" if places else text
 
 
 def config_dict(cfg):
     """cfg as primitives, for config.json and the loggers; functions are shown by their names."""
-    primitives = (int, float, str, bool, type(None))
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
-    return {key: v if isinstance(v, primitives) else show(v) for key, v in values.items()}
+    return {key: v if isinstance(v, PRIMITIVES) else show(v) for key, v in values.items()}
 
 
 def load_config(cls, argv=None):
@@ -80,24 +109,23 @@ def read_flags(cls, args=None, default=None):
 
 
 def read_config_file(path, cls):
-    """{key: value} of a config file, every key and value checked against the dataclass `cls`."""
-    if not Path(path).is_file():
-        raise UserError(f"config file {path} does not exist")
-    try:
-        found = runpy.run_path(str(path))
-    except Exception as e:
-        raise UserError(f"config file {path} does not run: {type(e).__name__}: {e}") from e
+    """{key: value} of a config file, every key and value checked against the dataclass `cls`.
+
+    It imports what lies beside it. Functions, classes and constants in capitals may be its own.
+    """
     fields = {field.name for field in dataclasses.fields(cls)}
-    values = {}
+    values, found = {}, run_config_file(path)
     for key, value in found.items():
         if key.startswith("_") or isinstance(value, types.ModuleType):
             continue
         if key in fields:
             values[key] = value
             continue
-        # Functions and classes may be helpers of the config's own; only a likely typo is an error.
+        # What may be the config's own is an error only if it is a likely typo.
         near = difflib.get_close_matches(key, fields, n=1, cutoff=0.8 if callable(value) else 0.6)
-        if near or not callable(value):
+        if key.isupper():
+            near = [key.lower()] if fields - found.keys() >= {key.lower()} else []
+        if near or not (callable(value) or key.isupper()):
             script = Path(sys.modules[cls.__module__].__file__ or cls.__name__).name
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise UserError(f"{path}: unknown key '{key}'{hint} ({script} --help lists all)")
@@ -105,12 +133,32 @@ def read_config_file(path, cls):
     return values
 
 
+def run_config_file(path):
+    """-> {name: value} that the file leaves"""
+    if not Path(path).is_file():
+        raise UserError(f"config file {path} does not exist")
+    folder = str(Path(path).resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        return runpy.run_path(str(path))
+    except (Exception, SystemExit) as e:
+        raise UserError(f"config file {path} does not run: {failure(e)}") from e
+    finally:
+        sys.path.remove(folder)
+        sys.path.append(folder)  # its functions may import later, after everything of ours
+
+
 def check(cfg, where=""):
-    """UserError for the first field whose value is not of its declared type or in its range."""
+    """UserError for the first field whose value is not of its declared type or in its range.
+
+    A number of numpy's becomes one of Python's.
+    """
     for key, validator in validators(type(cfg)).items():
         value = getattr(cfg, key)
         try:
-            validator.validate_python(value)
+            valid = validator.validate_python(value)
+            if isinstance(valid, PRIMITIVES):
+                setattr(cfg, key, valid)
         except pydantic.ValidationError as e:
             expected = e.errors()[0]["msg"].replace("Input should be", "expected")
             expected = expected.replace("expected greater", "expected a number greater")

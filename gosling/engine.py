@@ -8,12 +8,13 @@ P prompts, B rows or slots, V vocabulary, L layers. A state is the network's: a 
 """
 
 import contextlib
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from gosling.batch import pack_ids
@@ -23,7 +24,12 @@ from gosling.tune import load_model
 from wkv_cuda import fused
 
 PREFILL = 4096  # prompt tokens read at a time, which bounds the memory of long and of many prompts
+LARGEST = 1e20  # penalties and biases; what they make of a logit stays a number in float32
+COLDEST = 1e-6  # temperature above 0; a logit divided by less may not be one
 TURNS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")  # a reply that begins another turn is over
+
+Penalty = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Factor = Annotated[float, Field(ge=1 / LARGEST, le=LARGEST)]
 
 
 @dataclass
@@ -36,10 +42,10 @@ class Sampling:
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # likeliest tokens of this total; 1 = all
     top_k: NonNegativeInt = 0  # sample from so many likeliest tokens; 0 = all
     min_p: Share = 0.0  # leave out tokens less likely than this share of the likeliest one's p
-    presence_penalty: float = 0.0  # taken off the logit of every token generated before
-    frequency_penalty: float = 0.0  # the same for each time that it was; not for blanks and digits
+    presence_penalty: Penalty = 0.0  # taken off the logit of every token generated before
+    frequency_penalty: Penalty = 0.0  # the same for each time it was; not for blanks and digits
     penalty_decay: Share = 1.0  # by which those counts shrink at every token; RWKV runners: 0.996
-    repetition_penalty: PositiveFloat = 1.0  # divides positive logits of tokens read or generated
+    repetition_penalty: Factor = 1.0  # divides positive logits of tokens read or generated
     stop: tuple[str, ...] = ()  # texts that end a sample
     batch_size: PositiveInt | None = None  # sequences at a time; none = what fits in memory
     seed: NonNegativeInt | None = None  # same seed, same text; none = another each time
@@ -52,7 +58,7 @@ class Options(Sampling):
     max_new_tokens: PositiveInt | list[PositiveInt] = 256
     stop: str | list[str] | tuple[str, ...] = ()
     stop_ids: Any = None  # ids that end a completion; none = the tokenizer's end id
-    logit_bias: Any = None  # {id: added to its logit}
+    logit_bias: Any = None  # {id: added to its logit}; -inf rules a token out
     tokenizer: Any = None  # for .text and stop
     state: Any = None  # one row for all prompts, or a row for each; none = the initial state
     return_state: bool = False  # whether each completion gets its .state
@@ -96,11 +102,13 @@ def inference(model):
 # reading prompts
 
 
-def check_ids(model, lists, what="prompt"):
+def check_ids(model, lists, what="prompt", may_be_empty=False):
     """UserError for the first list that is empty or holds an id that the model does not have."""
     largest = model.config.vocab_size - 1
     for i, ids in enumerate(lists, 1):
         where = f"{what} {i} of {len(lists)}"
+        if not ids and may_be_empty:
+            continue
         if not ids:
             raise UserError(f"{where}: the {what} is empty; begin with the tokenizer's end id")
         wrong = [token for token in (min(ids), max(ids)) if not 0 <= token <= largest]
@@ -232,7 +240,7 @@ def draw(p, u, top_p=1.0, top_k=0, min_p=0.0, width=256):
     if order is None:
         return ids[:, 0]
     ids = order.gather(-1, ids)[:, 0]
-    if width < (top_k or p.shape[1]):
+    if not top_k and width < p.shape[1]:
         too_narrow = keep[:, -1]
         if too_narrow.any():
             ids[too_narrow] = draw(p[too_narrow], u[too_narrow], top_p, top_k, min_p, 16 * width)
@@ -316,6 +324,37 @@ def complete(model, prompts, options):
     if o.state and o.state["wkv"].shape[1] not in (1, len(prompts)):
         n_rows = o.state["wkv"].shape[1]
         raise UserError(f"state has {n_rows} rows for {len(prompts)} prompts; give one, or as many")
+    for name, values in (("max_new_tokens", o.max_new_tokens), ("indices", o.indices)):
+        if len(values) != len(prompts):
+            raise UserError(f"{name}: {len(values)} of them for {len(prompts)} prompts")
+    check_temperature(o.temperature)
+    check_biases(o.logit_bias, model.config.vocab_size)
+    check_stop(o)
+    return o
+
+
+def check_temperature(temperature):
+    """UserError for one at which logits, divided by it, are no longer numbers."""
+    if temperature and not COLDEST <= temperature <= LARGEST:
+        raise UserError(
+            f"temperature={temperature}: expected 0, which is greedy, or {COLDEST:g} to {LARGEST:g}"
+        )
+
+
+def check_biases(logit_bias, vocab_size):
+    """UserError for a bias after which no probabilities are left."""
+    for token, bias in logit_bias.items():
+        if bias != -math.inf and not -LARGEST <= bias <= LARGEST:
+            raise UserError(
+                f"logit_bias: {bias} for id {token}; expected {-LARGEST:g} to {LARGEST:g}, or -inf "
+                "to rule it out"
+            )
+    if sum(bias == -math.inf for bias in logit_bias.values()) == vocab_size:
+        raise UserError("logit_bias: every id is ruled out by -inf; leave one")
+
+
+def check_stop(o):
+    """UserError for a stop text that can never be found."""
     for text in o.stop:
         if o.tokenizer is None:
             raise UserError(f"stop={text!r}: stop texts need a tokenizer; give it, or stop_ids")
@@ -323,9 +362,8 @@ def complete(model, prompts, options):
             raise UserError("stop='' is empty; leave it out")
         try:
             o.tokenizer.encode(text)
-        except UserError as e:
+        except (UserError, UnicodeError) as e:
             raise UserError(f"stop={text!r} can never be generated: {e}") from None
-    return o
 
 
 def grow(slot, token, logp, o):
@@ -443,17 +481,18 @@ def score_choices(model, prompts, choices, *, state=None, temperature=1.0, per_t
     """Log-probabilities of fixed continuations.
 
     choices: for each prompt a list of lists of ids -> for each prompt a list with each choice's
-    sum, or with per_token its list. A prompt is read once; its choices go on from copies of its
-    state, packed. state: as in `generate`.
+    sum, or with per_token its list; an empty one's sum is 0. A prompt is read once; its choices go
+    on from copies of its state, packed. state: as in `generate`.
     """
     model = getattr(model, "module", model)
-    if len(choices) != len(prompts) or temperature <= 0:
+    if len(choices) != len(prompts) or not temperature > 0:
         raise UserError(
             f"{len(prompts)} prompts, {len(choices)} lists of choices, temperature={temperature}: "
             "expected a list for each prompt and a temperature above 0"
         )
+    check_temperature(temperature)
     check_ids(model, prompts)
-    check_ids(model, [ids for of_prompt in choices for ids in of_prompt], "choice")
+    check_ids(model, [ids for of_prompt in choices for ids in of_prompt], "choice", True)
     scores = []
     with inference(model):
         for i, j in spans([len(ids) for ids in prompts], slots_for(model)):
@@ -463,7 +502,7 @@ def score_choices(model, prompts, choices, *, state=None, temperature=1.0, per_t
             scores += score_group(model, first_logps, after, choices[i:j], temperature)
     if per_token:
         return scores
-    return [[sum(logps) for logps in of_prompt] for of_prompt in scores]
+    return [[sum(logps, 0.0) for logps in of_prompt] for of_prompt in scores]
 
 
 def score_group(model, first_logps, state, choices, temperature):
@@ -473,7 +512,8 @@ def score_group(model, first_logps, state, choices, temperature):
     """
     owner = [p for p, of_prompt in enumerate(choices) for _ in of_prompt]
     flat = [ids for of_prompt in choices for ids in of_prompt]
-    scores = [[first_logps[p, ids[0]].item()] for p, ids in zip(owner, flat, strict=True)]
+    first_ids = [ids[:1] for ids in flat]  # [] of an empty choice
+    scores = [first_logps[p, ids].tolist() for p, ids in zip(owner, first_ids, strict=True)]
     for a, b in spans([len(ids) for ids in flat], slots_for(model)):
         x, cu_seqlens = pack_ids([ids[:-1] for ids in flat[a:b]], first_logps.device)
         y, _ = pack_ids([ids[1:] for ids in flat[a:b]], first_logps.device)

@@ -1,10 +1,14 @@
 """Files that appear whole or not at all, and files that are read with an error that names them."""
 
 import contextlib
+import datetime
+import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gosling.config import UserError
@@ -50,6 +54,84 @@ def put_in_place(tmp, path):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def remove_half_written(folder):
+    """Delete what atomic_write left in a folder when its process died, and nothing else there."""
+    for tmp in Path(folder).glob(".*.tmp"):
+        written_by = re.fullmatch(r"\..+\.(\d+)\.tmp", tmp.name)
+        if written_by and not is_running(int(written_by[1])):
+            tmp.unlink(missing_ok=True)
+
+
+def is_running(pid):
+    """Whether another process of that number lives here; on Windows it is not asked, but True."""
+    if pid == os.getpid():
+        return False
+    if os.name == "posix":
+        try:
+            os.kill(pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+        except PermissionError:
+            return True
+    return True
+
+
+PRIMITIVES = (bool, int, float, str)
+
+
+def primitive(value, where):
+    """A value of the user's, as JSON and last.pt can hold it: numbers, text, lists, dicts, None.
+
+    Numbers, arrays and tensors of numpy and torch become numbers and lists, dates ISO text.
+    UserError, beginning with `where`, names the place of anything else.
+    """
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        value = value.tolist()
+    if value is None or type(value) in PRIMITIVES:
+        return value
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, (str, int)):
+                raise UserError(f"{where} has the key {key!r}; expected text")
+        return {key: primitive(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        if all(type(item) in PRIMITIVES for item in value):  # as tokens are
+            return list(value)
+        return [primitive(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    for kind in PRIMITIVES:
+        if isinstance(value, kind):  # a class of the user's, or of a library
+            return kind(value)
+    raise UserError(
+        f"{where} is a {type(value).__name__}; expected numbers, text, dates, None, or lists and "
+        "dicts of them"
+    )
+
+
+SAMPLE = 2**20  # bytes of a file's parts that are read for its digest
+PARTS = 64
+
+
+def digest(path):
+    """What a file or a folder of files holds, in words: bytes, and a hash of them.
+
+    Up to 64 MiB all is hashed, of a larger file 64 parts of 1 MiB, evenly spread.
+    """
+    path, hashed, n_bytes = Path(path), hashlib.blake2b(digest_size=8), 0
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        step = max(-(-(size - SAMPLE) // (PARTS - 1)), SAMPLE)  # rounded up: the end is read
+        with open(file, "rb") as f:
+            for start in range(0, size, step):
+                f.seek(start)
+                hashed.update(f.read(SAMPLE))
+        n_bytes += size
+    return f"{n_bytes:,} bytes, digest {hashed.hexdigest()}"
 
 
 def save_torch(obj, path):

@@ -22,13 +22,24 @@ SCORE = re.compile(
             | \s+ (?:is|of) \b
           )?
         )
+      | (?P<box> \\boxed\{ )
       | ^                                            # without the word: a line of its own
+      | (?<![a-z]) (?: overall | points? | grade | mark ) [*_\ ]{0,4} [:：﹕︓=]   # or its end
     )
     (?: [^\w+\-−] | _ | -\s ){0,20}                  # bold, brackets, blanks; no sign
     (?P<number> [+\-−]? \d+ (?:[.,]\d+)? )
     (?! \d | [.,]\d | e\d | % | \s*[-–~]\s*\d )      # no percentage and no range
     (?: \W{0,4} (?: [/／] | \b(?:out\ )?of\b ) \W{0,4} (?P<scale> \d+ ) )?
-    (?(word) | [^\w\n]{0,20}$ )
+    (?(word) | (?(box) \s*\} | [^\w\n]{0,20}$ ) )
+    """,
+    re.I | re.M | re.X,
+)
+# "I would rate this 4 out of 5.", but not "3 out of 5 facts are right"
+IN_PROSE = re.compile(
+    r"""
+    (?<! [\w.,/+\-−] ) (?P<number> \d+ (?:[.,]\d+)? )
+    \s{0,3} (?: [/／] | out\ of ) \s{0,3} (?P<scale> \d+ )
+    (?: \s (?:stars|points) \b )? (?= \s*$ | [^\w\s/%] | \s (?:because|since|as|for) \b )
     """,
     re.I | re.M | re.X,
 )
@@ -37,13 +48,15 @@ SCORE = re.compile(
 def parse_score(text, low=0, high=5, pattern=""):
     """The last score in a judge's text -> float, or None. Never an exception, whatever the text.
 
-    "Score: 3.5", "**Score:** 4/5", "评分：4", or a number alone on its line. None without one, out
-    of range, or of another scale ("4/10"). pattern: a regular expression whose group 1 is the
-    score.
+    "Score: 3.5", "**Score:** 4/5", "评分：4", "Overall: 4/5", "\\boxed{4}", or a number alone on
+    its line; without any of these "I rate this 4 out of 5". None without one, out of range, or of
+    another scale ("4/10"). pattern: a regular expression whose group 1 is the score.
     """
     if not isinstance(text, str):
         return None
     matches = list(re.finditer(pattern or SCORE, text))
+    if not matches and not pattern:
+        matches = list(IN_PROSE.finditer(text))
     if not matches:
         return None
     try:
@@ -136,14 +149,18 @@ class Judge:
         return [{"score": score, "parsed": 1} for score in scores]
 
     def expect(self, prompts, texts):
-        """The mean of the choices' values under their probabilities, scaled to add to 1."""
+        """The mean of the choices' values under their probabilities, scaled to add to 1.
+
+        A choice that another one begins with (" 1" of " 10") counts where the text ends there.
+        """
         choices = [self.tokenizer.encode(choice) for choice in self.cfg.judge_choices]
         values = torch.tensor(list(self.cfg.judge_choices.values()), dtype=torch.float64)
         prompt_ids = self.encode(prompts, texts, self.cfg.judge_cue)
         every = [choices] * len(texts)
         logps = engine.score_choices(self.model, prompt_ids, every, state=self.state)
         p = torch.tensor(logps, dtype=torch.float64).softmax(-1)  # [answers, choices]
-        return [{"score": score, "parsed": 1} for score in (p @ values).tolist()]
+        p = without_longer(p, choices)
+        return [{"score": score, "parsed": 1} for score in (p @ values / p.sum(-1)).tolist()]
 
     def sample(self, prompts, texts, numbers):
         """The mean of the scores that it writes; None if no judgement has one."""
@@ -181,6 +198,18 @@ class Judge:
                 )
             encoded.append(self.tokenizer.encode(whole[len(self.rubric) :]))
         return encoded
+
+
+def without_longer(p, choices):
+    """p [answers, choices], how likely a text begins with each choice's tokens -> how likely it is
+    that choice and none that goes on from it: " 1" and not " 10"."""
+    p = p.clone()
+    by_length = sorted(range(len(choices)), key=lambda i: len(choices[i]), reverse=True)
+    for place, i in enumerate(by_length):
+        for j in by_length[:place]:
+            if choices[j][: len(choices[i])] == choices[i] != choices[j]:
+                p[:, i] -= p[:, j]
+    return p.clamp(min=0)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,8 +1,22 @@
-"""Rewards are plain Python functions: (prompts, completions, **columns) -> [number or None]."""
+"""Rewards are plain functions, called as TRL calls them:
 
+    function(prompts=[…], completions=[…], **columns) -> [number or None]
+
+An async function is awaited. Without `**columns` it is given those columns alone that it names.
+"""
+
+import asyncio
+import functools
+import inspect
 import math
+import threading
+import traceback
+import warnings
 
-from gosling.config import UserError, show
+from gosling.config import UserError, failure, show
+from gosling.files import primitive
+
+GIVEN = ("prompt", "prompts", "completions", "completion_ids")  # these are no names of columns
 
 
 def reward_functions(cfg):
@@ -10,41 +24,58 @@ def reward_functions(cfg):
     functions = cfg.reward or []
     if not isinstance(functions, (list, tuple)):
         functions = [functions]
-    named = {getattr(f, "__name__", type(f).__name__): f for f in functions}
-    if len(named) < len(functions):
+    names = [name_of(f) for f in functions]
+    if len(set(names)) < len(names):  # two uses of one function, say
+        names = [show(f) for f in functions]
+    if len(set(names)) < len(names):
         raise UserError(
-            f"{len(functions)} rewards, but only {len(named)} names: {', '.join(named)}; "
+            f"{len(names)} rewards, but only {len(set(names))} names: {', '.join(set(names))}; "
             "give each a name of its own"
         )
-    return named
+    return dict(zip(names, functions, strict=True))
+
+
+def name_of(function):
+    """What a function, a functools.partial or a callable object is called."""
+    while isinstance(function, functools.partial) and not hasattr(function, "__name__"):
+        function = function.func
+    return show(function)
 
 
 def columns_of(rows):
-    """[{key: value}, ...] -> {key: [value or None of each row]}, all but the prompts.
+    """[{key: value}, ...] -> {key: [value or None of each row]}: what rewards are called with.
 
-    They are what a reward is called with, besides prompts and completions.
+    A column with a name of GIVEN is left out, with a warning unless it is the prompt.
     """
-    keys = dict.fromkeys(key for row in rows for key in row if key != "prompt")
-    return {key: [row.get(key) for row in rows] for key in keys}
+    keys = dict.fromkeys(key for row in rows for key in row)
+    for key in keys.keys() & set(GIVEN[1:]):
+        warnings.warn(f"rewards do not get the data's column {key!r}; rename it", stacklevel=2)
+    return {key: [row.get(key) for row in rows] for key in keys if key not in GIVEN}
 
 
 def call_reward(function, prompts, texts, columns):
     """A reward function over a batch -> [number or None]; its NaN is None too.
 
-    columns: {name: [value of each row]}. UserError names the function and the row that it fails on
-    or rates with something else than a finite number.
+    columns: {name: [value of each row]}. UserError names the function, and the row that it failed
+    on or rated with something else than a finite number. It is called once, whatever happens.
     """
     name = show(function)
+    given = arguments(function, {"prompts": prompts, "completions": texts, **columns})
     try:
-        rewards = function(prompts, texts, **columns)
+        returned = function(**given)
+        if inspect.isawaitable(returned):
+            returned = asyncio.run_coroutine_threadsafe(wait_for(returned), event_loop()).result()
     except Exception as e:
-        failure = failing_row(function, prompts, texts, columns)
-        failure = failure or f"the batch, on no row alone: {type(e).__name__}: {e}"
-        raise UserError(f"reward {name} failed on {failure}") from e
-    if not isinstance(rewards, (list, tuple)) or len(rewards) != len(texts):
-        size = f" of {len(rewards)}" if hasattr(rewards, "__len__") else ""
+        row = failing_row(e, texts)
+        where = ""
+        if row is not None:
+            where = f" on prompt {str(prompts[row])[:80]!r}, completion {texts[row][:80]!r}"
+        raise UserError(f"reward {name} failed{where}: {failure(e)}") from e
+    rewards = primitive(returned, f"what reward {name} returned")
+    if not isinstance(rewards, list) or len(rewards) != len(texts):
+        size = f" of {len(rewards)}" if isinstance(rewards, (list, dict, str)) else ""
         raise UserError(
-            f"reward {name} returned {type(rewards).__name__}{size}; expected a list of "
+            f"reward {name} returned {type(returned).__name__}{size}; expected a list of "
             f"{len(texts)}, a number or None for each completion"
         )
     for text, reward in zip(texts, rewards, strict=True):
@@ -56,13 +87,46 @@ def call_reward(function, prompts, texts, columns):
     return [None if r is None or math.isnan(r) else float(r) for r in rewards]
 
 
-def failing_row(function, prompts, texts, columns):
-    """The first row that the function fails on alone, and how, in words; None if there is none."""
-    for i, text in enumerate(texts):
-        row = {key: values[i : i + 1] for key, values in columns.items()}
-        try:
-            function(prompts[i : i + 1], [text], **row)
-        except Exception as e:
-            where = f"prompt {str(prompts[i])[:80]!r}, completion {text[:80]!r}"
-            return f"{where}: {type(e).__name__}: {e}"
+def arguments(function, values):
+    """Of {name: value} those that the function takes; UserError for one that it wants besides."""
+    bound = getattr(function, "keywords", {})  # by functools.partial
+    values = {name: value for name, value in values.items() if name not in bound}
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # of a builtin
+        return values
+    for p in parameters:
+        is_named = p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if is_named and p.default is p.empty and p.name not in values:
+            raise UserError(
+                f"reward {show(function)} wants {p.name!r}; there are {', '.join(values)}"
+            )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return values
+    return {p.name: values[p.name] for p in parameters if p.name in values}
+
+
+def failing_row(error, texts):
+    """Which of the texts was at hand, in a variable of its own, where the error was raised.
+
+    None if that cannot be told. Asking the function again, row by row, might cost as much again.
+    """
+    numbers = {id(text): i for i, text in enumerate(texts) if len(text) > 1}  # "a" is shared
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
+    for frame in reversed(frames):
+        for value in frame.f_locals.values():
+            if id(value) in numbers:
+                return numbers[id(value)]
     return None
+
+
+async def wait_for(awaitable):
+    return await awaitable
+
+
+@functools.cache
+def event_loop():
+    """The loop of all async rewards, in a thread: clients can keep connections between calls."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop

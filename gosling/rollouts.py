@@ -14,8 +14,9 @@ import torch
 
 from gosling import files, runs
 from gosling.batch import score_answers
-from gosling.config import UserError, print0
+from gosling.config import UserError, failure, print0, show
 from gosling.engine import generate
+from gosling.files import primitive
 from gosling.rewards import call_reward, columns_of, reward_functions
 
 
@@ -51,8 +52,9 @@ def roll_out(sampler, prompts, numbers, n, cfg, run, process=None, **sampling):
             progress=False,
             **sampling,
         )
-        groups = make_groups(prompts, numbers, completions, n, process)
         try:
+            masks = masks_of(prompts, completions, n, process, sampler.model.config.vocab_size)
+            groups = make_groups(prompts, numbers, completions, masks)
             add_rewards(groups, sampler.reward_model, cfg, run)
         except UserError as e:
             errors = [str(e)]
@@ -67,33 +69,60 @@ def roll_out(sampler, prompts, numbers, n, cfg, run, process=None, **sampling):
     return groups
 
 
-def make_groups(prompts, numbers, completions, n, process):
-    """engine.Completions, prompt-major -> groups without rewards; process may rewrite them
-    first."""
-    sampled = [list(completion.tokens) for completion in completions]
-    masks = None
-    if process is not None:
+def masks_of(prompts, completions, n, process, vocab_size):
+    """cfg.process over the completions, which it may rewrite -> a mask for each [tokens]
+
+    What it rewrote by hand, the sampler has no log-probabilities of.
+    """
+    if process is None:
+        return [[1] * len(completion.tokens) for completion in completions]
+    before, name = [list(completion.tokens) for completion in completions], show(process)
+    try:
         masks = process([row for _, row in prompts for _ in range(n)], completions)
-    masks = masks or [[1] * len(completion.tokens) for completion in completions]
+    except Exception as e:
+        raise UserError(f"process: {name} failed: {failure(e)}") from e
+    masks = primitive(masks, f"process: what {name} returned")
+    for i, (completion, tokens) in enumerate(zip(completions, before, strict=True)):
+        completion.tokens = primitive(completion.tokens, f"process: tokens of completion {i}")
+        if completion.tokens != tokens:
+            completion.logprobs = None
+        for token in completion.tokens:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise UserError(
+                    f"process: {name} left the token {token!r} in completion {i}; expected whole "
+                    f"numbers below {vocab_size}"
+                )
     lengths = [len(completion.tokens) for completion in completions]
-    if [len(mask) for mask in masks] != lengths or 0 in lengths:
+    masks = masks or [[1] * length for length in lengths]
+    if 0 in lengths or not isinstance(masks, list) or not fit(masks, lengths):
         raise UserError(
             "process: expected a mask for each completion, a number for each of its tokens, and "
             "one token or more"
         )
+    return masks
+
+
+def fit(masks, lengths):
+    """Whether there is a list of so many numbers for each length."""
+    of_numbers = [m for m in masks if isinstance(m, list) and all(map(runs.is_number, m))]
+    return [len(mask) for mask in of_numbers] == lengths and len(masks) == len(lengths)
+
+
+def make_groups(prompts, numbers, completions, masks):
+    """engine.Completions, prompt-major, and their masks -> groups without rewards"""
     plain = [
         {
             "tokens": completion.tokens,
             "text": completion.text,
             "finish_reason": completion.finish_reason,
             "mask": mask,
-            # What was rewritten by hand, the sampler has no log-probabilities of.
-            "logprobs": completion.logprobs if completion.tokens == before else None,
+            "logprobs": completion.logprobs,
         }
-        for completion, mask, before in zip(completions, masks, sampled, strict=True)
+        for completion, mask in zip(completions, masks, strict=True)
     ]
-    groups = []
+    groups, n = [], len(plain) // len(prompts)
     for i, (prompt_ids, row) in enumerate(prompts):
+        row = {key: primitive(value, f"the data's column {key!r}") for key, value in row.items()}
         group = {"number": numbers[i], "ids": prompt_ids, "row": row, "rewards": {}}
         groups.append({**group, "completions": plain[i * n : (i + 1) * n]})
     return groups
@@ -177,8 +206,9 @@ def show_rollouts(groups):
 def keep_and_raise(error, groups, cfg, run):
     """UserError, once the rollouts are on disk to be looked at."""
     path = Path(cfg.out_dir) / "rollouts" / "failed.jsonl"
-    write_rollouts(groups, path, run)
-    raise UserError(f"{error}; the rollouts are in {path}, the last checkpoint stands")
+    if groups:
+        write_rollouts(groups, path, run)
+    raise UserError(f"{error}; the rollouts are in {path}" if groups else error)
 
 
 def rollout_metrics(groups):

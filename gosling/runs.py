@@ -7,10 +7,10 @@ thing that a script's loop calls by name.
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import platform
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -21,9 +21,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gosling import config
-from gosling.config import UserError, config_dict, print0
-from gosling.files import atomic_write, figure, load_torch, save_torch, whole_lines, write_json
+from gosling import config, files
+from gosling.config import UserError, config_dict, failure, print0, show
+from gosling.files import load_torch, primitive, read_json, save_torch, write_json
+from gosling.metrics import Metrics, duration
 from wkv_cuda import fused
 
 # ----------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def check_finite(cfg, step, loss, grad_norm):
     stands = f" {last} stands;" if last.exists() else ""
     raise UserError(
         f"step {step + 1}: loss {loss}, gradient norm {float(grad_norm)}; stopped before this step "
-        f"touched the weights.{stands} try a lower --lr or --dtype=float32"
+        f"touched the weights.{stands} try a new run with a lower --lr or --dtype=float32"
     )
 
 
@@ -310,10 +311,29 @@ def trained_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+# What may be otherwise on resume: it changes nothing, or only how long, where and how it is run.
+MAY_CHANGE = ("out_dir", "resume", "device", "micro_bsz", "packing", "chunk_len", "grad_cp")
+MAY_CHANGE += ("gen_batch_size", "max_steps", "epochs", "patience", "save_every", "keep_last")
+MAY_CHANGE += ("log", "log_every", "rollouts_every", "val_data", "watch")  # and all of eval_
+
+NAME_FILES = ("data", "init_from", "adapter", "init_state", "tokenizer", "reference")
+NAME_FILES += ("reward_model",)
+
+
 def identity(cfg, model, **of_the_data):
-    """What must be the same on resume: the network, and what the order of the data follows from."""
-    network = dataclasses.asdict(model.config)
-    return {**network, "seed": cfg.seed, "global_bsz": cfg.global_bsz, **of_the_data}
+    """What must be the same on resume: every setting that changes the result, and the network.
+
+    What NAME_FILES have stands for the files' content, wherever they lie.
+    """
+    same = {}
+    for key, value in config_dict(cfg).items():
+        if key in MAY_CHANGE or key.startswith("eval_"):
+            continue
+        same[key] = primitive(value, key)
+        for path in (value, f"{value}.bin"):  # a token file is given without its ending
+            if key in NAME_FILES and value and Path(path).exists():
+                same[key] = files.digest(path)
+    return {**same, **dataclasses.asdict(model.config), **of_the_data}
 
 
 @torch.no_grad()
@@ -333,14 +353,17 @@ def resume(cfg, model, opt, same):
     last, trained = load_torch(path), trained_parameters(model)
     if "same" not in last:
         raise UserError(f"{path} was written by an older version; start a new run from its weights")
-    before = {**last["same"], **{name: list(p.shape) for name, p in last["model"].items()}}
-    today = {**same, **{name: list(p.shape) for name, p in trained.items()}}
+    # A setting that this version has and the one that wrote the file had not is passed over.
+    before = {**same, **last["same"], **shapes(last["model"])}
+    today = {**same, **shapes(trained)}
     for key in [*today, *before]:
         if before.get(key) != today.get(key):
+            was, is_now = (
+                "none" if v in (None, "") else v for v in (before.get(key), today.get(key))
+            )
             raise UserError(
-                f"{path}: {key} was {before.get(key)}, is {today.get(key)}; resume with the data "
-                "and settings it was made with, or start a new run with --init_from in another "
-                "--out_dir"
+                f"{path}: {key} was {was}, is {is_now}; resume with the data and settings it was "
+                "made with, or start a new run with --init_from in another --out_dir"
             )
     for name, p in trained.items():
         p.copy_(last["model"][name])
@@ -350,9 +373,15 @@ def resume(cfg, model, opt, same):
     return last
 
 
+def shapes(tensors):
+    """{name: sizes}"""
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
 def save_last(cfg, run, model, opt, same, **values):
     """last.pt, all that `resume` needs; values: the step, and what else the method wants back."""
     if run.main:
+        values = {name: primitive(value, name) for name, value in values.items()}
         save_torch(
             {
                 "model": {name: p.detach() for name, p in trained_parameters(model).items()},
@@ -381,8 +410,10 @@ def open_run(cfg, run, model, tokenizer, first_step, max_steps):
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"out_dir={out} cannot be made ({e.strerror}); choose another") from e
-        for half_written in out.glob(".*.tmp"):  # by a run that was killed
-            half_written.unlink()
+        files.remove_half_written(out)
+        if not cfg.resume:
+            keep_clear_of(cfg, out)
+            write_json(out / "run.json", {})  # which run this is, and its checkpoints
         resolved = {
             "arch": dataclasses.asdict(model.config),
             "tokenizer": tokenizer.save(out),
@@ -396,17 +427,42 @@ def open_run(cfg, run, model, tokenizer, first_step, max_steps):
     return Metrics(cfg, run, first_step)
 
 
-def prune(path, keep):
-    """Of the files numbered like `path`, 'rwkv-100.pth', delete all but the `keep` newest."""
-    kind, suffix = Path(path).stem.split("-")[0], Path(path).suffix
-    numbered = []
-    for file in Path(path).parent.glob(f"{kind}-*{suffix}"):
-        number = file.stem.split("-")[1]
-        if number.isdigit():
-            numbered.append((int(number), file))
-    for _, old in sorted(numbered)[:-keep] if keep else ():
-        old.unlink()
-        old.with_suffix(".json").unlink(missing_ok=True)  # of a state
+NUMBERED = re.compile(r"(rwkv|lora|state)-(\d+)\.(pth|safetensors)")
+
+
+def keep_clear_of(cfg, out):
+    """UserError if this run would write over a file that it starts from."""
+    for key in ("init_from", "adapter", "init_state"):
+        path = Path(getattr(cfg, key, ""))
+        ours = NUMBERED.fullmatch(path.name) or path.stem == "best" or path.stem.endswith("-final")
+        if ours and path.resolve().parent == out.resolve():
+            raise UserError(
+                f"{key}={path} lies in out_dir, where this run may write over it; choose another "
+                "--out_dir"
+            )
+
+
+def prune(path, keep, out_dir=None):
+    """Of the numbered files like `path`, 'rwkv-100.pth', that this run wrote, keep the newest.
+
+    run.json in the run's folder, by default that of `path`, lists what the run wrote; `path` is
+    added, and no other file is touched.
+    """
+    path, out = Path(path), Path(out_dir or Path(path).parent)
+    if not keep or not NUMBERED.fullmatch(path.name):
+        return
+    notes, alike = read_json(out / "run.json"), []
+    written = {*notes.get("checkpoints", []), path.relative_to(out).as_posix()}
+    kind, number, _ = NUMBERED.fullmatch(path.name).groups()
+    for name in written:
+        of_kind, of_number, _ = NUMBERED.fullmatch(Path(name).name).groups()
+        if (out / name).parent == path.parent and of_kind == kind and int(of_number) <= int(number):
+            alike.append((int(of_number), name))
+    for _, name in sorted(alike)[:-keep]:
+        written.remove(name)
+        (out / name).unlink(missing_ok=True)
+        (out / name).with_suffix(".json").unlink(missing_ok=True)  # of a state
+    write_json(out / "run.json", {**notes, "checkpoints": sorted(written)})
 
 
 def checkpoint_name(cfg, done, max_steps):
@@ -414,6 +470,56 @@ def checkpoint_name(cfg, done, max_steps):
     if done == max_steps:
         return "final"
     return str(done) if due(done, cfg.save_every) else None
+
+
+def call_eval_fn(cfg, model, tokenizer):
+    """What cfg.eval_fn measures -> {name: number}, {} if it gives None or there is none.
+
+    A lone number is called "eval_fn". UserError, on every process, for what raises or gives
+    something else.
+    """
+    if cfg.eval_fn is None:
+        return {}
+    name, error, values = show(cfg.eval_fn), [], {}
+    try:
+        values = primitive(cfg.eval_fn(model, tokenizer), f"eval_fn: what {name} returned")
+        values = {} if values is None else values
+        values = {"eval_fn": values} if isinstance(values, (int, float)) else values
+        if not isinstance(values, dict) or not all(map(is_number, values.values())):
+            error = [f"eval_fn: {name} returned {values!r:.200}; expected {{name: number}}"]
+    except UserError as e:
+        error = [str(e)]
+    except Exception as e:
+        error = [f"eval_fn: {name} failed: {failure(e)}"]
+    for message in gather(error):
+        raise UserError(message)
+    return values
+
+
+def is_number(value):
+    return isinstance(value, (int, float))
+
+
+@contextlib.contextmanager
+def saving_first(cfg, run, model, opt, same, **values):
+    """`with saving_first(…)`: around code that calls what the user wrote, between two steps.
+
+    If that fails, last.pt is saved first, with `values` as for save_last, and the error says how to
+    go on.
+    """
+    try:
+        yield
+    except Exception as e:
+        if values["step"] == 0:
+            raise
+        save_last(cfg, run, model, opt, same, **values)
+        text = (
+            f"{Path(cfg.out_dir) / 'last.pt'} is saved at step {values['step']}; --resume goes on"
+        )
+        if isinstance(e, UserError):
+            raise UserError(f"{e}; {text}") from e
+        print0(text)
+        raise
 
 
 def stopped(cfg, done, max_steps):
@@ -430,118 +536,3 @@ def finished(cfg, metrics, max_steps, *files):
         return
     names = ", ".join(f"{out}/{file}" for file in (*files, "metrics.png"))
     print0(f"done in {duration(time.time() - metrics.start)}: {names}")
-
-
-def duration(seconds):
-    """3725 -> '1h02m', 65 -> '1m05s'."""
-    minutes, seconds = divmod(int(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    return f"{minutes}m{seconds:02d}s"
-
-
-# ----------------------------------------------------------------------------------------------
-# metrics
-
-
-class Metrics:
-    """metrics.jsonl, metrics.png, and wandb, tensorboard or swanlab when asked for. Rank 0 writes.
-
-    first_step: where a resumed run goes on; lines beyond it are of work that was lost, and go.
-    """
-
-    def __init__(self, cfg, run, first_step=0):
-        self.path = Path(cfg.out_dir) / "metrics.jsonl"
-        self.active, self.first_step = run.main, first_step
-        self.start, self.tokens = time.time(), 0
-        if not self.active:
-            return
-        rows = [row for row in self.read() if row["step"] <= first_step] if first_step else []
-        with atomic_write(self.path) as tmp:
-            tmp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        self.send = make_logger(cfg)
-
-    def read(self):
-        """The rows so far."""
-        return whole_lines(self.path)
-
-    def log(self, step, **values):
-        """One JSON line {"step": …, "time": seconds, name: number, …}."""
-        if not self.active:
-            return
-        row = {"step": step, "time": round(time.time() - self.start, 3), **values}
-        try:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
-        except OSError as e:
-            raise UserError(
-                f"cannot write {self.path}: {e.strerror}; free some space, then --resume"
-            ) from e
-        self.send(values, step)
-
-    def begin(self, values):
-        """The numbers from before the first step, {} for none; then the clock starts."""
-        if values:
-            self.log(0, **values)
-            print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        self.start = time.time()
-
-    def progress(self, done, max_steps, loss, lr, grad_norm, quiet=(), **values):
-        """log, and a line on the screen without what is in `quiet`.
-
-        Tokens per second come from self.tokens, to which the loop adds.
-        """
-        elapsed = max(time.time() - self.start, 1e-9)
-        speed, grad_norm = self.tokens / elapsed, float(grad_norm)
-        left = elapsed / max(done - self.first_step, 1) * (max_steps - done)
-        self.log(done, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed, **values)
-        line = f"step {done}/{max_steps} | loss {loss:.4f} | lr {lr:.2e}"
-        line += f" | grad norm {grad_norm:.2f} | {speed:,.0f} tokens/s | {duration(left)} left"
-        shown = [f" | {name} {v:.4f}" for name, v in values.items() if name not in quiet]
-        print0(line + "".join(shown))
-
-    def plot(self, *names):
-        """metrics.png: the named series over steps."""
-        if not self.active:
-            return
-        rows = self.read()
-        with figure(self.path.with_name("metrics.png")) as ax:
-            for name in names:
-                points = [(row["step"], row[name]) for row in rows if name in row]
-                if points:
-                    marker = "." if len(points) < 30 else None
-                    ax.plot(*zip(*points, strict=True), label=name, marker=marker)
-            ax.set_xlabel("step")
-            ax.grid(alpha=0.3)
-            ax.legend()
-
-
-def make_logger(cfg):
-    """cfg.log -> a function (values, step) that sends a row to wandb, swanlab or tensorboard."""
-    settings = {"project": "gosling", "config": config_dict(cfg)}
-    name = Path(cfg.out_dir).name
-    try:
-        if cfg.log == "wandb":
-            import wandb
-
-            return wandb.init(**settings, name=name, resume="allow").log
-        if cfg.log == "swanlab":
-            import swanlab
-
-            return swanlab.init(**settings, experiment_name=name).log
-        if cfg.log == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            return functools.partial(log_to_tensorboard, SummaryWriter(cfg.out_dir))
-    except ImportError as e:
-        raise UserError(
-            f"log={cfg.log} needs a package that is not installed ({e.name}): "
-            f"pip install {e.name}, or --log=none"
-        ) from None
-    return lambda values, step: None
-
-
-def log_to_tensorboard(writer, values, step):
-    for name, value in values.items():
-        writer.add_scalar(name, value, step)
-    writer.flush()

@@ -2,7 +2,8 @@
 
 `.bin`: the tokens back to back, end_id after every document. `.idx`: a header, int32 sizes [D],
 int64 byte offsets [D], int64 document numbers [D + 1]. All little-endian. A corpus may be larger
-than memory, a document may not. Beside them `.json`, the sidecar, has the tokenizer's name or file.
+than memory, a document may not. Beside them `.json`, the sidecar, has the tokenizer's name or file
+and its digest.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import numpy as np
 
 from gosling.config import UserError
 from gosling.files import atomic_write, read_json
-from gosling.tokenizer import load_tokenizer
+from gosling.tokenizer import agree, check_digest, load_tokenizer, recorded_tokenizer
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, documents, documents + 1
@@ -63,10 +64,15 @@ class TokenFile:
         return self.tokens[start : start + int(self.sizes[i])]
 
     def tokenizer(self):
-        """The tokenizer that the sidecar names; None if there is no sidecar."""
+        """The tokenizer that the sidecar names; None if there is no sidecar.
+
+        UserError if its file was changed since.
+        """
         if "tokenizer" not in self.meta:
             return None
-        return load_tokenizer(self.meta["tokenizer"], Path(self.prefix).parent)
+        tokenizer = load_tokenizer(self.meta["tokenizer"], Path(self.prefix).parent)
+        check_digest(tokenizer, self.meta.get("tokenizer_digest"), f"{self.prefix}.json")
+        return tokenizer
 
     def check_vocab(self, vocab_size):
         """UserError if an id is not below vocab_size, with that id and where it is.
@@ -85,6 +91,29 @@ class TokenFile:
                 f"{self.prefix}.bin: id {self.tokens[position]} at token {position} (document "
                 f"{document}) does not fit vocab_size {vocab_size}; use the model's tokenizer"
             )
+
+
+def tokenizer_of_data(files, name="", weights="", vocab_size=0):
+    """The one tokenizer of token files, of --tokenizer `name` and of the model `weights`.
+
+    UserError if two of those that are known have different ones, whatever their sizes, or if none
+    is known. A bare model of 65536 ids has World, unless `name` says otherwise.
+    """
+    tokenizers = {}
+    if name:
+        tokenizers[f"--tokenizer={name}"] = load_tokenizer(name)
+    for file in files:
+        tokenizers[file.prefix] = file.tokenizer()
+    if weights:
+        tokenizers[weights] = recorded_tokenizer(weights, vocab_size, name)
+    agree(tokenizers)
+    for tokenizer in tokenizers.values():
+        if tokenizer:
+            return tokenizer
+    raise UserError(
+        f"{files[0].prefix} has no note of its tokenizer beside it; say --tokenizer=world "
+        "(RWKV-LM's own data), or the name or file it was made with"
+    )
 
 
 def check(is_good, problem):

@@ -1,11 +1,16 @@
 """Tokenizers: text to ids and back.
 
 A tokenizer has encode(str) -> list[int], decode(list[int]) -> str, vocab_size, end_id (the id that
-ends a document), name, text (what its file holds, "" if it is built in), save(folder) and, where
-there is a fast one, encode_batch(list[str]) -> list[list[int]].
+ends a document), name, text (what its file holds, "" if it is built in), digest (of what it does,
+the same for every file and name of one tokenizer), save(folder) and, where there is a fast one,
+encode_batch(list[str]) -> list[list[int]]. Text that it cannot hold is a UserError.
 """
 
 import ast
+import contextlib
+import functools
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -14,13 +19,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gosling.config import UserError
 from gosling.files import atomic_write, read_json, read_text
+from gosling.hub import folder_of
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 WORLD_LINE = re.compile(r"(\d+) (b?['\"].*['\"]) (\d+)")  # id, literal, length in bytes
 
 
 class BaseTokenizer:
-    """What both kinds share: their file."""
+    """What both kinds share: their file, and a digest of `content`, what makes their ids."""
+
+    @functools.cached_property
+    def digest(self):
+        """Hexadecimal; tokenizers that agree by content have the same one."""
+        text = json.dumps(self.content(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def save(self, folder, prefix=""):
         """Write its file to a folder -> what config.json says of it: the file's name, or, of a
@@ -46,6 +58,10 @@ class VocabTokenizer(BaseTokenizer):
         self.ids = {token: i for i, token in tokens.items()}
         self.vocab_size = max(tokens) + 1
         self.lengths = sorted({len(token) for token in self.ids}, reverse=True)
+
+    def content(self):
+        tokens = {i: token.hex() for i, token in self.tokens.items()}
+        return [tokens, self.words, self.end_id]
 
     def encode(self, text):
         if self.words:
@@ -83,12 +99,13 @@ class HubTokenizer(BaseTokenizer):
     """A Hugging Face tokenizer.json.
 
     Text stays text: nothing is added around it, and "<|endoftext|>" written in a document is
-    encoded letter by letter, not as the document's end.
+    encoded letter by letter, not as the document's end. end_token: the token that ends a document,
+    in place of the one that the file says or of END_TOKENS; the file then says it when it is saved.
     """
 
     file_name = "tokenizer.json"
 
-    def __init__(self, text, source):
+    def __init__(self, text, source, end_token=""):
         self.text, self.name = text, str(source)
         try:
             self.hub = Tokenizer.from_str(text)
@@ -99,25 +116,100 @@ class HubTokenizer(BaseTokenizer):
         self.hub.encode_special_tokens = True
         self.hub.no_padding()
         self.hub.no_truncation()
-        end_ids = [self.hub.token_to_id(token) for token in END_TOKENS]
-        self.end_id = next((i for i in end_ids if i is not None), None)
-        if self.end_id is None:
-            raise UserError(
-                f"{source} has no token that ends a document; it needs one of "
-                + " ".join(END_TOKENS)
-            )
+        file = json.loads(text)
+        model = file["model"]
+        if end_token and end_token != model.get("end_token"):
+            model["end_token"] = end_token  # other readers of such files pass over it
+            self.text = json.dumps(file, ensure_ascii=False, indent=2)
+        self.end_id = self.find_end(model.get("end_token"), source)
+        self.unknown_id = model.get("unk_id")  # Unigram says an id, the others a token
+        if model.get("unk_token") is not None:
+            self.unknown_id = self.hub.token_to_id(model["unk_token"])
+        self.holds_all = holds_every_byte(self.hub, file)
         self.vocab_size = max(self.hub.get_vocab(with_added_tokens=True).values()) + 1
+
+    def find_end(self, end_token, source):
+        """The id of the token that ends a document."""
+        for token in [end_token] if end_token else END_TOKENS:
+            if self.hub.token_to_id(token) is not None:
+                return self.hub.token_to_id(token)
+        if end_token:
+            raise UserError(f"end_token={end_token!r} is no token of {source}")
+        raise UserError(
+            f"{source} has no token that ends a document; it needs one of {' '.join(END_TOKENS)}, "
+            "or prepare.py is told another: --end_token=TOKEN"
+        )
+
+    def content(self):
+        file = json.loads(self.text)
+        return [file.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
 
     def encode(self, text):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        encodings = self.hub.encode_batch(texts, add_special_tokens=False)
+        try:
+            encodings = self.hub.encode_batch(texts, add_special_tokens=False)
+        except TypeError:
+            for text in texts:
+                text.encode()  # UnicodeEncodeError for half of a surrogate pair, as others raise it
+            raise
+        if not self.holds_all:
+            for text, encoding in zip(texts, encodings, strict=True):
+                self.check_lost(text, encoding)
         return [encoding.ids for encoding in encodings]
+
+    def check_lost(self, text, encoding):
+        """UserError for the first characters that no token, or the unknown one, stands for."""
+        lost, end = "", 0
+        for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            word = text[start:stop]
+            if i == self.unknown_id != self.hub.token_to_id(word):
+                lost = lost or word
+            elif not self.drops(text[end:start]):
+                lost = lost or self.first_lost(text)
+            end = max(end, stop)
+        if not self.drops(text[end:]):
+            lost = lost or self.first_lost(text)
+        if lost:
+            place = text.index(lost)
+            around = text[max(place - 20, 0) : place + 20]
+            raise UserError(
+                f"{self.name} has no token for {lost[:20]!r} (U+{ord(lost[0]):04X}) in {around!r}, "
+                "and no bytes to fall back on; use a tokenizer that holds it, such as "
+                "--tokenizer=world, or take it out of the text"
+            )
+
+    def first_lost(self, text):
+        """The first character that is encoded to nothing: offsets behind one are not the text's."""
+        for c in text:
+            if not self.drops(c) and not self.hub.encode(c, add_special_tokens=False).ids:
+                return c
+        return ""
+
+    def drops(self, text):
+        """Whether it is nothing but white space that keeps words apart, as in a list of words."""
+        cut = self.hub.pre_tokenizer
+        return not text or (text.isspace() and cut is not None and not cut.pre_tokenize_str(text))
 
     def decode(self, ids):
         ids = [i for i in ids if i != self.end_id and 0 <= i < self.vocab_size]
         return self.hub.decode(ids, skip_special_tokens=False)
+
+
+def holds_every_byte(hub, file):
+    """Whether a tokenizer.json has a token for every byte, so that no text is lost."""
+    model, steps = file["model"], [file.get("pre_tokenizer") or {}, file.get("normalizer") or {}]
+    if model.get("byte_fallback"):
+        return all(hub.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
+    steps += [step for outer in steps for step in outer.get("pretokenizers", [])]
+    steps += [step for outer in steps for step in outer.get("normalizers", [])]
+    is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
+    if not is_byte_level or model.get("type") not in ("BPE", "Unigram"):
+        return False
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    has_prefix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    return not has_prefix and all(hub.token_to_id(token) is not None for token in alphabet)
 
 
 def train_bpe(texts, size):
@@ -173,12 +265,17 @@ def parse_world_line(line, where):
     raise UserError(f"{where}: expected `id 'token' bytelength`, got {line[:60]!r}")
 
 
-def load_tokenizer(name_or_path, folder=""):
+def load_tokenizer(name_or_path, folder="", end_token=""):
     """world, bytes, integers:MAX, a vocab file, a tokenizer.json or a run's folder -> tokenizer.
 
-    folder: where a relative path begins. UserError for a name that is none of these.
+    folder: where a relative path begins. end_token: see HubTokenizer. UserError for a name that is
+    none of these.
     """
     name, path = str(name_or_path), Path(folder, name_or_path)
+    if end_token and path.suffix != ".json":
+        raise UserError(
+            f"end_token={end_token!r} is for a tokenizer.json; in {name} id 0 ends a document"
+        )
     if name == "world":
         return world_tokenizer()
     if name == "bytes":  # id = byte + 1, as in World
@@ -189,8 +286,7 @@ def load_tokenizer(name_or_path, folder=""):
         tokens = {i + 1: b"%d" % i for i in range(int(name[9:]) + 1)}
         return VocabTokenizer(tokens, name, words=True)
     if path.is_dir():  # of a run, whose config.json names the tokenizer, or with a file in it
-        file = "tokenizer.json" if (path / "tokenizer.json").is_file() else "vocab.txt"
-        return load_tokenizer(read_json(path / "config.json").get("tokenizer") or file, path)
+        return tokenizer_in(path)
     if not path.is_file():
         raise UserError(
             f"tokenizer '{path}': no such name or file; choose world, bytes, integers:MAX "
@@ -199,13 +295,45 @@ def load_tokenizer(name_or_path, folder=""):
         )
     text = read_text(path)
     if path.suffix == ".json":
-        return HubTokenizer(text, path)
+        return HubTokenizer(text, path, end_token)
     tokens, words = parse_vocab(text, path)
     if max(tokens) == 65529:  # perhaps World, which has a fast form
         world = world_tokenizer()
         if world.tokens == tokens:
             return world
     return VocabTokenizer(tokens, name, text, words)
+
+
+def tokenizer_in(folder):
+    """The tokenizer that a folder's config.json names, or whose file lies in it."""
+    config = read_json(folder / "config.json")
+    config = config if isinstance(config, dict) else {}  # another program's
+    file = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.txt"
+    tokenizer = load_tokenizer(config.get("tokenizer") or file, folder)
+    check_digest(tokenizer, config.get("tokenizer_digest"), folder / "config.json")
+    return tokenizer
+
+
+def check_digest(tokenizer, expected, where):
+    """UserError if a tokenizer's file is no longer the one that was noted in `where`."""
+    if expected not in (None, tokenizer.digest):
+        raise UserError(
+            f"{tokenizer.name} is not the tokenizer that {where} was written with; put that one "
+            "back, or make the data again"
+        )
+
+
+def agree(tokenizers):
+    """UserError unless {what has it: tokenizer} agree by content; None stands for not known."""
+    known = [(where, tokenizer) for where, tokenizer in tokenizers.items() if tokenizer]
+    for where, tokenizer in known[1:]:
+        first, expected = known[0]
+        if tokenizer.digest != expected.digest:
+            raise UserError(
+                f"{where} has the tokenizer {tokenizer.name}, {first} has {expected.name}, which "
+                "is another, so that the same ids are other text; prepare the data with the "
+                "model's tokenizer, or give the files that belong together"
+            )
 
 
 def world_tokenizer():
@@ -223,23 +351,45 @@ def encode_bytes(text):
     return [byte + 1 for byte in text.encode()]
 
 
-def tokenizer_of(weights, vocab_size, name="", about=None):
-    """The tokenizer of a weights file.
+def recorded_tokenizer(weights, vocab_size, name="", about=None):
+    """The tokenizer that is recorded with a weights file; None if nothing is.
 
-    It is `name` if given, else what `about`, the description of an adapter or a state, says (a name
-    or a file beside `weights`), else what config.json beside `weights` says, else World for a model
-    of 65536 ids. UserError if none is known, or if it has more ids than the model.
+    `about`, the description of an adapter or a state, names it (a name or a file beside `weights`),
+    or config.json in the folder. A bare file of 65536 ids has World. With `name`, another one that
+    the user gives, only a record that can be read counts.
     """
-    folder, described = Path(weights).parent, str((about or {}).get("tokenizer", ""))
-    if not name and described:
-        name = str(folder / described) if (folder / described).is_file() else described
-    has_config = (folder / "config.json").is_file()
-    if not name and not has_config and vocab_size != 65536:
+    if name:
+        with contextlib.suppress(UserError):
+            return recorded_tokenizer(weights, 0, about=about)
+        return None
+    folder, described = folder_of(weights), str((about or {}).get("tokenizer", ""))
+    if described:
+        return load_tokenizer(folder / described if (folder / described).is_file() else described)
+    config = read_json(folder / "config.json")
+    is_named = isinstance(config, dict) and config.get("tokenizer")
+    has_file = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+    if is_named or (has_file and (folder / "config.json").is_file()):
+        return tokenizer_in(folder)
+    return world_tokenizer() if vocab_size == 65536 else None
+
+
+def tokenizer_of(weights, vocab_size, name="", about=None):
+    """The tokenizer of a weights file: `name`, or else the one that is recorded.
+
+    UserError if none is known, if `name` and the record are different tokenizers, or if it has more
+    ids than the model.
+    """
+    if name:
+        tokenizer = load_tokenizer(name)
+        recorded = recorded_tokenizer(weights, vocab_size, name, about)
+        agree({weights: recorded, f"--tokenizer={name}": tokenizer})
+    else:
+        tokenizer = recorded_tokenizer(weights, vocab_size, about=about)
+    if tokenizer is None:
         raise UserError(
-            f"{weights} has a vocabulary of {vocab_size} and no config.json beside it; "
-            "say --tokenizer=NAME or FILE"
+            f"{weights} has a vocabulary of {vocab_size} and no config.json beside it that says "
+            "its tokenizer; say --tokenizer=NAME or FILE"
         )
-    tokenizer = load_tokenizer(name or (folder if has_config else "world"))
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, {weights} only {vocab_size}; "

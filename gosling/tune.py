@@ -4,26 +4,30 @@ LoRA (arXiv 2106.09685)    y = W x + scale B A x        A [r, in] random, B [out
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import re
-import warnings
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gosling.config import UserError
+from gosling.config import UserError, print0
 from gosling.runs import prune
 from gosling.weights import (
+    TunedState,
     base_of,
     base_weights,
+    check_base,
+    check_finite,
     from_pretrained,
     read_metadata,
     read_state,
     read_weights,
     save_pretrained,
+    states_inside,
     write_state,
     write_weights,
 )
@@ -61,37 +65,6 @@ class LoRALinear(Linear):
         return torch.add(y, fused.linear(h, self.lora_B.to(x.dtype)), alpha=self.lora_scale)
 
 
-class TunedState(nn.Module):
-    """A learned state to start from in place of zero: wkv, for each layer [H, N, N].
-
-    shift: train the inputs "before the first token" too, both [L, C]. layers: train the states of
-    these alone; () = of all.
-    """
-
-    def __init__(self, c, shift=False, layers=()):
-        super().__init__()
-        L, H, N = c.n_layer, c.n_embd // c.head_size, c.head_size
-        if not set(layers) <= set(range(L)):
-            raise UserError(f"layers={layers}: expected numbers from 0 to {L - 1}")
-        trained = [not layers or i in layers for i in range(L)]
-        self.wkv = nn.ParameterList(nn.Parameter(torch.zeros(H, N, N), on) for on in trained)
-        self.att_shift = nn.Parameter(torch.zeros(L, c.n_embd), shift)
-        self.ffn_shift = nn.Parameter(torch.zeros(L, c.n_embd), shift)
-
-    def forward(self):
-        """-> {"wkv": [L, H, N, N], "att_shift", "ffn_shift": [L, C]}"""
-        shifts = {"att_shift": self.att_shift, "ffn_shift": self.ffn_shift}
-        return {"wkv": torch.stack(list(self.wkv)), **shifts}
-
-    @torch.no_grad()
-    def load(self, state):
-        """Start from a state [L, 1, ...], as read_state and the network give it."""
-        for p, wkv in zip(self.wkv, state["wkv"][:, 0], strict=True):
-            p.copy_(wkv)
-        self.att_shift.copy_(state["att_shift"][:, 0])
-        self.ffn_shift.copy_(state["ffn_shift"][:, 0])
-
-
 def task_states(model, tasks):
     """The state that each sequence starts from, by its task: tasks [D] -> state [L, D, ...]."""
     values = [tuned() for tuned in model.tuned]
@@ -109,22 +82,26 @@ def set_tune(model, tune, tasks=1, **options):
     tune: "full" = every weight; "lora" = adapters, options as in add_adapters; "state" = the states
     that sequences start from, `tasks` of them, options as in TunedState; "head" = the scalar head
     alone. A scalar head (add_score) trains with any of them, in place of the language model's. An
-    adapter or a state that was there goes.
+    adapter or a state that was there goes; a state inside the model's file stays as it is, or is
+    what a tuned one starts from.
     """
     if tune not in ("full", "lora", "state", "head") or (tune == "head" and model.score is None):
         raise UserError(f"tune={tune!r}: expected full, lora or state, or for a reward model head")
     remove_adapters(model)
-    model.tune, model.tuned, model.extra_base = tune, nn.ModuleList(), {}
+    inside = states_inside(model)
+    model.tune, model.tuned, model.extra_base = tune, nn.ModuleList(inside), {}
     model.requires_grad_(False)
     if tune == "full":
-        for name, p in model.named_parameters():
+        for name, p in base_weights(model):
             p.requires_grad, p.data = name not in frozen_names(model), fused.as_float32(p.data)
     elif tune == "lora":
         add_adapters(model, **options)
     elif tune == "state":
         like = fused.as_float32(model.emb.weight[:0])
         states = [TunedState(model.config, **options) for _ in range(tasks)]
-        model.tuned.extend(state.to(like.device, like.dtype) for state in states)
+        for state in states if inside else ():
+            state.load({key: value[:, None] for key, value in inside[0]().items()})
+        model.tuned = nn.ModuleList(state.to(like.device, like.dtype) for state in states)
     if model.score is not None:
         model.score.requires_grad_(True)
 
@@ -156,17 +133,10 @@ def add_adapters(model, r=32, alpha=64.0, dropout=0.0, rslora=False, targets=(),
     # Sorted, because A is random and a set's own order differs from process to process.
     for name in sorted(matrices_of(model, targets or ("att", "ffn"))):
         put(model, name, LoRALinear(model.get_submodule(name), r, scale, dropout))
-    for part_of_name in extra:
-        found = [
-            (name, p)
-            for name, p in base_weights(model)
-            if part_of_name in name and name not in frozen_names(model)
-        ]
-        if not found:
-            raise UserError(f"extra={part_of_name!r}: no parameter has that in its name")
-        for name, p in found:
-            p.data, p.requires_grad = fused.as_float32(p.data), True
-            model.extra_base[name] = nn.Parameter(p.detach().clone(), False)
+    for name in extras_of(model, extra):
+        p = model.get_parameter(name)
+        p.data, p.requires_grad = fused.as_float32(p.data), True
+        model.extra_base[name] = nn.Parameter(p.detach().clone(), False)
     model.lora = dict(r=r, alpha=alpha, rslora=rslora, dropout=dropout)
 
 
@@ -188,6 +158,15 @@ def matrices_of(model, targets):
     return chosen
 
 
+def extras_of(model, parts):
+    """[names of the parameters that have one of `parts` in them]"""
+    names = [name for name, _ in base_weights(model) if name not in frozen_names(model)]
+    for part in parts:
+        if not any(part in name for name in names):
+            raise UserError(f"extra={part!r}: no parameter has that in its name")
+    return [name for name in names if any(part in name for part in parts)]
+
+
 def put(model, name, value):
     """A module or a parameter in place of the one of that dotted name."""
     parent, _, leaf = name.rpartition(".")
@@ -198,14 +177,14 @@ def put(model, name, value):
 def reference(model):
     """The same network without adapter and tuned state, extra trained parameters as they were.
 
-    It is the reference of DPO and GRPO.
+    It is the reference of DPO and GRPO. A state inside the model's file stays on.
     """
     adapters = [m for m in model.modules() if isinstance(m, LoRALinear) and m.enabled]
     tuned, base = model.tuned, getattr(model, "extra_base", {})
     trained = {name: model.get_parameter(name) for name in base}
     for adapter in adapters:
         adapter.enabled = False
-    model.tuned = nn.ModuleList()
+    model.tuned = nn.ModuleList(states_inside(model))
     for name, p in base.items():
         p.data = p.data.to(trained[name].device)  # the network may have moved since
         put(model, name, p)
@@ -222,8 +201,9 @@ def reference(model):
 def load_to_tune(cfg, run, score=False):
     """The model of a training script, on the device: cfg.init_from, trainable as cfg.tune says.
 
-    cfg.adapter, a LoRA or a tuned state, is loaded. Trained weights are float32, frozen ones in the
-    run's dtype. score: with a scalar head, a new one if the file has none.
+    cfg.adapter, a LoRA or a tuned state, is loaded, with the rank, scale and targets that its file
+    says: cfg.lora_r, lora_alpha and lora_rslora become those. Trained weights are float32, frozen
+    ones in the run's dtype. score: with a scalar head, a new one if the file has none.
     """
     if not cfg.init_from:
         raise UserError("which model? --init_from=FILE, the .pth or .safetensors to start from")
@@ -237,10 +217,11 @@ def load_to_tune(cfg, run, score=False):
         model.score = None
     elif model.score is None:
         model.add_score()
-    options = {}
-    if cfg.tune == "lora":
-        lora = {key: value for key, value in vars(cfg).items() if key.startswith("lora_")}
-        options = {key.removeprefix("lora_"): value for key, value in lora.items()}
+    if cfg.adapter:
+        about = read_metadata(cfg.adapter) if cfg.tune == "lora" else read_state(cfg.adapter)[1]
+        another_base = getattr(cfg, "another_base", False)
+        check_base(cfg.adapter, about, model, cfg.init_from, another_base)
+    options = lora_flags(cfg, model) if cfg.tune == "lora" else {}
     torch.manual_seed(cfg.seed)
     set_tune(model, cfg.tune, **options)
     if cfg.adapter:
@@ -249,6 +230,46 @@ def load_to_tune(cfg, run, score=False):
     model.to(run.device)
     fused.build(run.device)
     return model
+
+
+def lora_flags(cfg, model):
+    """The options of set_tune that the flags lora_… give.
+
+    With cfg.adapter its file decides; a flag that is not at its default and says otherwise is a
+    UserError that names both.
+    """
+    defaults = {
+        field.name.removeprefix("lora_"): field.default
+        for field in dataclasses.fields(cfg)
+        if field.name.startswith("lora_")
+    }
+    options = {key: getattr(cfg, f"lora_{key}") for key in defaults}
+    if not cfg.adapter:
+        return options
+    in_file = lora_options(cfg.adapter)
+    if "alpha" not in in_file:
+        print0(
+            f"{cfg.adapter} does not say its alpha; lora_alpha={cfg.lora_alpha:g} is taken, its "
+            f"rslora as lora_rslora={cfg.lora_rslora}"
+        )
+    for key, value in in_file.items():
+        said, meant = options[key], value
+        if key == "targets":
+            said, meant = matrices_of(model, said), set(value)
+        elif key == "extra":
+            said, meant = set(extras_of(model, said)), set(value)
+        if options[key] != defaults[key] and said != meant:
+            shown = value
+            if isinstance(value, list):
+                shown = ", ".join(sorted(value)[:4]) or "none"
+            raise UserError(
+                f"{cfg.adapter} is of other settings: it was trained with lora_{key}={shown}, and "
+                f"--lora_{key}={options[key]} is given; leave the flag out"
+            )
+        options[key] = value
+    cfg.lora_r, cfg.lora_alpha = options["r"], float(options["alpha"])
+    cfg.lora_rslora = options["rslora"]
+    return options
 
 
 # ----------------------------------------------------------------------------------------------
@@ -321,6 +342,9 @@ def load_tuned(model, path):
             model.score.weight[0] = torch.tensor(about["score"])
         return
     saved = read_weights(path)
+    check_finite(saved, path)
+    if model.tune == "lora":
+        check_scale(model, path)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names = saved.keys() | trained.keys() if model.tune == "lora" else trained.keys()
     for name in sorted(names):
@@ -331,6 +355,20 @@ def load_tuned(model, path):
                 f"{in_model} in the model; check --lora_r, --lora_targets and --init_from"
             )
         trained[name].copy_(saved[name])
+
+
+def check_scale(model, path):
+    """UserError if a LoRA's file says another alpha or rslora than the model has."""
+    about = read_metadata(path)
+    if "alpha" not in about:
+        return
+    in_file = (float(about["alpha"]), about.get("rslora") == "True")
+    in_model = (float(model.lora["alpha"]), model.lora["rslora"])
+    if in_file != in_model:
+        raise UserError(
+            f"{path} was trained with alpha {in_file[0]:g}, rslora {in_file[1]}; the model has "
+            f"alpha {in_model[0]:g}, rslora {in_model[1]}"
+        )
 
 
 def shape_of(w):
@@ -355,10 +393,11 @@ def origin(cfg, model, tokenizer, folder=None, fingerprint=None):
     }
 
 
-def load_model(path, device="cpu", dtype=torch.float32):
+def load_model(path, device="cpu", dtype=torch.float32, another_base=False):
     """A network by any of its files -> (model, what the file says of itself).
 
     The file is whole weights, or a LoRA or a tuned state, which name their base and are put on.
+    UserError if that base has other weights now, unless another_base says that they are meant.
     """
     weights = read_weights(path)
     is_lora = any(name.endswith(".lora_A") for name in weights)
@@ -366,19 +405,26 @@ def load_model(path, device="cpu", dtype=torch.float32):
         return from_pretrained(path, device, dtype, weights), {}
     if is_lora:
         about = read_metadata(path)
+        if "model" not in about:
+            raise UserError(
+                f"{path} does not say which model it was trained on; merge it with export.py merge "
+                f"--model=… --adapter={path}, and give that file"
+            )
     else:
         state, about = read_state(path)
     base = base_of(path, about)
     model = from_pretrained(base, device, dtype)
-    if about.get("fingerprint") not in (None, fingerprint_of(model)):
-        warnings.warn(
-            f"{path} was trained on {about.get('model')}, and {base} has other weights",
-            stacklevel=2,
-        )
+    check_base(path, about, model, base, another_base)
     if "score.weight" in weights or about.pop("score", None):
         model.add_score()
     if is_lora:
-        set_tune(model, "lora", **lora_options(path, weights, about))
+        options = lora_options(path, weights)
+        if "alpha" not in options:
+            raise UserError(
+                f"{path} does not say its alpha; merge it with export.py merge --alpha=…, "
+                "and give that file"
+            )
+        set_tune(model, "lora", **options)
     else:
         shift = bool(state["att_shift"].any() or state["ffn_shift"].any())
         set_tune(model, "state", shift=shift)
@@ -386,18 +432,22 @@ def load_model(path, device="cpu", dtype=torch.float32):
     return model.to(device), about
 
 
-def lora_options(path, weights, about):
-    """The options of set_tune that a LoRA file was trained with, from its tensors and metadata."""
-    if "alpha" not in about:
-        raise UserError(
-            f"{path} does not say its alpha; merge it with export.py merge --alpha=…, "
-            "and give that file"
-        )
+def lora_options(path, weights=None):
+    """The options of set_tune that a LoRA file was trained with, from its tensors and metadata.
+
+    Without alpha and rslora where nothing says them. weights: of a file that has been read.
+    """
+    weights, about = read_weights(path) if weights is None else weights, read_metadata(path)
     targets = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
-    return {
+    if not targets:
+        raise UserError(
+            f"{path} is not a LoRA, it has no lora_A but {', '.join(list(weights)[:2])} …"
+        )
+    options = {
         "r": len(weights[f"{targets[0]}.lora_A"]),
-        "alpha": float(about["alpha"]),
-        "rslora": about.get("rslora") == "True",
         "targets": targets,
         "extra": [name for name in weights if ".lora_" not in name and name != "score.weight"],
     }
+    if "alpha" in about:
+        options |= {"alpha": float(about["alpha"]), "rslora": about.get("rslora") == "True"}
+    return options

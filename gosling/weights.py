@@ -1,4 +1,4 @@
-"""Weights in and out: official `.pth` and `.safetensors` files, tuned states, and what they say."""
+"""Weights in and out: `.pth` and `.safetensors` files, tuned states, and what they say."""
 
 import errno
 import hashlib
@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from gosling import hub
 from gosling.config import UserError
 from gosling.files import atomic_write, load_torch, read_json, save_torch
 from model import NEVER_TRAINED, RWKV, RWKVConfig
@@ -23,38 +25,64 @@ def is_safetensors(path):
 
 
 def read_weights(path):
-    """{name: tensor} of a `.pth` or `.safetensors` file."""
-    if is_safetensors(path):
+    """{official name: tensor} of a `.pth` or `.safetensors` file, or of what gosling/hub.py reads.
+
+    That is a Hugging Face folder, all shards of one of them, fla's RWKV-7 and PEFT's adapters.
+    """
+    weights = {}
+    for file in hub.files_of(path):
+        weights |= read_tensors(file)
+    return hub.official(weights, path)
+
+
+def read_tensors(file):
+    """{name: tensor} of one file, a tuned state as [H, value, key]."""
+    if is_safetensors(file):
         try:
-            return load_file(path)
+            weights = load_file(file)
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{path} cannot be read as safetensors ({e})") from e
-    weights = load_torch(path)
+            raise UserError(f"{file} cannot be read as safetensors ({e})") from e
+        return turn_states(weights) if Path(file).suffix == ".st" else weights
+    weights = load_torch(file)
     is_flat = isinstance(weights, dict)
     if not is_flat or not all(isinstance(w, torch.Tensor) for w in weights.values()):
         raise UserError(
-            f"{path} is not a file of weights (a flat dict of tensors); "
+            f"{file} is not a file of weights (a flat dict of tensors); "
             "last.pt is for resuming, rwkv-*.pth holds weights"
         )
     return weights
 
 
+def turn_states(weights):
+    """A .st is web-rwkv's, whose states are [H, key, value]: between its orientation and ours."""
+    for name, w in weights.items():
+        if name.endswith(".time_state"):
+            weights[name] = w.transpose(-2, -1).contiguous()
+    return weights
+
+
 def read_metadata(path):
-    """The {str: str} that a .safetensors file carries beside its tensors; {} for a .pth."""
-    if not is_safetensors(path):
-        return {}
-    with safe_open(path, "pt") as f:
-        return f.metadata() or {}
+    """{str: str} that weights carry beside the tensors, of an adapter its alpha and rslora.
+
+    A .safetensors carries it inside, PEFT's adapters in a file beside them.
+    """
+    about, file = {}, hub.files_of(path)[0]
+    if is_safetensors(file):
+        with safe_open(file, "pt") as f:
+            about = f.metadata() or {}
+    return about if "alpha" in about else {**about, **hub.peft_settings(file)}
 
 
 def write_weights(weights, path, metadata=None):
     """`.pth` or `.safetensors` by the path's ending, atomically.
 
-    metadata {str: str} goes into a .safetensors alone.
+    metadata {str: str} goes into a .safetensors alone. A `.st` is turned, see turn_states.
     """
     if not is_safetensors(path):
         save_torch(weights, path)
         return
+    if Path(path).suffix == ".st":
+        weights = turn_states(dict(weights))
     with atomic_write(path) as tmp:
         try:
             save_file(weights, tmp, metadata)
@@ -66,6 +94,9 @@ def write_weights(weights, path, metadata=None):
 # a whole network
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def config_of(weights, path="the file"):
     """RWKVConfig from the tensors' names and shapes, never from a table of sizes."""
     is_v7 = "blocks.0.att.r_k" in weights
@@ -73,6 +104,12 @@ def config_of(weights, path="the file"):
         raise UserError(
             f"{path} is neither RWKV-7 (blocks.0.att.r_k) nor RWKV-6 (blocks.0.att.time_maa_w2); "
             f"it has {', '.join(list(weights)[:3])} …"
+        )
+    deep = [name for name in weights if re.search(r"\.s_emb|\.[kv]_emb|\.qkv\.", name)]
+    if is_v7 and deep:
+        kind = "7a" if all(".s_emb" in name for name in deep) else "7b"
+        raise UserError(
+            f"{path} is an RWKV-{kind}: DeepEmbed ({deep[0]}) is not supported; give a plain RWKV-7"
         )
     in_blocks = [name for name in weights if re.match(r"blocks\.\d+\.", name)]
     n_layer = 1 + max(int(name.split(".")[1]) for name in in_blocks)
@@ -122,13 +159,36 @@ def empty_network(config, with_score=False):
     return model
 
 
+def expected_shapes(config, like=()):
+    """{official name: shape} of every parameter.
+
+    Those of a scalar head and of a tuned state, which a file may hold, if `like` has their names.
+    """
+    model = empty_network(config, "score.weight" in like)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    if any(name.endswith(".time_state") for name in like):
+        shapes |= dict.fromkeys(state_names(config.n_layer), state_shape(config))
+    return shapes
+
+
+def state_names(n_layer):
+    return [f"blocks.{i}.att.time_state" for i in range(n_layer)]
+
+
+def state_shape(config):
+    """[H, N, N] of a layer's state"""
+    N = config.head_size
+    return [config.n_embd // N, N, N]
+
+
 def same_size(shape, other):
     """[C] and [1, 1, C] are one vector; [C, R] and [R, C] are not one matrix."""
     return [n for n in shape if n > 1] == [n for n in other if n > 1]
 
 
 def tensor_problems(weights, expected):
-    """A phrase for each tensor that is missing, of another size than in `expected`, or extra.
+    """A phrase for each tensor that is missing, of another size than in `expected`, or extra, or
+    that holds no floating point numbers, as quantised weights do.
 
     expected: {name: shape}. Layer 0's v0, v1, v2, which are never used, may be missing.
     """
@@ -138,46 +198,81 @@ def tensor_problems(weights, expected):
             problems.append(f"{name} is missing")
         elif name in weights and not same_size(weights[name].shape, shape):
             problems.append(f"{name} is {list(weights[name].shape)}, expected {list(shape)}")
+        elif name in weights and weights[name].dtype not in FLOATS:
+            dtype = str(weights[name].dtype)[6:]
+            problems.append(f"{name} is {dtype}, expected float32, bfloat16 or float16")
     extra = [name for name in weights if name not in expected]
     return problems + [f"{name} {list(weights[name].shape)} is extra" for name in extra]
 
 
-def from_pretrained(path, device="cpu", dtype=torch.float32, weights=None):
-    """An official x060 or x070 file -> RWKV, a scalar head included.
+def wrong_numbers(name, w):
+    """What is wrong with a tensor's numbers, in words; "" if they are finite."""
+    if w.dtype in FLOATS and not w.isfinite().all():
+        n_wrong = int((~w.isfinite()).sum())
+        return f"{name} has {n_wrong:,} values that are NaN or infinite"
+    return ""
 
+
+def check_finite(weights, path):
+    """UserError that names the first tensor with a number that is NaN or infinite."""
+    for name, w in weights.items():
+        problem = wrong_numbers(name, w)
+        if problem:
+            raise UserError(f"{path}: {problem}; the file is damaged, or its training diverged")
+
+
+def from_pretrained(path, device="cpu", dtype=torch.float32, weights=None):
+    """A whole x060 or x070, any file or folder of read_weights -> RWKV, a scalar head included.
+
+    A tuned state inside, as RWKV-6 files may have, is what sequences start from; it is frozen.
     Tensors are converted one by one, so that the peak is about the model's own size. weights: of a
     file that has been read; converted in place. UserError names what does not fit.
     """
     weights = read_weights(path) if weights is None else weights
     config = config_of(weights, path)
-    model = empty_network(config, with_score="score.weight" in weights)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    problems = tensor_problems(weights, shapes)
+    problems = tensor_problems(weights, expected_shapes(config, weights))
     if problems:
         more = " …" if len(problems) > 5 else ""
         raise UserError(
             f"{path}: read as {config.version} with {config.n_layer} layers of width "
-            f"{config.n_embd}, but {len(problems)} tensors are missing, misshapen or extra: "
-            f"{'; '.join(problems[:5])}{more}; is this a whole, unmodified model file?"
+            f"{config.n_embd}, but {len(problems)} tensors are missing, misshapen or extra, or not "
+            f"floating point: {'; '.join(problems[:5])}{more}; is this a whole, unmodified model "
+            "file?"
         )
-    for name, shape in shapes.items():
-        w = weights[name] if name in weights else torch.zeros(shape)  # zeros: of NEVER_TRAINED
+    check_finite(weights, path)
+    model = empty_network(config, with_score="score.weight" in weights)
+    layers = [weights.pop(name) for name in state_names(config.n_layer) if name in weights]
+    for name, p in model.named_parameters():
+        w = weights[name] if name in weights else torch.zeros(p.shape)  # zeros: of NEVER_TRAINED
         to_dtype = torch.float32 if name == "score.weight" else dtype
-        weights[name] = w.to(device=device, dtype=to_dtype).reshape(shape)
+        weights[name] = w.to(device=device, dtype=to_dtype).reshape(p.shape)
     model.load_state_dict(weights, assign=True)
+    if layers:
+        state = TunedState(config).to(device).requires_grad_(False)
+        for p, w in zip(state.wkv, layers, strict=True):
+            p.copy_(w)
+        model.tuned.append(state)
     return model
 
 
 def save_pretrained(model, path, dtype=None):
     """Official names and shapes, `.pth` or `.safetensors`. dtype None: as they are.
 
-    The scalar head keeps its float32.
+    The scalar head keeps its float32, and so does a state that the model's file had inside.
     """
     weights = {}
     for name, p in base_weights(model):
         to_dtype = p.dtype if dtype is None or name == "score.weight" else dtype
         weights[name] = p.detach().to("cpu", to_dtype).contiguous()
+    for inside in states_inside(model):
+        layers = [wkv.detach().cpu().clone() for wkv in inside.wkv]
+        weights |= dict(zip(state_names(len(layers)), layers, strict=True))
     write_weights(weights, path)
+
+
+def states_inside(model):
+    """[TunedState] that came with the model's file, [] of most; not one that trains."""
+    return [state for state in model.tuned if not any(p.requires_grad for p in state.parameters())]
 
 
 def base_weights(model):
@@ -192,14 +287,36 @@ def fingerprint(model):
     It is of the base, without adapter, tuned state and scalar head, and so it is the same whatever
     the file's format and the precision that it is loaded in.
     """
-    digest = hashlib.blake2b(digest_size=16)
     with model.reference():  # extra parameters of an adapter as the base has them
-        for name, p in sorted(base_weights(model)):
-            if name not in NEVER_TRAINED and name != "score.weight":
-                digest.update(f"{name} {list(p.shape)}".encode())
-                bits = p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-                digest.update(bits.numpy())
+        return digest_of(dict(base_weights(model)))
+
+
+def digest_of(weights):
+    """The fingerprint of {official name: tensor of the network's shape}."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, w in sorted(weights.items()):
+        if name not in NEVER_TRAINED and name != "score.weight":
+            digest.update(f"{name} {list(w.shape)}".encode())
+            bits = w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+            digest.update(bits.numpy())
     return digest.hexdigest()
+
+
+def check_base(path, about, model, base, another_base=False):
+    """UserError if `path`, an adapter's or a state's file, was trained on other weights.
+
+    about: what that file says of itself; without a fingerprint it is taken as it is. model: the
+    network, or its fingerprint; base: its file. another_base: other weights are meant.
+    """
+    expected = about.get("fingerprint")
+    if another_base or not expected:
+        return
+    found = model if isinstance(model, str) else fingerprint(model)
+    if found != expected:
+        raise UserError(
+            f"{path} was trained on {about.get('model')}, and {base} has other weights; give the "
+            "model that it was trained on, or --another_base if this one is meant"
+        )
 
 
 def base_of(path, about):
@@ -207,10 +324,10 @@ def base_of(path, about):
 
     It is where `about`, what the file says of itself, has it, or of that name beside the file.
     """
-    base = str(about.get("model", ""))
-    place = Path(path).parent / base
-    for candidate in (place, Path(path).parent / Path(base).name):
-        if base and candidate.is_file():
+    base, folder = str(about.get("model", "")), hub.folder_of(path)
+    place = folder / base
+    for candidate in (place, folder / Path(base).name):
+        if base and candidate.exists():
             return str(candidate)
     if base:
         reason = f"{place}, which {path} was trained on, is not there"
@@ -225,6 +342,37 @@ def base_of(path, about):
 # tuned states
 
 
+class TunedState(nn.Module):
+    """A learned state to start from in place of zero: wkv, for each layer [H, N, N].
+
+    shift: train the inputs "before the first token" too, both [L, C]. layers: train the states of
+    these alone; () = of all.
+    """
+
+    def __init__(self, c, shift=False, layers=()):
+        super().__init__()
+        L, H, N = c.n_layer, c.n_embd // c.head_size, c.head_size
+        if not set(layers) <= set(range(L)):
+            raise UserError(f"layers={layers}: expected numbers from 0 to {L - 1}")
+        trained = [not layers or i in layers for i in range(L)]
+        self.wkv = nn.ParameterList(nn.Parameter(torch.zeros(H, N, N), on) for on in trained)
+        self.att_shift = nn.Parameter(torch.zeros(L, c.n_embd), shift)
+        self.ffn_shift = nn.Parameter(torch.zeros(L, c.n_embd), shift)
+
+    def forward(self):
+        """-> {"wkv": [L, H, N, N], "att_shift", "ffn_shift": [L, C]}"""
+        shifts = {"att_shift": self.att_shift, "ffn_shift": self.ffn_shift}
+        return {"wkv": torch.stack(list(self.wkv)), **shifts}
+
+    @torch.no_grad()
+    def load(self, state):
+        """Start from a state [L, 1, ...], as read_state and the network give it."""
+        for p, wkv in zip(self.wkv, state["wkv"][:, 0], strict=True):
+            p.copy_(wkv)
+        self.att_shift.copy_(state["att_shift"][:, 0])
+        self.ffn_shift.copy_(state["ffn_shift"][:, 0])
+
+
 def write_state(state, path, **about):
     """One sequence's state [L, 1, ...] as `path`, a .pth that other engines read.
 
@@ -235,7 +383,9 @@ def write_state(state, path, **about):
         if state[key].any():
             about[key] = state[key][:, 0].float().tolist()
     layers = state["wkv"][:, 0].float().cpu()  # [L, H, N, N]
-    weights = {f"blocks.{i}.att.time_state": wkv.clone() for i, wkv in enumerate(layers)}
+    weights = {
+        name: wkv.clone() for name, wkv in zip(state_names(len(layers)), layers, strict=True)
+    }
     with atomic_write(Path(path).with_suffix(".json")) as tmp:
         tmp.write_text(json.dumps(about) + "\n", encoding="utf-8")
     save_torch(weights, path)
@@ -244,7 +394,8 @@ def write_state(state, path, **about):
 def read_state(path, config=None):
     """A state file -> (state [L, 1, ...], what the .json beside it says or {}).
 
-    With `config`, a UserError unless the state fits that network.
+    A .st is web-rwkv's orientation and is turned. With `config`, a UserError unless the state fits
+    that network.
     """
     weights = read_weights(path)
     L, H, N = state_sizes(weights, path)
@@ -255,7 +406,7 @@ def read_state(path, config=None):
         if found != expected:
             raise UserError(f"{path} is a state of another model: {found}; this one has {expected}")
     about = read_json(Path(path).with_suffix(".json"))
-    layers = [weights[f"blocks.{i}.att.time_state"].float() for i in range(L)]
+    layers = [weights[name].float() for name in state_names(L)]
     state = {"wkv": torch.stack(layers)[:, None]}
     for key in ("att_shift", "ffn_shift"):
         shift = about.pop(key, None)
@@ -270,9 +421,9 @@ def read_state(path, config=None):
 
 def state_sizes(weights, path):
     """The tensors of a state file -> (layers, heads, size of a head); UserError if it is none."""
-    names = {f"blocks.{i}.att.time_state" for i in range(len(weights))}
     shapes = {w.shape for w in weights.values()}
-    if weights.keys() == names and len(shapes) == 1:
+    is_state = weights.keys() == set(state_names(len(weights))) and len(shapes) == 1
+    if is_state and all(w.dtype in FLOATS for w in weights.values()):
         shape = shapes.pop()
         if len(shape) == 3 and shape[1] == shape[2]:
             return len(weights), shape[0], shape[1]

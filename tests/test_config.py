@@ -1,5 +1,6 @@
 """Reading configs: order, flags, types, ranges, and that every script's fields mean the same."""
 
+import functools
 import importlib
 import os
 import re
@@ -80,12 +81,62 @@ def test_flags(flags, resume, name, tmp_path):
         ("lr = float('inf')", "a.py: lr=inf: expected a finite number"),
         ("resume = 1", "a.py: resume=1: expected a valid boolean"),
         ("dtype = 'fp8'", "a.py: dtype='fp8': expected 'auto' or 'float32'"),
-        ("1 / 0", "a.py does not run: ZeroDivisionError"),
+        ("1 / 0", r"a.py does not run: ZeroDivisionError: division by zero \(.*a.py, line 1\)"),
+        ("import os\nname = os.environ['NO_SUCH']", "a.py does not run: KeyError: .*a.py, line 2"),
+        ("name = open('missing.json').read()", "a.py does not run: FileNotFoundError"),
+        ("lr = float('1e-4x')", "a.py does not run: ValueError: .*a.py, line 1"),
+        ("raise SystemExit('a config')", "a.py does not run: SystemExit: a config"),
+        ("import beside_not", "a.py does not run: ModuleNotFoundError: No module named 'beside_n"),
+        ("LR = 1e-4", "a.py: unknown key 'LR'; did you mean 'lr'"),
+        ("note = 'mine'", "a.py: unknown key 'note'"),
     ],
 )
 def test_files_are_checked(text, words, tmp_path):
     with pytest.raises(UserError, match=words):
         load(tmp_path, a=text)
+
+
+def test_a_config_imports_what_lies_beside_it_and_has_constants(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "beside_rewards.py").write_text("def name(): return 'beside'")
+    (tmp_path / "beside_later.py").write_text("WORD = 'later'")
+    text = """
+from beside_rewards import name as make_name
+from pathlib import Path
+OUT = Path("out")
+LR = 2
+lr = LR * 1.0
+name = make_name() + str(OUT)
+def call():
+    import beside_later
+    return beside_later.WORD
+"""
+    assert load(tmp_path, a=text) == Config(lr=2.0, name="besideout")
+    found = config.run_config_file(tmp_path / "a.py")
+    assert found["call"]() == "later"
+    assert sys.path[0] != str(tmp_path)
+
+
+def test_a_function_is_shown_alike_in_every_process():
+    def scored(prompts, completions, scale, table=()):
+        return []
+
+    class Reward:
+        def __call__(self):
+            return []
+
+    bound = functools.partial(scored, scale=2.0, table=Reward())
+    assert config.show(bound) == "scored(scale=2.0, table=Reward)"
+    assert config.show(Reward()) == config.show(Reward()) == "Reward"
+    assert config.show([scored, bound]) == "[scored, scored(scale=2.0, table=Reward)]"
+    bound.__name__ = "mine"
+    assert config.show(bound) == "mine" and config.show((1, 2)) == "(1, 2)"
+
+
+def test_a_number_of_numpys_becomes_one_of_pythons(tmp_path):
+    """In the optimiser it would go to last.pt, which then could not be read."""
+    cfg = load(tmp_path, a="import numpy as np\nlr = np.float32(0.5)\nname = np.str_('x')")
+    assert cfg == Config(lr=0.5, name="x") and type(cfg.lr) is float and type(cfg.name) is str
 
 
 def test_ranges_hold_for_flags_and_for_a_config_made_in_python(tmp_path):

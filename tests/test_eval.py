@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import random_model
 
+from gosling.config import UserError, read_flags
+from gosling.data import render_chat
 from gosling.engine import generate
 from gosling.tokenizer import load_tokenizer
 
@@ -133,3 +135,160 @@ def test_a_greedy_continuation_is_seen(files):
         ]
     )
     assert yes and not no
+
+
+@pytest.mark.parametrize(
+    "kwargs, want",
+    [
+        ({}, dict(max_new_tokens=256, temperature=0.0, stop=[], top_p=1.0, top_k=0)),
+        ({"max_gen_toks": 3, "max_new_tokens": 5}, dict(max_new_tokens=3)),
+        ({"max_gen_toks": None, "max_new_tokens": 5}, dict(max_new_tokens=5)),
+        ({"max_tokens": "7"}, dict(max_new_tokens=7)),
+        ({"max_completion_tokens": 12.0}, dict(max_new_tokens=12)),
+        ({"until": ""}, dict(stop=[])),
+        ({"until": None}, dict(stop=[])),
+        ({"until": "7"}, dict(stop=["7"])),
+        ({"until": [" ", "", "7"]}, dict(stop=[" ", "7"])),
+        ({"temperature": "0.8", "top_p": "0.9"}, dict(temperature=0.8, top_p=0.9)),
+        ({"do_sample": True}, dict(temperature=1.0)),
+        ({"do_sample": True, "temperature": 0.0}, dict(temperature=0.0)),
+        ({"do_sample": False, "temperature": 0.7}, dict(temperature=0.0)),
+        ({"do_sample": True, "top_k": -1, "top_p": 1}, dict(top_k=0, top_p=1.0)),
+        ({"do_sample": True, "top_k": "40", "min_p": 0.1}, dict(top_k=40, min_p=0.1)),
+    ],
+)
+def test_generation_kwargs_are_read_as_the_harness_does(kwargs, want):
+    import eval
+
+    got = eval.sampling_of(kwargs)
+    assert {key: got[key] for key in want} == want
+
+
+def test_generation_kwargs_act_and_what_is_unknown_is_said(files, capsys):
+    from lm_eval.api.instance import Instance
+
+    import eval
+
+    _, model, tokenizer = files
+    lm = eval.adapter(model, tokenizer)
+
+    def ask(text, kwargs, times=1):
+        request = Instance(request_type="generate_until", doc={}, arguments=(text, kwargs), idx=0)
+        return lm.generate_until([request] * times)
+
+    greedy = ask("1 + 1 =", {"max_new_tokens": 6})
+    for kwargs in ({"top_p": 1e-9}, {"top_k": 1}):
+        assert ask("1 + 1 =", {"max_tokens": 6, "temperature": 1.0, **kwargs}) == greedy
+    assert len(set(ask("1 + 1 =", {"do_sample": True, "max_gen_toks": 6}, times=4))) > 1
+    (alone,) = generate(
+        model, [[0]], temperature=0, max_new_tokens=6, tokenizer=tokenizer
+    )  # an empty context is the token that begins a document
+    assert ask("", {"max_gen_toks": 6, "until": [""], "num_beams": 1}) == [alone.text]
+    assert "generation_kwargs num_beams are not used" in capsys.readouterr().err
+    with pytest.raises(UserError, match="a task's text is not UTF-8"):
+        ask("hello \ud83d", {"max_gen_toks": 6})
+
+
+def test_empty_texts_and_pairs_that_merge(files):
+    """Empty texts score 0. A pair whose border lies in a token of World loses no character."""
+    from lm_eval.api.instance import Instance
+
+    import eval
+
+    _, model, tokenizer = files
+    lm = eval.adapter(model, tokenizer)
+
+    def requests(kind, *arguments):
+        return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+    rolled = lm.loglikelihood_rolling(requests("loglikelihood_rolling", ("abc",), ("",)))
+    assert rolled[0] == pytest.approx(logp(model, tokenizer, "", "abc")[0], abs=1e-4)
+    assert rolled[1] == 0
+    assert lm.loglikelihood_rolling(requests("loglikelihood_rolling", ("",))) == [0]
+    pairs = [("sort", "abc"), ("sort", ""), ("", "abc"), ("", ""), ("   ", "abc"), ("a ", "b")]
+    got = lm.loglikelihood(requests("loglikelihood", *pairs))
+    whole = [("sort", "abc"), ("sort", ""), ("", "abc"), ("", ""), ("", "   abc"), ("a", " b")]
+    for (value, greedy), (context, text) in zip(got, whole, strict=True):
+        want, is_greedy = logp(model, tokenizer, context, text)
+        assert value == pytest.approx(want, abs=1e-4) and greedy == is_greedy
+    world = load_tokenizer("world")
+    for context, text in (
+        ("the", "re"),
+        ("Answer: 1", "0"),
+        ("Q:", " A"),
+        ("Q: ", "A"),
+        (".", "\n"),
+    ):
+        ids = eval.encode_pair(world, context, text)
+        assert world.decode(ids[0] + ids[1]) == context + text and ids[1]
+    assert eval.encode_pair(world, "the", "re") == (world.encode("the"), world.encode("re"))
+    assert eval.encode_pair(world, "Q: ", "A") == (world.encode("Q:"), world.encode(" A"))
+
+
+def test_tasks_limits_and_results(files, capsys):
+    import eval
+
+    folder, _, _ = files
+    common = [f"--model={folder / 'm.pth'}", f"--include_path={folder}", "--tokenizer=bytes"]
+    common += ["--device=cpu"]
+
+    def run(*flags):
+        return eval.main(read_flags(eval.Config, [*common, *flags]))
+
+    got = run(
+        "--tasks", "choose,roll", "wri*", "--limit=0.25", f"--out={folder / 'out' / 's.json'}"
+    )
+    assert set(got["results"]) == {"choose", "roll", "write"}
+    assert {count["effective"] for count in got["n-samples"].values()} == {3}  # of 12
+    scores = json.loads((folder / "out" / "s.json").read_text())
+    assert scores["results"]["choose"]["acc,none"] == got["results"]["choose"]["acc,none"]
+    assert scores["config"]["limit"] == 0.25 and "samples" not in scores
+    got = run(f"--tasks={folder / 'choose.yaml'}", "--limit=2")
+    assert [count["effective"] for count in got["n-samples"].values()] == [2]
+    for flags, words in (
+        (["--tasks=choose,rol"], "'rol' is no task; did you mean .*roll"),
+        (["--tasks=,"], "names no task"),
+        (["--tasks=choose", "--limit=2.5"], "limit=2.5: expected a whole number, or a share"),
+        (["--tasks=choose", f"--include_path={folder / 'no'}"], "no is not a folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(*flags)
+
+
+def test_chat_template(files):
+    """Questions become a user's turns; answers are scored behind "Assistant:" and a blank."""
+    import eval
+
+    folder, model, tokenizer = files
+    config = dict(model=str(folder / "m.pth"), include_path=str(folder), tokenizer="bytes")
+    got = eval.main(
+        eval.Config(
+            tasks=("choose", "write"),
+            device="cpu",
+            limit=3,
+            apply_chat_template=True,
+            system_instruction="Count.",
+            **config,
+        )
+    )
+    for row, chosen, written in zip(
+        ROWS[:3], got["samples"]["choose"], got["samples"]["write"], strict=True
+    ):
+        messages = [("system", "Count."), ("user", row["question"])]
+        messages = [{"role": role, "content": text} for role, text in messages]
+        ids, _ = render_chat(messages, tokenizer, generation_prompt=True)
+        chat = tokenizer.decode(ids)
+        for text, ((value, _),) in zip(row["choices"], chosen["resps"], strict=True):
+            want, _ = logp(model, tokenizer, chat, f" {text}")
+            assert float(value) == pytest.approx(want, abs=1e-4)
+        options = dict(temperature=0, max_new_tokens=12, stop=("7",), tokenizer=tokenizer)
+        (alone,) = generate(model, [ids], **options)
+        assert written["resps"][0][0] == alone.text
+    assert (
+        eval.chat_text(
+            [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "So"}],
+            tokenizer,
+            False,
+        )
+        == "User: hi\n\nAssistant: So"
+    )

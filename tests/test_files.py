@@ -1,11 +1,14 @@
 """Files that appear whole or not at all."""
 
+import datetime
+import enum
 import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
@@ -74,6 +77,55 @@ def test_json_that_is_not_there_is_empty_and_a_broken_one_is_named(tmp_path):
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(UserError, match="b.json is not JSON"):
         files.read_json(tmp_path / "b.json")
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        (np.float32(0.5), 0.5),
+        (np.float64(0.5), 0.5),
+        (np.bool_(True), True),
+        (np.str_("a"), "a"),
+        (np.arange(4).reshape(2, 2), [[0, 1], [2, 3]]),
+        (torch.tensor(1.5, requires_grad=True), 1.5),
+        ([torch.tensor([1, 2]), None], [[1, 2], None]),
+        (datetime.datetime(2026, 1, 2, 3), "2026-01-02T03:00:00"),
+        (np.datetime64("2026-01-02"), "2026-01-02"),
+        ({"a": (1, {"b": Level.HIGH})}, {"a": [1, {"b": 3}]}),
+        (np.array([{"a": np.int64(1)}], dtype=object), [{"a": 1}]),
+    ],
+)
+def test_what_users_bring_is_made_primitive(value, expected):
+    made = files.primitive(value, "x")
+    assert made == expected and type(made) is type(expected)
+    assert json.loads(json.dumps(made)) == expected
+
+
+def test_what_cannot_be_primitive_is_refused_with_its_place():
+    row = {"prompt": "hi", "images": [b"PNG"]}
+    with pytest.raises(UserError, match=r"^row 3\['images'\]\[0\] is a bytes; expected numbers"):
+        files.primitive(row, "row 3")
+    with pytest.raises(UserError, match=r"^x has the key \(1, 2\); expected text"):
+        files.primitive({(1, 2): 3}, "x")
+
+
+def test_a_digest_is_of_content_and_sees_the_end_of_a_large_file(tmp_path):
+    (tmp_path / "a").mkdir()
+    for path in (tmp_path / "a" / "x", tmp_path / "y"):
+        path.write_bytes(b"one")
+    assert files.digest(tmp_path / "a") == files.digest(tmp_path / "y")
+    large = tmp_path / "large"
+    with open(large, "wb") as f:
+        f.truncate(files.SAMPLE * (files.PARTS + 9) + 5)
+    before = files.digest(large)
+    with open(large, "r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"x")
+    assert files.digest(large) != before and before.startswith("76,546,053 bytes")
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):

@@ -824,7 +824,8 @@ def test_the_first_steps_by_hand(version, mode, base, tmp_path):
     "mode, file", [("lora", "lora-final.safetensors"), ("state", "state-final.pth")]
 )
 def test_the_reference_is_what_training_starts_from(mode, file, base, tmp_path):
-    """Going on from an adapter or a state, the KL term is 0 at first; "off" names the other choice."""
+    """Going on from an adapter or a state, the KL term is 0 at first; "off" names the other
+    choice."""
     train_grpo.main(tiny(base, tmp_path / "a", tune=mode, lr=3e-2, lr_final=3e-2))
     over = dict(tune=mode, adapter=str(tmp_path / "a" / file), beta=0.1, max_steps=1)
     train_grpo.main(tiny(base, tmp_path / "start", **over))

@@ -1,26 +1,253 @@
 """A run's folder, its metrics and its schedule."""
 
+import datetime
+import functools
 import json
+import os
+import subprocess
 import sys
 import types
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+from helpers import random_model
 
-from gosling import runs
+from gosling import files, runs
 from gosling.config import UserError
 
 ONE_CPU = runs.Run(0, 1, torch.device("cpu"), torch.float32)
 
 
-def test_prune_keeps_the_newest_by_number(tmp_path):
-    for n in (5, 10, 9, 100):
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_run_prunes_what_it_wrote_and_nothing_else(tmp_path):
+    foreign = ["rwkv-3-good.pth", "rwkv-7-base.pth", "lora-1-customerA.safetensors", "rwkv-2.pth"]
+    foreign += ["rwkv-20.pth", "rwkv-final.pth"]  # of an older run, one with a higher number
+    for name in foreign:
+        (tmp_path / name).touch()
+    for n in (3, 9, 10, 12):
         (tmp_path / f"rwkv-{n}.pth").touch()
-    (tmp_path / "rwkv-final.pth").touch()
-    runs.prune(tmp_path / "rwkv-100.pth", 2)
-    left = sorted(f.name for f in tmp_path.iterdir())
-    assert left == ["rwkv-10.pth", "rwkv-100.pth", "rwkv-final.pth"]
+        runs.prune(tmp_path / f"rwkv-{n}.pth", 2)
+    assert names_in(tmp_path) == sorted([*foreign, "rwkv-10.pth", "rwkv-12.pth", "run.json"])
+    runs.prune(tmp_path / "rwkv-10.pth", 1)  # resumed at an earlier step: 12 is newer, it stays
+    assert (tmp_path / "rwkv-12.pth").exists()
+
+
+def test_a_state_of_each_task_is_pruned_with_its_json_and_listed_in_the_runs_folder(tmp_path):
+    for task in ("a", "b"):
+        (tmp_path / task).mkdir()
+        for n in (1, 2):
+            (tmp_path / task / f"state-{n}.pth").touch()
+            (tmp_path / task / f"state-{n}.json").touch()
+            runs.prune(tmp_path / task / f"state-{n}.pth", 1, tmp_path)
+        assert names_in(tmp_path / task) == ["state-2.json", "state-2.pth"]
+    assert names_in(tmp_path) == ["a", "b", "run.json"]
+
+
+@dataclass
+class Settings:
+    """What runs.open_run and runs.resume look at."""
+
+    out_dir: str = ""
+    data: str = ""
+    init_from: str = ""
+    resume: bool = False
+    seed: int = 1
+    lr: float = 0.1
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    adam_eps: float = 1e-8
+    lora_alpha: float = 8.0
+    micro_bsz: int = 1
+    max_steps: int = 3
+    eval_every: int = 0
+    log: str = "none"
+    reward: object = None
+    eval_fn: object = None
+
+
+def settings(tmp_path, **over):
+    (tmp_path / "a.jsonl").write_text("one\n")
+    return Settings(**{"out_dir": str(tmp_path / "run"), "data": str(tmp_path / "a.jsonl"), **over})
+
+
+def save(cfg, model, step=2, **values):
+    opt = runs.make_optimizer(model, cfg, ONE_CPU)
+    runs.save_last(cfg, ONE_CPU, model, opt, runs.identity(cfg, model), step=step, **values)
+
+
+def resume(cfg, model):
+    opt = runs.make_optimizer(model, cfg, ONE_CPU)
+    return runs.resume(cfg, model, opt, runs.identity(cfg, model))
+
+
+def length(prompts, completions, most):
+    return []
+
+
+class Scorer:
+    def __call__(self, prompts, completions):
+        return []
+
+
+def test_resume_goes_on_with_what_may_change_and_a_file_elsewhere(tmp_path):
+    model = random_model("x070", n_layer=1, n_embd=64)
+    bound = [functools.partial(length, most=5), Scorer()]
+    save(settings(tmp_path, reward=bound), model)
+    (tmp_path / "moved.jsonl").write_text("one\n")
+    again = [functools.partial(length, most=5), Scorer()]  # as in another process
+    over = dict(resume=True, micro_bsz=7, max_steps=9, eval_every=5, reward=again)
+    cfg = settings(tmp_path, data=str(tmp_path / "moved.jsonl"), **over)
+    assert resume(cfg, model)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "over, words",
+    [
+        (dict(data="b.jsonl"), "data was 4 bytes, digest .*, is 4 bytes, digest"),
+        (dict(init_from="b.jsonl"), "init_from was none, is 4 bytes"),
+        (dict(lora_alpha=64.0), "lora_alpha was 8.0, is 64.0"),
+        (dict(weight_decay=0.01), "weight_decay was 0.0, is 0.01"),  # adds a group to the optimiser
+        (dict(beta1=0.5, adam_eps=0.1), "beta1 was 0.9, is 0.5"),
+        (dict(lr=np.float64(0.2)), "lr was 0.1, is 0.2"),
+        (dict(reward=functools.partial(length, most=6)), r"reward was .*5\), is length\(most=6"),
+    ],
+)
+def test_resume_refuses_what_changes_the_result(over, words, tmp_path):
+    model = random_model("x070", n_layer=1, n_embd=64)
+    save(settings(tmp_path, reward=functools.partial(length, most=5)), model)
+    (tmp_path / "b.jsonl").write_text("two\n")  # of the same length
+    for key in over.keys() & {"data", "init_from"}:
+        over = {key: str(tmp_path / over[key])}
+    given = {"reward": functools.partial(length, most=5), "resume": True, **over}
+    with pytest.raises(UserError, match=words):
+        resume(settings(tmp_path, **given), model)
+
+
+def test_resume_reads_the_content_of_a_token_file(tmp_path):
+    model = random_model("x070", n_layer=1, n_embd=64)
+    (tmp_path / "t.bin").write_bytes(b"abcd")
+    first = runs.identity(settings(tmp_path, data=str(tmp_path / "t")), model)
+    (tmp_path / "t.bin").write_bytes(b"abce")
+    assert runs.identity(settings(tmp_path, data=str(tmp_path / "t")), model) != first
+
+
+def test_last_pt_holds_what_a_function_of_the_users_gave(tmp_path):
+    """numpy.float64 passes for a float, and is not read back by weights_only."""
+    model, group = random_model("x070", n_layer=1, n_embd=64), {"mask": np.ones(2, dtype=int)}
+    group["row"] = {"day": datetime.date(2026, 1, 2), "none": None}
+    save(settings(tmp_path), model, best_loss=np.mean([0.0, 1.0]), groups=[group])
+    last = files.load_torch(tmp_path / "run" / "last.pt")
+    assert last["best_loss"] == 0.5 and type(last["best_loss"]) is float
+    assert last["groups"] == [{"mask": [1, 1], "row": {"day": "2026-01-02", "none": None}}]
+    with pytest.raises(UserError, match=r"groups\[0\]\['image'\] is a object; expected numbers"):
+        save(settings(tmp_path), model, groups=[{"image": object()}])
+
+
+class Tokenizer:
+    def save(self, folder):
+        return "bytes"
+
+
+def start(cfg, model):
+    return runs.open_run(cfg, ONE_CPU, model, Tokenizer(), 0, 3)
+
+
+def test_a_new_run_leaves_foreign_files_and_has_a_list_of_its_own(tmp_path):
+    out, model = tmp_path / "run", random_model("x070", n_layer=1, n_embd=64)
+    out.mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (".my-notes.tmp", f".last.pt.{os.getppid()}.tmp", f".last.pt.{dead.pid}.tmp"):
+        (out / name).touch()
+    (out / "run.json").write_text('{"id": "old", "checkpoints": ["rwkv-1.pth"]}')
+    start(settings(tmp_path), model)
+    kept = {".my-notes.tmp", f".last.pt.{os.getppid()}.tmp"}
+    assert {path.name for path in out.glob(".*")} == kept
+    assert files.read_json(out / "run.json") == {}
+    (out / "rwkv-1.pth").touch()
+    with pytest.raises(UserError, match="init_from=.*rwkv-1.pth lies in out_dir"):
+        start(settings(tmp_path, init_from=str(out / "rwkv-1.pth")), model)
+    start(settings(tmp_path, init_from=str(out / "my-base.pth")), model)
+
+
+@pytest.mark.parametrize(
+    "returned, values",
+    [
+        (0.5, {"eval_fn": 0.5}),
+        (None, {}),
+        ({"a": np.float32(0.5), "b": torch.tensor([0.0, 1.0]).mean()}, {"a": 0.5, "b": 0.5}),
+        ({"a": np.arange(2)}, "returned {'a': .0, 1.}; expected {name: number}"),
+        ({"a": None}, "returned {'a': None}; expected"),
+        ({"a": object()}, r"what evaluate returned\['a'\] is a object"),
+        ("0.5", "returned '0.5'; expected"),
+    ],
+)
+def test_eval_fn_is_taken_or_refused_in_one_line(returned, values):
+    def evaluate(model, tokenizer):
+        return returned
+
+    cfg = Settings(eval_fn=evaluate)
+    if isinstance(values, dict):
+        assert runs.call_eval_fn(cfg, None, None) == values
+    else:
+        with pytest.raises(UserError, match=values):
+            runs.call_eval_fn(cfg, None, None)
+
+
+def test_what_raises_between_two_steps_saves_first(tmp_path):
+    def evaluate(model, tokenizer):
+        raise RuntimeError("judge API down")
+
+    model = random_model("x070", n_layer=1, n_embd=64)
+    cfg = settings(tmp_path, eval_fn=evaluate)
+    opt = runs.make_optimizer(model, cfg, ONE_CPU)
+    same = runs.identity(cfg, model)
+    words = "evaluate failed: RuntimeError: judge API down .*test_runs.py, line .*"
+    for step in (0, 5):  # before the first step there is nothing to save
+        saved = "last.pt is saved at step 5; --resume goes on" if step else r"\)$"
+        with (
+            pytest.raises(UserError, match=words + saved),
+            runs.saving_first(cfg, ONE_CPU, model, opt, same, step=step, best_loss=1.0),
+        ):
+            runs.call_eval_fn(cfg, model, None)
+        assert (tmp_path / "run/last.pt").exists() == (step == 5)
+    with (
+        pytest.raises(ZeroDivisionError),
+        runs.saving_first(cfg, ONE_CPU, model, opt, same, step=6),
+    ):
+        raise ZeroDivisionError
+    assert resume(settings(tmp_path, resume=True), model)["step"] == 6
+
+
+def test_loggers_go_on_in_the_same_run_and_each_folder_has_its_own(tmp_path, monkeypatch):
+    ids = []
+
+    def init(**given):
+        ids.append(given["id"])
+        return types.SimpleNamespace(log=print)
+
+    for log in ("wandb", "swanlab"):
+        monkeypatch.setitem(sys.modules, log, types.SimpleNamespace(init=init))
+        for folder, step in (("1-sft", 0), ("2-dpo", 0), ("1-sft", 3)):
+            cfg = settings(tmp_path, out_dir=str(tmp_path / log / folder), log=log)
+            runs.Metrics(cfg, ONE_CPU, first_step=step)
+        assert ids[0] == ids[2] != ids[1] and len(ids[0]) == 21
+        ids.clear()
+
+
+def test_metrics_are_written_as_plain_numbers(tmp_path):
+    metrics = runs.Metrics(settings(tmp_path), ONE_CPU)
+    metrics.log(1, loss=np.float32(0.5), score=torch.tensor(2.0), n=np.int64(3))
+    (row,) = metrics.read()
+    assert (row["loss"], row["score"], row["n"]) == (0.5, 2.0, 3)
+    with pytest.raises(UserError, match="loss is a object; expected"):
+        metrics.log(2, loss=object())
 
 
 def test_metrics_go_to_the_asked_logger_and_a_resumed_run_drops_lost_lines(tmp_path, monkeypatch):

@@ -15,11 +15,12 @@ import torch
 from helpers import ROOT
 
 import sample
-from gosling import engine
+from gosling import batch, engine, weights
 from gosling.config import UserError, read_flags
 from gosling.data import render_chat
 from gosling.tokenizer import load_tokenizer
 from model import RWKV, RWKVConfig
+from wkv_cuda import cpu, fused
 
 
 def random_model(version="x070"):
@@ -341,6 +342,81 @@ def test_chi_square_against_exact_probabilities(options):
     assert chi2 < df + 4 * math.sqrt(2 * df), (chi2, df)
 
 
+def test_top_k_above_the_vocabulary_is_all_tokens(model):
+    """Also with top_p, which sorts more and more of them."""
+    for top_p in (1.0, 0.999):
+        options = dict(max_new_tokens=20, seed=5, top_p=top_p)
+        whole = sample.generate(model, PROMPTS, top_k=257, **options)
+        for top_k in (258, 300, 10**6):
+            more = sample.generate(model, PROMPTS, top_k=top_k, **options)
+            assert [c.tokens for c in more] == [c.tokens for c in whole]
+
+
+def test_extreme_settings_keep_probabilities_finite(model):
+    extremes = (
+        dict(temperature=engine.COLDEST),
+        dict(temperature=engine.LARGEST),
+        dict(presence_penalty=engine.LARGEST, temperature=engine.COLDEST),
+        dict(frequency_penalty=-engine.LARGEST, repetition_penalty=engine.LARGEST),
+        dict(repetition_penalty=1 / engine.LARGEST),
+    )
+    for options in extremes:
+        for c in sample.generate(model, PROMPTS, max_new_tokens=6, seed=1, **options):
+            assert np.isfinite(c.logprobs).all() and all(0 <= t <= 256 for t in c.tokens)
+    only = {i: -math.inf for i in range(257) if i != 98}
+    for options in (dict(temperature=0), dict(top_p=0.5), dict(top_k=3)):
+        (c,) = sample.generate(model, [[5]], max_new_tokens=4, logit_bias=only, **options)
+        assert c.tokens == [98] * 4 and np.isfinite(c.logprobs).all()
+
+
+def test_empty_choices_and_answers_score_0(model):
+    choices = [[[], [7], []], [[5, 6]], [[]], [[2, 3, 4]]]
+    filled = [[ids for ids in of_prompt if ids] for of_prompt in choices]
+    want = iter(
+        value for of_prompt in sample.score_choices(model, PROMPTS, filled) for value in of_prompt
+    )
+    want = [[next(want) if ids else 0.0 for ids in of_prompt] for of_prompt in choices]
+    assert sample.score_choices(model, PROMPTS, choices) == want
+    tokens = sample.score_choices(model, PROMPTS, choices, per_token=True)
+    assert [[len(ids) for ids in of_prompt] for of_prompt in tokens] == [[0, 1, 0], [2], [0], [3]]
+    fused.build("cpu")  # the native code once read past the end of shorter lists
+    forks = batch.fork(list(zip(PROMPTS, choices, strict=True)))
+    got = forks.per_answer(batch.score_forks(model, forks).logps).tolist()
+    assert got == pytest.approx([value for of_prompt in want for value in of_prompt], abs=1e-4)
+    for groups in ([([0], [[]])], [([3, 4], [[], []]), ([5], [])]):
+        forks = batch.fork(groups)
+        scores = batch.score_forks(model, forks, 16)
+        assert forks.per_answer(scores.logps).tolist() == [0.0] * len(forks.owner)
+        assert scores.hits.dtype == torch.bool and scores.entropy.shape == (1, 0)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        batch.fork([([1], [[2]]), ([], [[3]])])
+
+
+def test_native_code_checks_lengths_and_types():
+    fused.build("cpu")
+    z, targets, m = torch.randn(4, 9), torch.zeros(4, dtype=torch.long), torch.ones(1, 1, 8)
+    x = torch.randn(1, 3, 8)
+    if not cpu.fits(z):
+        pytest.skip("no C++ compiler")
+    scores = cpu.score_rows(z, targets, 1.0)
+    for wrong in (targets[:3], targets.int(), targets[:0]):
+        with pytest.raises(ValueError, match="targets"):
+            cpu.score_rows(z, wrong, 1.0)
+    with pytest.raises(ValueError, match="4 rows of logits"):
+        cpu.score_rows(z, targets, 1.0, scores, (torch.ones(3), None))
+    assert [len(column) for column in cpu.score_rows(z[:0], targets[:0], 1.0)] == [0] * 4
+    for before, ms in ((x[:, :2], [m]), (x, [m[..., :7]]), (x.double(), [m])):
+        with pytest.raises(ValueError, match="mix: "):
+            cpu.mix(x, before, ms)
+    model = random_model()
+    step, state = fused.decoder(model), model.zero_state(2)
+    with pytest.raises(ValueError, match="ids are"):
+        step(torch.zeros(2, dtype=torch.int32), state)
+    with pytest.raises(ValueError, match="the state is not one of 2"):
+        step(torch.zeros(2, dtype=torch.long), {**state, "wkv": state["wkv"][..., :3].contiguous()})
+    assert step(torch.zeros(2, dtype=torch.long), state).shape == (2, 257)
+
+
 def test_blanks_and_digits_are_not_counted_as_in_the_runners(model):
     """With the tokenizer known, a frequency penalty leaves "1" alone and holds back "b"."""
     tokenizer = load_tokenizer("bytes")
@@ -533,7 +609,7 @@ def test_scores_of_choices_are_those_of_whole_sequences(model, monkeypatch):
                 np.testing.assert_allclose(each, want.detach(), atol=1e-5)
                 assert abs(total - want.sum().item()) < 1e-4
     for bad, words in (
-        ([[[]]], "choice 1 of 1: the choice is empty"),
+        ([[[-1]]], "1 of 1 has id -1"),
         ([[[999]]], "1 of 1 has id 999"),
         ([], "a list for each"),
     ):
@@ -563,6 +639,18 @@ def test_scores_of_choices_are_those_of_whole_sequences(model, monkeypatch):
         (dict(seed=-1), "seed='?-1"),
         (dict(n=0), "n='?0"),
         (dict(prompts=[[1]] * 3, state=2), "state has 2 rows for 3 prompts"),
+        (dict(temperature=1e-40), "temperature=1e-40: expected 0, which is greedy, or 1e-06"),
+        (dict(temperature=1e39), "temperature=1e[+]39: expected 0"),
+        (dict(temperature=math.nan), "temperature='?nan"),
+        (dict(presence_penalty=math.inf), "presence_penalty='?inf"),
+        (dict(frequency_penalty=-1e39), "frequency_penalty='?-1e[+]39"),
+        (dict(repetition_penalty=1e-45), "repetition_penalty='?1e-45"),
+        (dict(logit_bias={5: math.nan}), "logit_bias: nan for id 5"),
+        (dict(logit_bias={5: math.inf}), "logit_bias: inf for id 5"),
+        (dict(logit_bias=dict.fromkeys(range(257), -math.inf)), "every id is ruled out"),
+        (dict(stop=["\ud83d"], tokenizer="bytes"), "stop='.*' can never be generated"),
+        (dict(prompts=[[1]] * 3, max_new_tokens=[4, 4]), "max_new_tokens: 2 of them for 3"),
+        (dict(prompts=[[1]] * 3, indices=[0]), "indices: 1 of them for 3 prompts"),
     ],
 )
 def test_bad_arguments_name_the_thing(model, options, words):
@@ -780,3 +868,81 @@ def test_no_compiler_and_no_traceback(saved):
         env=env,
     )
     assert done.returncode == 1 and done.stderr == "error: no.pth does not exist\n"
+
+
+def test_texts_of_flags(capsys):
+    """What is no UTF-8 is one line; a literal backslash and n is said, or read with --escape."""
+    flags = ["--prompt=a\\nb\\\\n\\x", "--stop=\\n", "--stop=é\\t", "--system=plain"]
+    cfg = sample.read_texts(read_flags(sample.Config, flags))
+    assert cfg.prompt == "a\\nb\\\\n\\x" and cfg.stop == ("\\n", "é\\t")
+    note = capsys.readouterr().err
+    assert (
+        note.startswith("--prompt, --stop: \\n is a backslash and an n") and note.count("\n") == 1
+    )
+    cfg = sample.read_texts(read_flags(sample.Config, [*flags, "--escape"]))
+    assert cfg.prompt == "a\nb\\n\\x" and cfg.stop == ("\n", "é\t") and cfg.system == "plain"
+    assert not capsys.readouterr().err
+    whole = sample.read_texts(sample.Config(prompt="\udce6\udcbc\udca2"))  # of an ASCII locale
+    assert whole.prompt == "漢"
+    for name, value in (("prompt", "x\udcff"), ("system", "\ud83d"), ("stop", ("a", "\udcff"))):
+        with pytest.raises(UserError, match=f"--{name}: .* is not UTF-8 text"):
+            sample.read_texts(sample.Config(**{name: value}))
+
+
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_chat_goes_on_after_bytes_that_are_no_utf8(saved, locale):
+    command = [sys.executable, "sample.py", "--model", str(saved), "--tokenizer=bytes", "--chat"]
+    command += ["--device=cpu", "--max_new_tokens=3", "--seed=1"]
+    env = {"PATH": "", "OMP_NUM_THREADS": "1", "PYTHONCOERCECLOCALE": "0", **locale}
+    typed = b"hello\n\xff\xfe\n" + "h\u00e9 \u6f22\n".encode() + b"\n"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, input=typed, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b"Assistant:") == 2  # the first turn and the third
+    assert done.stderr.count(b"error: this line: ") == 1 and b"Traceback" not in done.stderr
+    done = subprocess.run([*command[:-1], b"--prompt=\xff"], cwd=ROOT, capture_output=True, env=env)
+    assert done.returncode == 1 and done.stderr.startswith(b"error: --prompt: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_second_batch_with_other_settings_is_refused_by_name(saved, model, tmp_path):
+    rows, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    helpers.write(rows, {"prompt": "1"}, {"prompt": "2"}, {"prompt": "3"})
+    other = tmp_path / "other.pth"
+    helpers.random_model("x070", 1, n_layer=2, n_embd=64, vocab_size=257).save_pretrained(other)
+    _, state = engine.prefill(model, [[4, 5]])
+    weights.write_state(state, tmp_path / "s.pth")
+
+    def run(*flags, path=saved, tokenizer="bytes"):
+        flags = (f"--model={path}", f"--tokenizer={tokenizer}", "--device=cpu", *flags)
+        flags = (str(rows), str(out), "--max_new_tokens=4", "--temperature=0", *flags)
+        sample.batch(read_flags(sample.BatchConfig, flags))
+        return out.read_bytes()
+
+    whole = run()
+    assert run() == whole == run("--batch_size=1")
+    for key, flags in (
+        ("model", dict(path=other)),
+        ("tokenizer", dict(tokenizer="integers:200")),
+        ("state", [f"--state={tmp_path / 's.pth'}"]),
+        ("temperature", ["--temperature=1.0"]),
+        ("max_new_tokens", ["--max_new_tokens=5"]),
+        ("stop", ["--stop=x"]),
+        ("seed", ["--seed=3"]),
+        ("logprobs", ["--logprobs"]),
+    ):
+        with pytest.raises(UserError, match=f"was made with {key}=.*, and this is {key}="):
+            run(**flags) if isinstance(flags, dict) else run(*flags)
+        assert out.read_bytes() == whole
+    (tmp_path / "out.jsonl.json").unlink()  # as written by an earlier version
+    out.write_bytes(whole[: whole.index(b"\n") + 1])
+    assert run() == whole
+    out.unlink()  # begun anew, with other settings
+    assert run("--temperature=1.0", "--seed=1") != whole and run("--temperature=1.0", "--seed=1")
+
+
+def test_half_a_character_in_any_column_is_a_line_with_its_place(saved, tmp_path):
+    rows = tmp_path / "in.jsonl"
+    for bad in ('{"prompt": "b", "note": "\\ud83d"}', '{"prompt": "\\ud83d"}'):
+        helpers.write(rows, {"prompt": "a"}, bad)
+        with pytest.raises(UserError, match="in.jsonl:2: not UTF-8 text"):
+            sample.read_prompts(rows, load_tokenizer("bytes"))

@@ -799,6 +799,11 @@ def test_the_configs_hold_stages_that_exist(name):
         self_reward.chosen_stages(dataclasses.replace(cfg, recipe="dpo", stages={"a": []}))
 
 
+def written(folder):
+    """Bytes of the lines that a run has written."""
+    return sum(path.stat().st_size for path in folder.rglob("*.jsonl"))
+
+
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_it_ends_where_it_would(base, tmp_path):
     """SIGKILL ten times, in sampling, judging and training: the same pairs and weights."""
@@ -809,15 +814,16 @@ def test_killed_at_ten_random_moments_it_ends_where_it_would(base, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     path = config_file(base, tmp_path, tmp_path / "whole", longer)
     command = [sys.executable, "self_reward.py", str(path)]
-    start = time.time()
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
-    seconds, n_kills, rng = time.time() - start, 0, random.Random(0)
+    all_bytes, n_kills, rng = written(tmp_path / "whole"), 0, random.Random(0)
     config_file(base, tmp_path, tmp_path / "parts", longer)
     piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while True:
         process = subprocess.Popen(command, cwd=ROOT, env=env, **piped)
-        if n_kills < 10:
-            time.sleep(rng.uniform(0.2, 0.6) * seconds)
+        if n_kills < 10:  # at moments of the work, whatever the load of the machine
+            until = written(tmp_path / "parts") + rng.uniform(0.01, 0.1) * all_bytes
+            while process.poll() is None and written(tmp_path / "parts") < until:
+                time.sleep(0.02)
             process.send_signal(signal.SIGKILL)
         _, errors = process.communicate(timeout=600)
         if process.returncode == 0:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+import re
 
 import pytest
 import tokenizers
@@ -11,7 +12,15 @@ from tokenizers import models, pre_tokenizers
 from gosling import tokenizer as tokenizer_module
 from gosling.config import UserError
 from gosling.data import render_chat
-from gosling.tokenizer import VocabTokenizer, load_tokenizer, parse_vocab, train_bpe
+from gosling.token_files import TokenFile, TokenFileWriter, tokenizer_of_data
+from gosling.tokenizer import (
+    VocabTokenizer,
+    agree,
+    load_tokenizer,
+    parse_vocab,
+    tokenizer_of,
+    train_bpe,
+)
 
 TEXTS = [
     "",
@@ -260,6 +269,149 @@ def test_folders_and_names(tmp_path):
     for name in ("world", "bytes", "integers:7"):
         assert load_tokenizer(name).save(tmp_path / "none") == name
     assert not (tmp_path / "none").exists()
+
+
+# ---- agreeing by content, losing nothing, the token that ends a document
+
+
+def test_tokenizers_agree_by_content(bpe, tmp_path):
+    bpe.save(tmp_path / "a")
+    bpe.save(tmp_path / "b", "data.")
+    same = load_tokenizer(tmp_path / "a"), load_tokenizer(tmp_path / "b/data.tokenizer.json")
+    agree({"one": same[0], "unknown": None, "other": same[1]})
+    other = train_bpe(["another text of the same size\n" * 2000], 300)
+    assert other.vocab_size == bpe.vocab_size
+    with pytest.raises(UserError, match=r"data_val has the tokenizer .*, data_train has"):
+        agree({"data_train": bpe, "data_val": other})
+    lines = "".join(f"{i + 1} {bytes([i])!r} 1\n" for i in range(256))
+    (tmp_path / "v.txt").write_text(lines)
+    assert load_tokenizer(tmp_path / "v.txt").digest == load_tokenizer("bytes").digest
+    names = ("bytes", "world", "integers:255", "integers:254")
+    assert len({load_tokenizer(name).digest for name in names}) == 4
+
+
+def test_the_models_folder_and_the_flag_agree(bpe, tmp_path):
+    bpe.save(tmp_path)
+    config = {"tokenizer": "tokenizer.json", "tokenizer_digest": bpe.digest}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights, file = tmp_path / "rwkv-final.pth", tmp_path / "tokenizer.json"
+    assert tokenizer_of(weights, 300).digest == bpe.digest
+    assert tokenizer_of(weights, 300, str(file)).digest == bpe.digest
+    with pytest.raises(UserError, match=r"--tokenizer=bytes has the tokenizer bytes, .*final\.pth"):
+        tokenizer_of(weights, 300, "bytes")
+    other = train_bpe(["another text of the same size\n" * 2000], 300)
+    file.write_text(other.text)
+    with pytest.raises(UserError, match=r"is not the tokenizer that \S+config\.json was written"):
+        tokenizer_of(weights, 300)
+    file.unlink()  # a record that cannot be read does not stand in the way of a flag
+    assert tokenizer_of(weights, 300, "bytes").name == "bytes"
+
+
+@pytest.mark.parametrize("config", ['{"architectures": ["RWKV7ForCausalLM"]}', "{}", "[1]"])
+def test_another_programs_config_beside_an_official_file(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    assert tokenizer_of(tmp_path / "m.pth", 65536).name == "world"
+    with pytest.raises(UserError, match="vocabulary of 300 and no config.json"):
+        tokenizer_of(tmp_path / "m.pth", 300)
+
+
+def token_file(prefix, tokenizer, **about):
+    """A token file with its tokenizer beside it."""
+    with TokenFileWriter(prefix, "u2") as writer:
+        writer.add([1, 2, 0])
+    name = tokenizer.save(prefix.parent, f"{prefix.name}.")
+    prefix.with_suffix(".json").write_text(json.dumps({"tokenizer": name, **about}))
+    return TokenFile(prefix)
+
+
+def test_data_model_and_flag_agree_by_content(bpe, tmp_path):
+    other = train_bpe(["another text of the same size\n" * 2000], 300)
+    a, b = token_file(tmp_path / "a", bpe), token_file(tmp_path / "b", other)
+    assert tokenizer_of_data([a, a], str(tmp_path / "a.tokenizer.json")).digest == bpe.digest
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"tokenizer": "bytes"}')
+    for files, more, words in (
+        ([a, b], {}, r"/b has the tokenizer .*/a has"),
+        ([a], dict(name="world"), r"/a has the tokenizer .*--tokenizer=world has world"),
+        ([a], dict(weights=tmp_path / "m.pth", vocab_size=65536), r"m\.pth has .* world"),
+        ([a], dict(weights=tmp_path / "run/m.pth", vocab_size=300), r"m\.pth has .* bytes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tokenizer_of_data(files, **more)
+    bare = dict(weights=tmp_path / "m.pth", vocab_size=300)
+    assert tokenizer_of_data([a], **bare).digest == bpe.digest
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(UserError, match="a has no note of its tokenizer beside it"):
+        tokenizer_of_data([TokenFile(tmp_path / "a")])
+    assert tokenizer_of_data([TokenFile(tmp_path / "a")], "bytes").name == "bytes"
+
+
+def test_a_token_files_tokenizer_is_the_one_it_was_made_with(bpe, tmp_path):
+    file = token_file(tmp_path / "a", bpe, tokenizer_digest=bpe.digest)
+    assert file.tokenizer().digest == bpe.digest
+    other = train_bpe(["another text of the same size\n" * 2000], 300)
+    other.save(tmp_path, "a.")
+    with pytest.raises(UserError, match=r"is not the tokenizer that \S+a\.json was written with"):
+        file.tokenizer()
+
+
+def save_hub(path, model, pre_tokenizer=None):
+    hub = tokenizers.Tokenizer(model)
+    if pre_tokenizer:
+        hub.pre_tokenizer = pre_tokenizer
+    hub.save(str(path))
+    return load_tokenizer(path)
+
+
+def test_what_loses_characters_is_refused_with_the_character(bpe, tmp_path):
+    path = tmp_path / "t.json"
+    letters = {"</s>": 0, "<unk>": 1, **{c: i for i, c in enumerate("abcdef ", 2)}}
+    words = {"</s>": 0, "<unk>": 1, "p:3c:f": 2, "t10": 3}
+    pieces = [("</s>", 0.0), ("<unk>", -9.0), *((c, -2.0) for c in "abcdef ")]
+    cases = [
+        (models.BPE(letters, []), None, "abé c", "'é' (U+00E9)"),
+        (models.BPE(letters, []), None, "ab\ncé", "'\\n' (U+000A)"),
+        (models.BPE(letters, [], unk_token="<unk>"), None, "ab 😀", "'😀' (U+1F600)"),
+        (models.Unigram(pieces, 1), None, "feed Z", "'Z' (U+005A)"),
+        (models.WordLevel(words, "<unk>"), pre_tokenizers.WhitespaceSplit(), "t10 t9", "'t9'"),
+    ]
+    for model, cut, text, lost in cases:
+        t = save_hub(path, model, cut)
+        for encode in (t.encode, lambda text, t=t: t.encode_batch(["t10" if cut else "a", text])):
+            with pytest.raises(UserError, match=re.escape(f"has no token for {lost}")):
+                encode(text)
+    assert t.encode("t10\n p:3c:f  <unk>") == [3, 2, 1]  # white space keeps words apart
+    assert save_hub(path, models.BPE(letters, [])).encode("a bed") == [2, 8, 3, 6, 5]
+    # what has every byte loses nothing, and is not looked at twice
+    fallback = {"</s>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
+    held = save_hub(path, models.BPE(fallback, [], byte_fallback=True))
+    assert held.holds_all and len(held.encode("é😀")) == 6
+    assert bpe.holds_all and not t.holds_all
+
+
+def test_half_a_surrogate_pair_is_the_same_error_in_every_tokenizer(bpe, world):
+    for t in (bpe, world, load_tokenizer("bytes")):
+        with pytest.raises(UnicodeEncodeError):
+            t.encode("a\ud800")
+
+
+def test_the_token_that_ends_a_document_can_be_named(bpe, tmp_path):
+    path = tmp_path / "t.json"
+    vocab = {"<pad>": 0, "a": 1, "<end>": 2}
+    with pytest.raises(UserError, match=r"t\.json has no token that ends .*--end_token=TOKEN"):
+        save_hub(path, models.WordLevel(vocab, "<pad>"), pre_tokenizers.WhitespaceSplit())
+    t = load_tokenizer(path, end_token="<end>")
+    assert t.end_id == 2 and t.encode("a") == [1]
+    t.save(tmp_path / "run")  # its file says it from then on
+    again = load_tokenizer(tmp_path / "run")
+    assert (again.end_id, again.digest) == (2, t.digest)
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "run/tokenizer.json")).encode("a").ids
+    bpe.save(tmp_path / "b")
+    named = load_tokenizer(tmp_path / "b/tokenizer.json", end_token="a")
+    assert named.end_id == bpe.encode("a")[0] and named.digest != bpe.digest
+    for name, words in ((path, "'zzz' is no token of"), ("world", "is for a tokenizer.json")):
+        with pytest.raises(UserError, match=words):
+            load_tokenizer(name, end_token="zzz")
 
 
 # ---- chat

@@ -77,10 +77,14 @@ def stepper(version, weights, sizes):
     pointers = (ctypes.c_void_p * len(weights))(*[w.data_ptr() for w in weights])
 
     def step(ids, state):
+        if ids.dim() != 1 or ids.dtype != torch.int64:
+            raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}, expected int64 [M]")
         logits, shape = torch.empty(len(ids), c.vocab_size), (c.n_layer, len(ids), c.n_embd)
         ids, shifts = ids.contiguous(), [state["att_shift"], state["ffn_shift"]]
+        heads = (*shape[:2], c.n_embd // c.head_size, c.head_size, c.head_size)
         if (
-            state["wkv"].shape[:2] != shape[:2]
+            state["wkv"].shape != heads
+            or state["wkv"].dtype != torch.float32
             or any(x.shape != shape or x.dtype != dtype for x in shifts)
             or not all(x.is_contiguous() for x in (state["wkv"], *shifts))
         ):
@@ -118,9 +122,21 @@ def fits(x):
     )
 
 
+def check_like(x, others, shape):
+    """ValueError for the first that is not of this shape, or not of x's dtype and device."""
+    for other in others:
+        if other.shape != shape or other.dtype != x.dtype or other.device != x.device:
+            raise ValueError(
+                f"mix: {other.dtype} {tuple(other.shape)} on {other.device}, expected {x.dtype} "
+                f"{tuple(shape)} on {x.device}"
+            )
+
+
 def mix(x, before, weights, grads=()):
     """[x + (before - x) m for m in weights], x and before [.., C]; or with their gradients, those
     of x, before and each m."""
+    check_like(x, (before, *grads), x.shape)
+    check_like(x, [m.flatten() for m in weights], x.shape[-1:])
     outs = (
         [torch.empty_like(x) for x in (x, before, *weights)]
         if grads
@@ -142,6 +158,12 @@ def score_rows(z, targets, temperature, scores=None, grads=None, l2wrap=0.0):
     None, and z as it was, if that is not to be had."""
     if not fits(z):
         return None
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype}, expected int64")
+    per_row = [targets, *(scores or ()), *(grads or ())]
+    if any(x is not None and x.shape != z.shape[:1] for x in per_row):
+        shapes = [None if x is None else tuple(x.shape) for x in per_row]
+        raise ValueError(f"{len(z)} rows of logits, but targets and scores of {shapes}")
     out = scores or [
         torch.empty(len(z), dtype=torch.bool if i == 2 else torch.float32) for i in range(4)
     ]

@@ -1,0 +1,174 @@
+"""Files in Hugging Face's forms: shards, flash-linear-attention's names, PEFT's adapters.
+
+read_weights of gosling/weights.py reads them through this; export.py writes a folder.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+from gosling.config import UserError
+from gosling.files import read_json
+from model import RWKV, RWKVConfig
+
+SHARD = re.compile(r"(.+-)(\d+)(-of-)(\d+)(\.safetensors)")  # model-00001-of-00002.safetensors
+IN_FOLDERS = ("model.safetensors", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def files_of(path):
+    """The files that hold the tensors of a file, of a folder, or of all that a shard belongs to."""
+    path = Path(path)
+    if path.name == "model.safetensors.index.json":
+        path = path.parent
+    if path.is_dir():
+        path = in_folder(path)
+    shard = SHARD.fullmatch(path.name)
+    if not shard:
+        return [path]
+    start, _, of, n, suffix = shard.groups()
+    files = [
+        path.with_name(f"{start}{number:0{len(n)}}{of}{n}{suffix}")
+        for number in range(1, int(n) + 1)
+    ]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} does not exist; the weights lie in {n} files, give them all")
+    return files
+
+
+def in_folder(folder):
+    """The file of a Hugging Face folder that holds the tensors, or the first of its shards."""
+    shards = sorted(file for file in folder.iterdir() if SHARD.fullmatch(file.name))
+    for file in [*(folder / name for name in IN_FOLDERS), *shards]:
+        if file.is_file():
+            return file
+    found = sorted(file for file in folder.iterdir() if file.suffix in (".pth", ".safetensors"))
+    names = ", ".join(str(file) for file in found[:4]) or "there is none in it"
+    raise UserError(f"{folder} is a folder without model.safetensors; give a file of it: {names}")
+
+
+def folder_of(path):
+    """The folder that a file lies in; a folder itself."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def official(weights, path):
+    """{name: tensor} of a file -> the same under our names: fla's RWKV-7 and PEFT's adapters.
+
+    Weights that are neither are given back as they are.
+    """
+    if any(name.startswith("model.layers.") for name in weights):
+        return from_fla(weights, folder_of(path) / "config.json")
+    if any(name.startswith("base_model.model.") for name in weights):
+        return {peft_name(name): w for name, w in weights.items()}
+    return weights
+
+
+# ----------------------------------------------------------------------------------------------
+# flash-linear-attention's RWKV-7
+
+# What every RWKV-7 has and our network has built in: written to config.json, and demanded of one
+# that is read. fla's head norm has eps = head_dim * norm_eps, RWKV's is 64e-5 always: the same for
+# heads of 64 alone.
+FIXED = dict(
+    model_type="rwkv7",
+    head_dim=64,
+    hidden_act="sqrelu",
+    norm_first=True,
+    norm_bias=True,
+    norm_eps=1e-5,
+    attn=None,
+    tie_word_embeddings=False,
+)
+RENAMED = {
+    "emb": "model.embeddings",
+    "ln_out": "model.norm",
+    "head": "lm_head",
+    "ln0": "pre_norm",
+    "ln1": "attn_norm",
+    "ln2": "ffn_norm",
+    "att.receptance": "attn.r_proj",
+    "att.key": "attn.k_proj",
+    "att.value": "attn.v_proj",
+    "att.output": "attn.o_proj",
+    "att.ln_x": "attn.g_norm",
+}
+LOW_RANK = {"0": "2.bias", "1": "0.weight", "2": "2.weight"}  # of w0, w1, w2 in fla's Sequential
+
+
+def fla_name(name):
+    """Official name -> (fla's, transposed?).
+
+    Low-rank pairs are [in, rank] here, Linear layers [rank, in] there, and what is added to them is
+    the second one's bias.
+    """
+    layer, rest = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", name).groups()
+    prefix = f"model.layers.{layer}." if layer else ""
+    pair = re.fullmatch(r"att\.([wavg])([012])", rest)
+    if pair:
+        return f"{prefix}attn.{pair[1]}_lora.lora.{LOW_RANK[pair[2]]}", pair[2] != "0"
+    module, _, leaf = rest.rpartition(".")
+    return f"{prefix}{RENAMED.get(module, module.replace('att', 'attn'))}.{leaf}", False
+
+
+def from_fla(theirs, config_file):
+    """{fla's name: tensor}, which is emptied -> {official name: tensor}, vectors as [C].
+
+    What has no official name keeps its own. UserError where config.json is of another network.
+    """
+    config = read_json(config_file)
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise UserError(
+                f"{config_file}: {key} is {config.get(key)!r}, expected {value!r}: "
+                "a folder of fla's RWKV-7, as export.py hub writes it"
+            )
+    layers, weights = {name.split(".")[2] for name in theirs if name.startswith("model.l")}, {}
+    with torch.device("meta"):
+        any_sizes = RWKV(RWKVConfig("x070", len(layers), 64, 1))  # for the names alone
+    for name, _ in any_sizes.named_parameters():
+        new_name, transposed = fla_name(name)
+        if new_name in theirs:
+            w = theirs.pop(new_name)
+            weights[name] = w.T.contiguous() if transposed else w
+    return weights | theirs
+
+
+# ----------------------------------------------------------------------------------------------
+# PEFT's adapters, as RWKV-PEFT saves them
+
+
+def peft_name(name):
+    """base_model.model.blocks.0.att.key.lora_A.weight -> blocks.0.att.key.lora_A"""
+    name = name.removeprefix("base_model.model.")
+    return re.sub(r"\.(lora_[AB])(\.default)?\.weight$", r".\1", name)
+
+
+def peft_settings(path):
+    """What adapter_config.json in the folder of an adapter says: {str: str}; {} if there is none.
+
+    UserError for a kind of adapter that W + scale B A is not.
+    """
+    file = folder_of(path) / "adapter_config.json"
+    config = read_json(file)
+    if not config:
+        return {}
+    start = config.get("init_lora_weights", True)
+    other_base = isinstance(start, str) and start not in ("true", "gaussian", "orthogonal", "eva")
+    refused = {
+        "peft_type": config.get("peft_type", "LORA") != "LORA",
+        "use_dora": config.get("use_dora"),
+        "use_qalora": config.get("use_qalora"),
+        "alpha_pattern": config.get("alpha_pattern"),
+        "init_lora_weights": other_base,  # PiSSA and its like change the base, too
+    }
+    for key, is_refused in refused.items():
+        if is_refused:
+            raise UserError(
+                f"{file}: {key} is {config[key]!r}, which is not read; merge it with PEFT's own "
+                "merge_and_unload, and give that file"
+            )
+    about = {"alpha": config.get("lora_alpha"), "rslora": bool(config.get("use_rslora"))}
+    about["model"] = config.get("base_model_name_or_path")
+    return {key: str(value) for key, value in about.items() if value is not None}

@@ -1,0 +1,369 @@
+"""Weights, adapters and states as others bring them: what a file says of itself counts."""
+
+import copy
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import RANKS, random_model
+from safetensors.torch import load_file, save_file
+
+import export
+from gosling.config import UserError
+from gosling.runs import Run
+from gosling.tune import load_model, load_to_tune, load_tuned, write_tuned
+from gosling.weights import fingerprint, read_metadata, read_state, read_weights, write_state
+from model import RWKV
+
+IDX = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(1))
+
+
+@dataclass
+class Config:
+    """The fields that load_to_tune reads, with the defaults of the training scripts."""
+
+    init_from: str
+    adapter: str = ""
+    tune: str = "lora"
+    lora_r: int = 32
+    lora_alpha: float = 64.0
+    lora_dropout: float = 0.0
+    lora_rslora: bool = False
+    lora_targets: tuple = ()
+    lora_extra: tuple = ()
+    another_base: bool = False
+    seed: int = 0
+    grad_cp: bool = False
+
+
+RUN = Run(0, 1, torch.device("cpu"), torch.float32)
+
+
+def export_(*argv):
+    export.main([str(word) for word in argv])
+
+
+def logits(model, state=None):
+    with torch.no_grad():
+        return model.eval()(IDX, state)[0]
+
+
+def shake(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn_like(p)
+    return model
+
+
+@pytest.fixture
+def seven(tmp_path):
+    """A model, and a.pth of it."""
+    model = random_model("x070", **RANKS["x070"])
+    model.save_pretrained(tmp_path / "a.pth")
+    return model
+
+
+def adapter(model, folder, name="l", about=None, **options):
+    """A saved LoRA that matters -> (its path, the model with it on)."""
+    on = copy.deepcopy(model)
+    on.set_tune("lora", **options)
+    said = {"model": "a.pth", "fingerprint": fingerprint(model)} if about is None else about
+    return write_tuned(shake(on), folder, name, about=said), on
+
+
+def refused(words, path, **more):
+    with pytest.raises(UserError, match=words) as e:
+        RWKV.from_pretrained(path, **more)
+    assert "\n" not in str(e.value)
+
+
+# ----------------------------------------------------------------------------------------------
+# a whole network
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("ffn.s_emb.weight", "7a"), ("ffn.s_emb_x", "7a"), ("qkv.k_emb.weight", "7b")]
+)
+def test_deep_embed_is_called_by_its_name(name, kind, seven, tmp_path):
+    weights = {**seven.state_dict(), f"blocks.1.{name}": torch.zeros(320, 128)}
+    torch.save(weights, tmp_path / "deep.pth")
+    refused(rf"deep\.pth is an RWKV-{kind}: DeepEmbed .*not supported", tmp_path / "deep.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.uint8])
+def test_quantised_weights_are_refused_by_name(dtype, seven, tmp_path, capsys):
+    weights = dict(seven.state_dict())
+    weights["blocks.1.ffn.key.weight"] = weights["blocks.1.ffn.key.weight"].to(dtype)
+    torch.save(weights, tmp_path / "q.pth")
+    words = rf"blocks\.1\.ffn\.key\.weight is {str(dtype)[6:]}, expected float32"
+    refused(words, tmp_path / "q.pth")
+    export_("inspect", tmp_path / "q.pth")
+    assert f"odd: blocks.1.ffn.key.weight is {str(dtype)[6:]}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=words):
+        export_(
+            "convert", f"--model={tmp_path}/q.pth", f"--out={tmp_path}/b.pth", "--dtype=float32"
+        )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_numbers_are_refused_by_name(value, seven, tmp_path):
+    weights = seven.state_dict()
+    weights["blocks.2.att.value.weight"][3, 4:6] = value
+    torch.save(weights, tmp_path / "n.pth")
+    refused(r"n\.pth: blocks\.2\.att\.value\.weight has 2 values that are NaN", tmp_path / "n.pth")
+    path, _ = adapter(seven, tmp_path, r=2)
+    saved = load_file(path)
+    saved["blocks.1.att.key.lora_B"][0, 0] = value
+    save_file(saved, path, {"alpha": "64.0", "rslora": "False"})
+    with pytest.raises(UserError, match=r"blocks\.1\.att\.key\.lora_B has 1 values"):
+        load_to_tune(Config(str(tmp_path / "a.pth"), str(path)), RUN)
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_a_state_inside_is_the_initial_state(version, tmp_path):
+    model = random_model(version, **RANKS[version])
+    model.save_pretrained(tmp_path / "a.pth")
+    start = {**model.zero_state(1), "wkv": torch.randn(3, 1, 2, 64, 64)}
+    write_state(start, tmp_path / "s.pth")
+    export_(
+        "merge",
+        f"--model={tmp_path}/a.pth",
+        f"--state={tmp_path}/s.pth",
+        f"--out={tmp_path}/m.pth",
+    )
+    merged, want = RWKV.from_pretrained(tmp_path / "m.pth"), logits(model, start)
+    assert torch.equal(logits(merged), want)
+    assert (want - logits(model)).abs().max() > 1e-2
+    assert torch.equal(logits(load_model(tmp_path / "m.pth")[0]), want)
+    assert fingerprint(merged) == fingerprint(model)
+    merged.save_pretrained(tmp_path / "again.pth", torch.bfloat16)
+    again = read_weights(tmp_path / "again.pth")
+    assert torch.equal(again["blocks.2.att.time_state"], start["wkv"][2, 0])
+    for tune in ("full", "lora", "state"):  # it stays, frozen, or is what a tuned one starts from
+        merged.set_tune(tune)
+        assert torch.equal(logits(merged), want)
+        trained = [name for name, p in merged.named_parameters() if p.requires_grad]
+        assert any(name.startswith("tuned.") for name in trained) == (tune == "state")
+        with merged.reference():
+            expected = logits(model) if tune == "state" else want
+            assert torch.equal(logits(merged), expected)
+
+
+def test_a_state_inside_that_does_not_fit_is_named(tmp_path):
+    weights = random_model("x060").state_dict()
+    weights["blocks.0.att.time_state"] = torch.zeros(2, 64, 64)
+    torch.save(weights, tmp_path / "m.pth")
+    refused(r"blocks\.1\.att\.time_state is missing", tmp_path / "m.pth")
+
+
+# ----------------------------------------------------------------------------------------------
+# folders and shards
+
+
+def shards(weights, folder):
+    """Two shards and their index, as transformers writes them."""
+    folder.mkdir()
+    names, files = sorted(weights), ["model-00001-of-00002.safetensors"]
+    files.append("model-00002-of-00002.safetensors")
+    half = len(names) // 2
+    for file, some in zip(files, (names[:half], names[half:]), strict=True):
+        save_file({name: weights[name].contiguous() for name in some}, folder / file)
+    where = {name: files[names.index(name) >= half] for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+@pytest.mark.parametrize("names", ["ours", "fla's"])
+def test_shards_work_wherever_a_file_does(names, seven, tmp_path):
+    weights = dict(seven.state_dict())
+    if names == "fla's":
+        export_("hub", f"--model={tmp_path}/a.pth", f"--out={tmp_path}/one", "--tokenizer=bytes")
+        weights = load_file(tmp_path / "one/model.safetensors")
+    folder = shards(weights, tmp_path / "hub")
+    first = folder / "model-00001-of-00002.safetensors"
+    for path in (folder, first, folder / "model.safetensors.index.json"):
+        assert torch.equal(logits(RWKV.from_pretrained(path)), logits(seven))
+    model = load_to_tune(Config(str(folder), tune="full"), RUN)
+    assert torch.equal(logits(model), logits(seven))
+    export_("convert", f"--model={folder}", f"--out={tmp_path}/b.pth")
+    assert torch.equal(logits(RWKV.from_pretrained(tmp_path / "b.pth")), logits(seven))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refused(r"00002-of-00002\.safetensors does not exist; .* 00002 files", folder)
+
+
+def test_a_hub_folder_works_wherever_a_file_does(seven, tmp_path):
+    export_("hub", f"--model={tmp_path}/a.pth", f"--out={tmp_path}/hub", "--tokenizer=bytes")
+    for path in (tmp_path / "hub", tmp_path / "hub/model.safetensors"):
+        assert torch.equal(logits(RWKV.from_pretrained(path)), logits(seven))
+    assert fingerprint(RWKV.from_pretrained(tmp_path / "hub")) == fingerprint(seven)
+
+
+def test_a_folder_is_called_a_folder(seven, tmp_path):
+    refused(r"is a folder without model\.safetensors; give a file of it: .*a\.pth", tmp_path)
+    (tmp_path / "none").mkdir()
+    refused(r"none is a folder .* there is none in it", tmp_path / "none")
+    refused(r"nowhere does not exist", tmp_path / "nowhere")
+
+
+# ----------------------------------------------------------------------------------------------
+# LoRA
+
+
+@pytest.mark.parametrize("alpha, rslora", [(8.0, False), (6.0, True)])
+def test_a_lora_is_read_with_the_scale_it_was_trained_with(alpha, rslora, seven, tmp_path):
+    targets, extra = ("att.key", "ffn"), ("ln_out",)
+    path, on = adapter(
+        seven, tmp_path, r=8, alpha=alpha, rslora=rslora, targets=targets, extra=extra
+    )
+    cfg = Config(str(tmp_path / "a.pth"), str(path))
+    assert torch.equal(logits(load_to_tune(cfg, RUN)), logits(on))
+    assert (cfg.lora_r, cfg.lora_alpha, cfg.lora_rslora) == (8, alpha, rslora)
+    assert torch.equal(logits(load_model(path)[0]), logits(on))
+    agrees = dict(lora_r=8, lora_alpha=alpha, lora_targets=("ffn", "att.key"), lora_extra=("ln_o",))
+    model = load_to_tune(Config(str(tmp_path / "a.pth"), str(path), **agrees), RUN)
+    assert torch.equal(logits(model), logits(on))
+    with model.reference():
+        assert torch.equal(logits(model), logits(seven))
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        (dict(lora_alpha=32.0), r"lora_alpha=8\.0, and --lora_alpha=32\.0"),
+        (dict(lora_r=4), r"lora_r=8, and --lora_r=4"),
+        (dict(lora_rslora=True), r"lora_rslora=False, and --lora_rslora=True"),
+        (dict(lora_targets=("ffn",)), r"lora_targets=blocks.*, and --lora_targets=\('ffn',\)"),
+        (dict(lora_extra=("ln",)), r"lora_extra=none, and --lora_extra=\('ln',\)"),
+    ],
+)
+def test_a_flag_that_says_otherwise_names_both(flag, words, seven, tmp_path):
+    path, _ = adapter(seven, tmp_path, r=8, alpha=8.0)
+    with pytest.raises(UserError, match=words):
+        load_to_tune(Config(str(tmp_path / "a.pth"), str(path), **flag), RUN)
+
+
+def test_loading_into_another_scale_is_an_error(seven, tmp_path):
+    path, _ = adapter(seven, tmp_path, r=8, alpha=8.0)
+    seven.set_tune("lora", r=8)
+    with pytest.raises(UserError, match="trained with alpha 8, .* the model has alpha 64"):
+        load_tuned(seven, path)
+
+
+def test_a_lora_that_does_not_say_its_alpha_takes_the_flag(seven, tmp_path, capsys):
+    path, on = adapter(seven, tmp_path, r=8, alpha=16.0)
+    torch.save(load_file(path), tmp_path / "l.pth")
+    given = dict(adapter=str(tmp_path / "l.pth"), lora_alpha=16.0)
+    model = load_to_tune(Config(str(tmp_path / "a.pth"), **given), RUN)
+    assert torch.equal(logits(model), logits(on))
+    assert "does not say its alpha; lora_alpha=16 is taken" in capsys.readouterr().out
+
+
+def test_another_base_is_an_error_unless_it_is_meant(seven, tmp_path):
+    path, on = adapter(seven, tmp_path, r=8, alpha=8.0)
+    other = random_model("x070", seed=5, **RANKS["x070"])
+    other.save_pretrained(tmp_path / "other.pth")
+    words = r"was trained on a\.pth, and \S+other\.pth has other weights; .*--another_base"
+    with pytest.raises(UserError, match=words):
+        load_to_tune(Config(str(tmp_path / "other.pth"), str(path)), RUN)
+    load_to_tune(Config(str(tmp_path / "other.pth"), str(path), another_base=True), RUN)
+    merge = ["merge", f"--model={tmp_path}/other.pth", f"--out={tmp_path}/m.pth"]
+    with pytest.raises(UserError, match=words):
+        export_(*merge, f"--adapter={path}")
+    export_(*merge, f"--adapter={path}", "--another_base")
+    other.save_pretrained(tmp_path / "a.pth")  # the base that the file names is no longer the same
+    with pytest.raises(UserError, match="other weights"):
+        load_model(path)
+    load_model(path, another_base=True)
+    # a state, too
+    write_state(seven.zero_state(1), tmp_path / "s.pth", model="b.pth", fingerprint="00")
+    with pytest.raises(UserError, match=r"s\.pth was trained on b\.pth"):
+        load_to_tune(Config(str(tmp_path / "a.pth"), str(tmp_path / "s.pth"), "state"), RUN)
+    with pytest.raises(UserError, match=r"s\.pth was trained on b\.pth"):
+        export_(*merge, f"--state={tmp_path}/s.pth", "--overwrite")
+
+
+def test_merge_takes_the_files_scale_and_no_other(seven, tmp_path):
+    path, on = adapter(seven, tmp_path, r=8, alpha=8.0)
+    merge = ["merge", f"--model={tmp_path}/a.pth", f"--adapter={path}", f"--out={tmp_path}/m.pth"]
+    for flag, words in (("--alpha=64", "--alpha=64, but .* alpha 8"), ("--rslora", "rslora False")):
+        with pytest.raises(UserError, match=words):
+            export_(*merge, flag)
+    export_(*merge, "--alpha=8")
+    assert (logits(RWKV.from_pretrained(tmp_path / "m.pth")) - logits(on)).abs().max() < 1e-5
+
+
+def peft(path, folder, **settings):
+    """A LoRA of ours as PEFT writes one: its names, and adapter_config.json."""
+    folder.mkdir()
+    theirs = {}
+    for name, w in read_weights(path).items():
+        end = ".weight" if ".lora_" in name else ""
+        theirs[f"base_model.model.{name}{end}"] = w
+    save_file(theirs, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = dict(peft_type="LORA", r=8, lora_alpha=12, use_rslora=False, init_lora_weights=True)
+    config |= dict(base_model_name_or_path=None, use_dora=False, alpha_pattern={}, **settings)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_peft_adapter_is_read_and_merged(seven, tmp_path, capsys):
+    path, on = adapter(seven, tmp_path, r=8, alpha=12.0, extra=("ln_out",))
+    folder = peft(path, tmp_path / "theirs")
+    for number, given in enumerate((folder, folder / "adapter_model.safetensors")):
+        out = tmp_path / f"m{number}.pth"
+        export_("merge", f"--model={tmp_path}/a.pth", f"--adapter={given}", f"--out={out}")
+        assert (logits(RWKV.from_pretrained(out)) - logits(on)).abs().max() < 1e-5
+    model = load_to_tune(Config(str(tmp_path / "a.pth"), str(folder)), RUN)
+    assert torch.equal(logits(model), logits(on))
+    export_("inspect", folder)
+    assert "a LoRA of rank 8, alpha 12, rslora False" in capsys.readouterr().out
+    export_("convert", f"--model={folder}", f"--out={tmp_path}/ours.safetensors")
+    assert read_metadata(tmp_path / "ours.safetensors")["alpha"] == "12"
+    with pytest.raises(UserError, match="does not say which model .*export.py merge"):
+        load_model(folder)
+    # an older form: a .bin, which says its base
+    theirs = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(theirs, folder / "adapter_model.bin")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    base = {**config, "base_model_name_or_path": "../a.pth"}
+    (folder / "adapter_config.json").write_text(json.dumps(base))
+    assert torch.equal(logits(load_model(folder)[0]), logits(on))
+
+
+@pytest.mark.parametrize(
+    "setting", [dict(use_dora=True), dict(alpha_pattern={"att.key": 4}), dict(peft_type="LOHA")]
+)
+def test_a_peft_adapter_of_another_kind_is_refused(setting, seven, tmp_path):
+    path, _ = adapter(seven, tmp_path, r=8, alpha=12.0)
+    folder = peft(path, tmp_path / "theirs")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **setting}))
+    args = [f"--model={tmp_path}/a.pth", f"--adapter={folder}", f"--out={tmp_path}/m.pth"]
+    with pytest.raises(UserError, match=rf"{next(iter(setting))} is .* merge_and_unload"):
+        export_("merge", *args)
+
+
+# ----------------------------------------------------------------------------------------------
+# states
+
+
+def test_a_st_is_turned_wherever_a_state_is_read(seven, tmp_path):
+    start = {**seven.zero_state(1), "wkv": torch.randn(3, 1, 2, 64, 64).half().float()}
+    write_state(start, tmp_path / "s.pth")
+    to = [f"--state={tmp_path}/s.pth", f"--out={tmp_path}/s.st", "--to=web-rwkv"]
+    export_("state", *to)
+    stored = load_file(tmp_path / "s.st")["blocks.1.att.time_state"]
+    assert torch.equal(stored.float(), start["wkv"][1, 0].mT)  # [H, key, value], as web-rwkv has it
+    assert torch.equal(read_state(tmp_path / "s.st")[0]["wkv"], start["wkv"])
+    for number, flags in enumerate(([], ["--from=web-rwkv"])):
+        back = tmp_path / f"back{number}.pth"
+        export_("state", f"--state={tmp_path}/s.st", f"--out={back}", *flags)
+        assert torch.equal(read_state(back)[0]["wkv"], start["wkv"])
+    merge = ["merge", f"--model={tmp_path}/a.pth", f"--out={tmp_path}/m.pth"]
+    export_(*merge, f"--state={tmp_path}/s.st")
+    assert torch.equal(logits(RWKV.from_pretrained(tmp_path / "m.pth")), logits(seven, start))
+    model = load_to_tune(Config(str(tmp_path / "a.pth"), str(tmp_path / "s.st"), "state"), RUN)
+    assert torch.equal(logits(model), logits(seven, start))
