@@ -261,8 +261,9 @@ class TimeMix6(nn.Module):
         self.time_maa_x, self.time_maa_w, self.time_maa_k = vector(C), vector(C), vector(C)
         self.time_maa_v, self.time_maa_r, self.time_maa_g = vector(C), vector(C), vector(C)
         self.time_maa_w1, self.time_maa_w2 = matrix(C, 5 * c.mix_rank), matrix(5, c.mix_rank, C)
-        self.time_decay, self.time_faaaa = vector(C), matrix(self.H, self.N)  # time_faaaa: u
+        self.time_decay = vector(C)
         self.time_decay_w1, self.time_decay_w2 = matrix(C, c.decay_rank), matrix(c.decay_rank, C)
+        self.time_faaaa = matrix(self.H, self.N)  # u
         self.receptance, self.key, self.value = Linear(C, C), Linear(C, C), Linear(C, C)
         self.gate, self.output = Linear(C, C), Linear(C, C)
         self.ln_x = LayerNorm(C)

@@ -288,7 +288,8 @@ def claim(folder, settings, run):
 
 
 WRITTEN = re.compile(
-    r"(candidates|scores|pairs|eft|metrics)\.jsonl(\.ref\.pt)?|(done|config|stage)\.json|last\.pt|"
+    r"(candidates|scores|pairs|eft|metrics)\.jsonl(\.ref\.pt)?|(done|config|stage|run)\.json|"
+    r"last\.pt|"
     r"best\.\w+|(metrics|rewards)\.png|(rwkv|lora|state)-(\d+|final)\.\w+|tokenizer\.\w+|vocab\.txt"
 )
 
@@ -538,8 +539,8 @@ def measure(cfg, weights, run):
     an answer, "kl": to the start, nats an answer}; the last two by sampling."""
     (model, tokenizer), measured = load(weights, cfg, run), {}
     if cfg.eval_fn:
-        measured["eval"] = call(cfg.eval_fn, model, tokenizer)
-        measured["value"] = next(iter(measured["eval"].values()))
+        measured["eval"] = runs.call_eval_fn(cfg, model, tokenizer)
+        measured.update(("value", value) for value in list(measured["eval"].values())[:1])
     elif cfg.eval_data:
         plain = train_sft.Config()
         documents = read_examples(cfg.eval_data, tokenizer, plain.ctx_len)

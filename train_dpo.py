@@ -387,7 +387,7 @@ def main(cfg):
 
         # ---- optimiser; a new run, or on from last.pt
         opt = runs.make_optimizer(model, cfg, run)
-        same = runs.identity(cfg, model, ctx_len=cfg.ctx_len, pairs=len(pairs))
+        same = runs.identity(cfg, model, pairs=len(pairs))
         resumed = runs.resume(cfg, model, opt, same)
         first_step, best_loss = resumed.get("step", 0), resumed.get("best_loss", math.inf)
         waited = resumed.get("waited", 0)  # validations since the best one
@@ -449,7 +449,7 @@ def main(cfg):
                     metrics.progress(done, max_steps, loss, lr, grad_norm, NOT_SHOWN, **values)
                 out_of_patience = cfg.patience > 0 and waited >= cfg.patience
                 last_step = done if out_of_patience else max_steps
-                if cfg.patience and waited and done == last_step:
+                if best_loss < math.inf and waited and cfg.patience and done == last_step:
                     tune.load_best(model, cfg)
                     print0(
                         f"back to the best {cfg.watch}, {-best_loss:.4f}, {waited} validations ago"

@@ -485,14 +485,7 @@ def main(cfg):
 
         # ---- optimiser; a new run, or on from last.pt
         opt = runs.make_optimizer(model, cfg, run)
-        same = runs.identity(
-            cfg,
-            model,
-            prompts=len(prompts),
-            num_generations=cfg.num_generations,
-            steps_per_generation=cfg.steps_per_generation,
-            num_iterations=cfg.num_iterations,
-        )
+        same = runs.identity(cfg, model, prompts=len(prompts))
         resumed = runs.resume(cfg, model, opt, same)
         first_step, best_loss = resumed.get("step", 0), resumed.get("best_loss", math.inf)
         cursor, groups = resumed.get("cursor", 0), resumed.get("groups", [])
@@ -598,7 +591,10 @@ def main(cfg):
                     groups = []  # used up
                 largest_gap = max(runs.gather([float(gaps.max()) if len(gaps) else 0.0]))
 
-                # ---- evaluate, log, save
+                # ---- save what trains, evaluate, log, save the run
+                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
+                if checkpoint:
+                    tune.save_tuned(model, cfg, run, checkpoint, about)
                 if done == max_steps or runs.due(done, cfg.eval_every):
                     at = dict(step=done, best_loss=best_loss, cursor=cursor, groups=groups)
                     with runs.saving_first(cfg, run, model, opt, same, **at):
@@ -616,9 +612,6 @@ def main(cfg):
                         **values,
                     }
                     metrics.progress(done, max_steps, loss, lr, grad_norm, not_shown, **values)
-                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
-                if checkpoint:
-                    tune.save_tuned(model, cfg, run, checkpoint, about)
                 if checkpoint or stop:
                     at = dict(step=done, best_loss=best_loss, cursor=cursor, groups=groups)
                     runs.save_last(cfg, run, model, opt, same, **at)

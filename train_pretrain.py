@@ -231,7 +231,7 @@ def main(cfg):
 
         # ---- optimiser; a new run, or on from last.pt
         opt = runs.make_optimizer(model, cfg, run)
-        same = runs.identity(cfg, model, order=cfg.order, ctx_len=cfg.ctx_len, tokens=len(tokens))
+        same = runs.identity(cfg, model, tokens=len(tokens))
         resumed = runs.resume(cfg, model, opt, same)
         first_step, best_loss = resumed.get("step", 0), resumed.get("best_loss", math.inf)
         metrics = runs.open_run(cfg, run, model, tokenizer, first_step, max_steps)
@@ -261,15 +261,15 @@ def main(cfg):
                 done, values = step + 1, {}
                 metrics.tokens += tokens_per_step
 
-                # ---- evaluate, log, save
+                # ---- save what trains, evaluate, log, save the run
+                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
+                if checkpoint:
+                    tune.save_tuned(model, cfg, run, checkpoint)
                 if val_file and (done == max_steps or runs.due(done, cfg.eval_every)):
                     values = evaluate(model, val_file, cfg, run)
                     best_loss = tune.save_best(model, cfg, run, values["val_loss"], best_loss)
                 if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
                     metrics.progress(done, max_steps, loss, lr, grad_norm, **values)
-                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
-                if checkpoint:
-                    tune.save_tuned(model, cfg, run, checkpoint)
                 if checkpoint or stop:
                     runs.save_last(cfg, run, model, opt, same, step=done, best_loss=best_loss)
                     metrics.plot("loss", "val_loss")

@@ -287,7 +287,7 @@ def main(cfg):
 
         # ---- optimiser; a new run, or on from last.pt
         opt = runs.make_optimizer(model, cfg, run)
-        same = runs.identity(cfg, model, ctx_len=cfg.ctx_len, prompts=len(rows))
+        same = runs.identity(cfg, model, prompts=len(rows))
         resumed = runs.resume(cfg, model, opt, same)
         first_step, best_loss = resumed.get("step", 0), resumed.get("best_loss", math.inf)
         metrics = runs.open_run(cfg, run, model, tokenizer, first_step, max_steps)
@@ -330,7 +330,10 @@ def main(cfg):
                 done, values = step + 1, {}
                 metrics.tokens += n_tokens
 
-                # ---- evaluate, log, save
+                # ---- save what trains, evaluate, log, save the run
+                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
+                if checkpoint:
+                    tune.save_tuned(model, cfg, run, checkpoint, about)
                 if done == max_steps or runs.due(done, cfg.eval_every):
                     at = dict(step=done, best_loss=best_loss)
                     with runs.saving_first(cfg, run, model, opt, same, **at):
@@ -341,9 +344,6 @@ def main(cfg):
                 if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
                     means = dict(accuracy=n_right / cfg.global_bsz, margin=margin / cfg.global_bsz)
                     metrics.progress(done, max_steps, loss, lr, grad_norm, **means, **values)
-                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
-                if checkpoint:
-                    tune.save_tuned(model, cfg, run, checkpoint, about)
                 if checkpoint or stop:
                     runs.save_last(cfg, run, model, opt, same, step=done, best_loss=best_loss)
                     metrics.plot("loss", "val_loss", "accuracy", "val_accuracy")

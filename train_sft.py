@@ -128,7 +128,8 @@ def main(cfg):
 
         # ---- optimiser; a new run, or on from last.pt
         opt = runs.make_optimizer(model, cfg, run)
-        same = runs.identity(cfg, model, ctx_len=cfg.ctx_len, documents=len(documents))
+        backward_len = cfg.chunk_len if cfg.bptt == "truncated" else 0  # tokens of a backward pass
+        same = runs.identity(cfg, model, documents=len(documents), backward_len=backward_len)
         resumed = runs.resume(cfg, model, opt, same)
         first_step, best_loss = resumed.get("step", 0), resumed.get("best_loss", math.inf)
         metrics = runs.open_run(cfg, run, model, tokenizer, first_step, max_steps)
@@ -142,7 +143,6 @@ def main(cfg):
 
         # ---- the loop
         layout = pack if cfg.packing else pad
-        backward_len = cfg.chunk_len if cfg.bptt == "truncated" else 0  # tokens of a backward pass
         wrapped, no_sync = runs.wrap(model, run)
         with runs.catch_signals() as signals:
             for step in range(first_step, max_steps):
@@ -174,7 +174,10 @@ def main(cfg):
                 done, values = step + 1, {}
                 metrics.tokens += n_tokens
 
-                # ---- evaluate, log, save
+                # ---- save what trains, evaluate, log, save the run
+                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
+                if checkpoint:
+                    tune.save_tuned(model, cfg, run, checkpoint, about)
                 if done == max_steps or runs.due(done, cfg.eval_every):
                     at = dict(step=done, best_loss=best_loss)
                     with runs.saving_first(cfg, run, model, opt, same, **at):
@@ -185,9 +188,6 @@ def main(cfg):
                 if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
                     values = {"accuracy": accuracy, **values}
                     metrics.progress(done, max_steps, loss, lr, grad_norm, **values)
-                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
-                if checkpoint:
-                    tune.save_tuned(model, cfg, run, checkpoint, about)
                 if checkpoint or stop:
                     runs.save_last(cfg, run, model, opt, same, step=done, best_loss=best_loss)
                     metrics.plot("loss", "val_loss")

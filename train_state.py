@@ -322,7 +322,11 @@ def main(cfg):
                 done, values = step + 1, {}
                 metrics.tokens += n_tokens
 
-                # ---- evaluate, log, save
+                # ---- save what trains, evaluate, log, save the run
+                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
+                if checkpoint:
+                    for number, (task, about) in enumerate(abouts.items()):
+                        save_state(model, cfg, run, checkpoint, task, number, about)
                 if done == max_steps or runs.due(done, cfg.eval_every):
                     at = dict(step=done, best_losses=best_losses)
                     with runs.saving_first(cfg, run, model, opt, same, **at):
@@ -332,10 +336,6 @@ def main(cfg):
                     if len(tasks) > 1:
                         values.update({metric("loss", tasks[k]): losses[k] for k in present})
                     metrics.progress(done, max_steps, loss, lr, grad_norm, **values)
-                checkpoint = runs.checkpoint_name(cfg, done, max_steps)
-                if checkpoint:
-                    for number, (task, about) in enumerate(abouts.items()):
-                        save_state(model, cfg, run, checkpoint, task, number, about)
                 if checkpoint or stop:
                     at = dict(step=done, best_losses=best_losses)
                     runs.save_last(cfg, run, model, opt, same, **at)

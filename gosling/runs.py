@@ -39,6 +39,7 @@ class Run:
     world: int
     device: torch.device
     dtype: torch.dtype  # of activations and of frozen weights
+    wrappers: list = dataclasses.field(default_factory=list)  # DDP's, see wrap
 
     @property
     def main(self):
@@ -62,10 +63,15 @@ def processes(cfg):
         dist.init_process_group(backend, timeout=timedelta(hours=24))
     torch.manual_seed(cfg.seed)
     print0(describe_device(device, dtype, world))
+    run = Run(rank, world, device, dtype)
     try:
-        yield Run(rank, world, device, dtype)
+        yield run
     finally:
         if owns_group:
+            # The caller's frame still holds the wrapper, and that the group: a process that ends
+            # with both alive can hang.
+            for wrapper in run.wrappers:
+                vars(wrapper).clear()
             dist.destroy_process_group()
 
 
@@ -150,7 +156,7 @@ def all_reduce(x):
 
 def all_sum(*values):
     """Sum python numbers or scalar tensors over all processes; -> list of float, in float64."""
-    values = [torch.as_tensor(value).detach().cpu().double() for value in values]
+    values = [torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values]
     return all_reduce(torch.stack(values)).tolist()
 
 
@@ -169,6 +175,7 @@ def wrap(model, run):
         return model, contextlib.nullcontext
     device_ids = [run.device] if run.device.type == "cuda" else None
     wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+    run.wrappers.append(wrapped)
     return wrapped, wrapped.no_sync
 
 

@@ -319,7 +319,7 @@ def is_expected(stage, cfg):
 
 def n_trained(stage, cfg):
     """How many numbers its optimiser trains, from its log."""
-    groups = re.findall(r"tensors?, ([\d,]+) \(lr", log_text(stage, cfg))
+    groups = re.findall(r"tensors, ([\d,]+) parameters, lr", log_text(stage, cfg))
     return sum(int(n.replace(",", "")) for n in groups)
 
 

@@ -759,7 +759,7 @@ def broken(prompts, completions, **columns):
         (
             [stage("external_reward", reward=broken)],
             {},
-            "broken failed on prompt .*tell 17.*boo; .*scores.jsonl keeps what was done before",
+            "broken failed: ValueError: boo.*; .*scores.jsonl keeps what was done before",
         ),
         (
             [stage(max_completion_length=1, judge_max_tokens=2)],

@@ -529,7 +529,7 @@ def test_lora_goes_on_from_a_saved_adapter(base, tmp_path):
     assert rows(tmp_path / "b")[0]["val_loss"] == pytest.approx(
         rows(tmp_path / "a")[-1]["val_loss"], rel=1e-6
     )
-    with pytest.raises(UserError, match="another base or other settings.*lora_r"):
+    with pytest.raises(UserError, match="other settings.*lora_r=4, and --lora_r=8"):
         train_sft.main(
             tiny(
                 base,
