@@ -30,7 +30,7 @@ import torch
 import tyro
 
 from gosling.config import UserError, read_flags
-from gosling.files import read_json, write_json
+from gosling.files import write_json
 from gosling.hub import FIXED, fla_name
 from gosling.tokenizer import tokenizer_of
 from gosling.tune import shape_of
@@ -44,6 +44,7 @@ from gosling.weights import (
     read_state,
     read_weights,
     same_size,
+    state_description,
     state_names,
     state_shape,
     tensor_problems,
@@ -83,10 +84,7 @@ def cast(weights, dtype):
     """Every tensor of floats in `dtype` ("": as it is), in place; none may be NaN or infinite."""
     for name in list(weights):
         if weights[name].dtype not in FLOATS:
-            raise UserError(
-                f"{name} is {str(weights[name].dtype)[6:]}, expected float32, bfloat16 or float16: "
-                "quantised weights are not read"
-            )
+            raise UserError(wrong_numbers(name, weights[name]))
         if dtype:
             weights[name] = weights[name].to(getattr(torch, dtype))
         if not weights[name].isfinite().all():
@@ -155,7 +153,7 @@ def check_origin(weights, config, cfg):
     if cfg.adapter:
         abouts[cfg.adapter] = read_metadata(cfg.adapter)
     if cfg.state:
-        abouts[cfg.state] = read_json(Path(cfg.state).with_suffix(".json"))
+        abouts[cfg.state] = state_description(cfg.state)
     says = any("fingerprint" in about for about in abouts.values())
     if not says or tensor_problems(weights, expected_shapes(config, weights)):
         return  # what does not fit is named where it is merged
@@ -194,6 +192,10 @@ def merge_lora(weights, cfg):
             "a tuned state goes to --state"
         )
     alpha, rslora = scale_of(cfg, read_metadata(cfg.adapter))
+    for path, tensors in ((cfg.model, weights), (cfg.adapter, adapter)):
+        for name, w in tensors.items():
+            if w.dtype not in FLOATS:
+                raise UserError(f"{path}: {wrong_numbers(name, w)}")
     for name in sorted({re.sub(r"lora_[AB]$", "weight", name) for name in adapter}):
         if name == "score.weight":  # a reward model's head, which the base has not
             weights[name] = adapter[name]
@@ -288,7 +290,8 @@ def state(cfg):
         layers = value["wkv"][:, 0]  # [L, H, value, key]; writing a .st turns them
         weights = dict(zip(state_names(len(layers)), layers, strict=True))
         cast(weights, "float16")
-        write_weights(weights, cfg.out)
+        texts = {key: text for key, text in about.items() if isinstance(text, str)}
+        write_weights(weights, cfg.out, texts or None)
     L, _, H, N, _ = value["wkv"].shape
     print(f"{cfg.out}: a state of {L} layers, {H} heads of {N}, for {cfg.to}")
 
@@ -307,7 +310,8 @@ class HubConfig(Config):
 # reply with one of G1's prefixes.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
-    {%- set text = message['content'].strip().split('\\n') | select | join('\\n') %}
+    {%- set lines = message['content'].replace('\\r\\n', '\\n').strip().split('\\n') %}
+    {%- set text = lines | select | join('\\n') %}
     {%- if message['role'] not in ['system', 'user', 'assistant'] %}
         {{- raise_exception('a role is system, user or assistant, not ' + message['role']) }}
     {%- endif %}

@@ -1,16 +1,17 @@
 """Text, JSONL and integers to token files, and a look at data as training sees it.
 
 python prepare.py INPUT... --out=data/name --tokenizer=NAME --val=0.01
-    INPUT: text files, folders (every UTF-8 text file below, hidden ones left out), .jsonl with
-    {"text": "..."} lines, hf:DATASET:SPLIT with such rows, .npy integer arrays, or the word
-    stdlib: this Python's standard library. A text file is one document; so is a JSONL line, a
-    1-D array, a row of a 2-D array.
+    INPUT: text files, folders (every UTF-8 text file below, hidden ones left out), .jsonl and
+    .ndjson with {"text": "..."} lines, .json arrays of such rows, each also as .gz, .parquet and
+    hf:DATASET:SPLIT with a column "text", .npy integer arrays, or the word stdlib: this Python's
+    standard library. A text file is one document; so is a row, or a 1-D array. In a folder a .json
+    file is text.
     NAME: world, bytes, integers:359, bpe:4096 (trained here), or a file.
     Writes data/name_train and data/name_val, each .bin .idx .json, and beside them a tokenizer
     that is a file.
 python prepare.py inspect FILE          what a token file holds
 python prepare.py show CHATS.jsonl      a few conversations, what is trained in green
-python prepare.py pairs PREFS.jsonl     preferences: how many, how long, which answer is longer
+python prepare.py pairs PREFS.jsonl     a few preferences, green and red; which answer is longer
 """
 
 import collections
@@ -34,6 +35,7 @@ from gosling.config import Decay, UserError, read_flags
 from gosling.data import read_examples, read_jsonl, read_preferences
 from gosling.data import render_chat as render_chat  # DESIGN.md: importable from here
 from gosling.files import read_text, write_json
+from gosling.rows import holds_rows
 from gosling.token_files import TokenFile, TokenFileWriter
 from gosling.tokenizer import load_tokenizer, train_bpe
 
@@ -96,7 +98,8 @@ def read_documents(files, skip_bad, skipped):
 
 def read_file(path, named, skip_bad, skipped):
     """(where, text) of every document of one file."""
-    if str(path).startswith("hf:") or path.suffix == ".jsonl":
+    is_json = re.search(r"\.json(\.gz)?$", path.name, re.IGNORECASE)
+    if holds_rows(path) and (named or not is_json):
         shape = '{"text": "..."}; mend it, or leave such lines out with --skip_bad'
 
         def text_of(row):
@@ -287,42 +290,54 @@ class PairsConfig:
     file: tyro.conf.Positional[str]  # JSONL: conversations for show, preferences for pairs
     tokenizer: str = "world"  # name or file
     ctx_len: PositiveInt = 4096  # as in training: longer chats are cut, longer pairs dropped
+    n: PositiveInt = 3  # examples to print
+    skip_bad: bool = False  # leave out and count rows that cannot be read
 
 
 @dataclass
 class ShowConfig(PairsConfig):
-    n: PositiveInt = 3  # examples to print
     last_reply_only: bool = False  # train on each conversation's last reply alone
+
+
+def coloured(ids, tokenizer, colour):
+    """Text in an ANSI colour, with the document's end as "<end>"."""
+    end = ids[-1:] == [tokenizer.end_id]
+    text = tokenizer.decode(ids[:-1]) + "<end>" if end else tokenizer.decode(ids)
+    return f"\033[{colour}m{text}\033[0m"
 
 
 def show(cfg):
     """Print a few rendered examples, what is trained in green, what is only read in grey."""
     tokenizer = load_tokenizer(cfg.tokenizer)
-    examples = read_examples(cfg.file, tokenizer, cfg.ctx_len, last_reply_only=cfg.last_reply_only)
+    reading = dict(last_reply_only=cfg.last_reply_only, skip_bad=cfg.skip_bad)
+    examples = read_examples(cfg.file, tokenizer, cfg.ctx_len, **reading)
     for number, (ids, mask) in enumerate(examples[: cfg.n], 1):
         print(f"--- {number}: {len(ids)} tokens, {sum(mask[1:])} trained")
         start = 0
         for trained, group in itertools.groupby(mask):
             end = start + len(list(group))
-            colour = 32 if trained else 90
-            print(f"\033[{colour}m{decode(ids[start:end], tokenizer)}\033[0m", end="")
+            print(coloured(ids[start:end], tokenizer, 32 if trained else 90), end="")
             start = end
         print()
+    for form, n in examples.formats.items():
+        print(f"{n:,} rows of {' and '.join(form.keys)}: trained is {form.trained}")
     n_trained = sum(sum(mask[1:]) for _, mask in examples)
     n_tokens = sum(len(ids) for ids, _ in examples)
     print(f"{len(examples)} documents, {n_trained:,} of {n_tokens:,} tokens trained")
 
 
-def decode(ids, tokenizer):
-    """Text, with the document's end as "<end>"."""
-    if ids[-1] == tokenizer.end_id:
-        return tokenizer.decode(ids[:-1]) + "<end>"
-    return tokenizer.decode(ids)
-
-
 def pairs(cfg):
-    """Read preferences as training would, and print what they are."""
-    rows = read_preferences(cfg.file, load_tokenizer(cfg.tokenizer), cfg.ctx_len)
+    """Read preferences as training would; print a few, a pair's better answer in green and its
+    worse one in red, and what they are."""
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    rows = read_preferences(cfg.file, tokenizer, cfg.ctx_len, cfg.skip_bad)
+    for number, row in enumerate(rows[: cfg.n], 1):
+        print(f"--- {number}: {len(row.prompt)} tokens, margin {row.margin:g}")
+        print(coloured(row.prompt, tokenizer, 90))
+        marks = row.scores or ("chosen", "rejected")
+        colours = [33] * len(marks) if row.scores else [32, 31]  # scored answers in yellow
+        for mark, ids, colour in zip(marks, row.answers, colours, strict=True):
+            print(f"{mark}, {len(ids)} tokens:{coloured(ids, tokenizer, colour)}")
     prompts = [len(row.prompt) for row in rows]
     answers = [len(ids) for row in rows for ids in row.answers]
     lengths = np.array([[len(ids) for ids in row.answers] for row in rows if not row.scores])

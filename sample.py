@@ -30,6 +30,7 @@ from gosling.config import UserError, read_flags
 from gosling.data import read_jsonl, render_chat, render_prompt
 from gosling.engine import TURNS, Completion, generate, score_choices, stream
 from gosling.files import digest, read_json, read_text, whole_lines, write_json
+from gosling.rows import holds_rows
 from gosling.runs import pick_device
 
 __all__ = ["generate", "score_choices"]  # imported from here by code outside this repository
@@ -131,7 +132,7 @@ def read_prompts(path, tokenizer, column="prompt"):
             return [tokenizer.end_id], row
         return render_prompt(row[column], tokenizer), row
 
-    if Path(path).suffix == ".jsonl":
+    if holds_rows(path):
         return [prompt for _, prompt in read_jsonl(path, f'{{"{column}": "..."}}', render)]
     lines = [line.rstrip("\r") for line in read_text(path).split("\n")]
     return [render({column: line}) for line in lines if line.strip()]

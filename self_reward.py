@@ -83,6 +83,7 @@ class Config:
     # data and model
     prompts: str = ""  # JSONL of {"prompt": text or messages, columns …}, no prompt twice
     first_prompt: NonNegativeInt = 0  # where in that file a round begins
+    skip_bad: bool = False  # leave out and count rows that cannot be read
     max_prompts: PositiveInt | None = None  # at most so many of them; none = all that follow
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     init_from: str = ""  # weights to start from (.pth, .safetensors)
@@ -373,9 +374,9 @@ def candidates(cfg, folder, run, replies=""):
     """
     model, tokenizer = load(cfg.init_from, cfg, run)
     if replies:
-        prompts = read_replies(replies, tokenizer)
+        prompts = read_replies(replies, tokenizer, cfg.skip_bad)
     else:
-        prompts = read_prompts(cfg.prompts, tokenizer, unique=True)
+        prompts = read_prompts(cfg.prompts, tokenizer, unique=True, skip_bad=cfg.skip_bad)
     prompts = prompts[cfg.first_prompt :][: cfg.max_prompts]
     if not prompts:
         raise UserError(
@@ -543,11 +544,12 @@ def measure(cfg, weights, run):
         measured.update(("value", value) for value in list(measured["eval"].values())[:1])
     elif cfg.eval_data:
         plain = train_sft.Config()
-        documents = read_examples(cfg.eval_data, tokenizer, plain.ctx_len)
+        documents = read_examples(cfg.eval_data, tokenizer, plain.ctx_len, skip_bad=cfg.skip_bad)
         measured["eval"] = evaluate(model, documents, plain, run)
         measured["value"] = -measured["eval"]["val_loss"]
     if cfg.prompts:
-        prompts = [prompt_ids for prompt_ids, _ in read_prompts(cfg.prompts, tokenizer)[:64]]
+        rows = read_prompts(cfg.prompts, tokenizer, skip_bad=cfg.skip_bad)[:64]
+        prompts = [prompt_ids for prompt_ids, _ in rows]
         completions = engine.generate(
             model,
             prompts,

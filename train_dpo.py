@@ -61,6 +61,7 @@ class Config:
     # data and model
     data: str = "data/pairs.jsonl"  # training data, of the kind that the docstring says
     val_data: str = ""  # the same, held out, to validate on; empty = none
+    skip_bad: bool = False  # leave out and count rows that cannot be read
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     init_from: str = ""  # weights to start from (.pth, .safetensors)
     # loss
@@ -374,10 +375,10 @@ def main(cfg):
         about = tune.origin(cfg, model, tokenizer)
 
         # ---- data, and the reference's log-probabilities
-        pairs = read_preferences(cfg.data, tokenizer, cfg.ctx_len)
+        pairs = read_preferences(cfg.data, tokenizer, cfg.ctx_len, cfg.skip_bad)
         val_pairs = []
         if cfg.val_data:
-            val_pairs = read_preferences(cfg.val_data, tokenizer, cfg.ctx_len)
+            val_pairs = read_preferences(cfg.val_data, tokenizer, cfg.ctx_len, cfg.skip_bad)
         if any(pair.scores for pair in pairs + val_pairs):
             raise UserError(f"{cfg.data} has rows of scored answers; DPO wants chosen and rejected")
         max_steps, accumulation = runs.plan_steps(cfg, run, len(pairs))

@@ -69,6 +69,7 @@ class Config:
     # data and model
     data: str = "data/prompts.jsonl"  # training data, of the kind that the docstring says
     val_data: str = ""  # the same, held out, to validate on; empty = none
+    skip_bad: bool = False  # leave out and count rows that cannot be read
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     init_from: str = ""  # weights to start from (.pth, .safetensors)
     # rewards
@@ -475,8 +476,10 @@ def main(cfg):
 
         # ---- data
         longest = cfg.ctx_len - cfg.max_completion_length
-        prompts = read_prompts(cfg.data, tokenizer, longest)
-        val_prompts = read_prompts(cfg.val_data, tokenizer, longest) if cfg.val_data else []
+        prompts = read_prompts(cfg.data, tokenizer, longest, skip_bad=cfg.skip_bad)
+        val_prompts = []
+        if cfg.val_data:
+            val_prompts = read_prompts(cfg.val_data, tokenizer, longest, skip_bad=cfg.skip_bad)
         max_steps, accumulation = runs.plan_steps(cfg, run, len(prompts) * cfg.num_iterations)
         print0(
             f"data: {len(prompts):,} prompts; {max_steps:,} steps of {cfg.global_bsz} prompts x "

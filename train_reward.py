@@ -43,7 +43,7 @@ from torch.nn.utils import clip_grad_norm_
 from gosling import engine, runs, tune
 from gosling.batch import score_answers
 from gosling.config import Decay, UserError, load_config, print0
-from gosling.data import read_jsonl, read_preferences, render_answer
+from gosling.data import read_jsonl, read_preferences, render_answers
 from gosling.files import figure, write_jsonl
 from gosling.tokenizer import tokenizer_of
 
@@ -53,6 +53,7 @@ class Config:
     # data and model
     data: str = "data/pairs.jsonl"  # training data, of the kind that the docstring says
     val_data: str = ""  # the same, held out, to validate on; empty = none
+    skip_bad: bool = False  # leave out and count rows that cannot be read
     score: str = ""  # do not train: write this JSONL of prompts and completions with their scores
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     init_from: str = ""  # weights to start from (.pth, .safetensors)
@@ -114,11 +115,14 @@ def preference_loss(chosen, rejected, *, margin=None, center_coef=0.0):
 def ranking_loss(rewards, scores):
     """Plackett-Luce: rewards [K] of one prompt's answers, K scores that rank them -> loss.
 
-    Equal scores rank in file order.
+    Each answer is chosen from itself and all that score less, so equal scores teach nothing about
+    each other. Without ties this is the likelihood of the ranking.
     """
-    order = torch.as_tensor(scores).argsort(descending=True, stable=True)
-    r = rewards[order]  # best first
-    return (r.flip(0).logcumsumexp(0).flip(0) - r).sum()
+    scores = torch.as_tensor(scores, device=rewards.device)
+    itself = torch.eye(len(scores), dtype=torch.bool, device=rewards.device)
+    choices = itself | (scores < scores[:, None])  # [K, K]: row i has what answer i is chosen from
+    chosen_from = rewards.expand_as(choices).masked_fill(~choices, -math.inf)
+    return (chosen_from.logsumexp(1) - rewards).sum()
 
 
 def row_loss(rewards, row, cfg):
@@ -216,12 +220,11 @@ def render_completions(row, tokenizer):
         raise UserError(f'"completions" is a list; got {texts!r:.60}')
     if not texts:
         raise UserError(f"expected a completion; got the keys {sorted(row)}")
-    rendered = []
+    answers = []
     for text in texts:
-        if isinstance(text, dict) and "text" in text:  # of sample.py batch
-            text = text["text"]
-        rendered.append(render_answer(row.get("prompt"), text, tokenizer))
-    return rendered[0][0], [answer_ids for _, answer_ids in rendered]
+        is_sampled = isinstance(text, dict) and "text" in text  # of sample.py batch
+        answers.append(text["text"] if is_sampled else text)
+    return render_answers(row.get("prompt"), answers, tokenizer)
 
 
 @torch.no_grad()
@@ -273,10 +276,10 @@ def main(cfg):
         about = tune.origin(cfg, model, tokenizer)
 
         # ---- data
-        rows = read_preferences(cfg.data, tokenizer, cfg.ctx_len)
+        rows = read_preferences(cfg.data, tokenizer, cfg.ctx_len, cfg.skip_bad)
         val_rows = []
         if cfg.val_data:
-            val_rows = read_preferences(cfg.val_data, tokenizer, cfg.ctx_len)
+            val_rows = read_preferences(cfg.val_data, tokenizer, cfg.ctx_len, cfg.skip_bad)
         max_steps, accumulation = runs.plan_steps(cfg, run, len(rows))
         n_answers = sum(len(row.answers) for row in rows)
         epochs = max_steps * cfg.global_bsz / len(rows)

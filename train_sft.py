@@ -45,6 +45,7 @@ class Config:
     val_data: str = ""  # the same, held out, to validate on; empty = none
     template: Callable | None = None  # of your own: (row, tokenizer) -> (ids, mask)
     last_reply_only: bool = False  # train on each conversation's last reply alone
+    skip_bad: bool = False  # leave out and count rows that cannot be read
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     init_from: str = ""  # weights to start from (.pth, .safetensors)
     # what trains
@@ -113,7 +114,9 @@ def main(cfg):
         # ---- data
         if cfg.chunk_len and not cfg.packing:
             raise UserError("chunk_len needs packing")
-        reading = dict(template=cfg.template, last_reply_only=cfg.last_reply_only)
+        reading = dict(
+            template=cfg.template, last_reply_only=cfg.last_reply_only, skip_bad=cfg.skip_bad
+        )
         documents = read_examples(cfg.data, tokenizer, cfg.ctx_len, **reading)
         val_documents = []
         if cfg.val_data:

@@ -39,6 +39,7 @@ from gosling.batch import evaluate, pack
 from gosling.config import Decay, UserError, load_config, print0, show
 from gosling.data import read_examples
 from gosling.engine import prefill, show_answers
+from gosling.rows import ROWS, holds_rows
 from gosling.tokenizer import tokenizer_of
 from gosling.weights import fingerprint, from_pretrained, read_state
 from wkv_cuda import fused
@@ -51,6 +52,7 @@ class Config:
     val_data: str = ""  # the same, held out, to validate on; empty = none
     template: Callable | None = None  # of your own: (row, tokenizer) -> (ids, mask)
     last_reply_only: bool = False  # train on each conversation's last reply alone
+    skip_bad: bool = False  # leave out and count rows that cannot be read
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     init_from: str = ""  # weights to start from (.pth, .safetensors)
     # what trains
@@ -97,10 +99,16 @@ class Config:
 
 
 def find_tasks(path):
-    """A JSONL file, or a folder of them -> {task: file}; a single file's task is ""."""
+    """A file of rows, or a folder of them -> {task: file}; a single file's task is ""."""
     if not Path(path).is_dir():
         return {"": path}
-    files = {file.stem: str(file) for file in sorted(Path(path).glob("*.jsonl"))}
+    files = {}
+    for file in sorted(Path(path).iterdir()):
+        if file.is_file() and holds_rows(file):
+            task = ROWS.sub("", file.name)
+            if task in files:
+                raise UserError(f"{path}: two files are of one task, {files[task]} and {file}")
+            files[task] = str(file)
     if not files:
         raise UserError(f"{path} is a folder without .jsonl files; expected one file for each task")
     return files
@@ -157,17 +165,16 @@ def open_model(cfg, run):
 
 
 def read_data(tokenizer, cfg):
-    """-> (rows to train on [(ids, mask, number of the task), ...], {task: held-out [(ids, mask),
-    ...]} or {}, the tasks' names)"""
-    reading = dict(template=cfg.template, last_reply_only=cfg.last_reply_only)
+    """-> ({task: Documents to train on}, {task: held-out Documents} or {})"""
+    reading = dict(
+        template=cfg.template, last_reply_only=cfg.last_reply_only, skip_bad=cfg.skip_bad
+    )
     files, val_files = find_tasks(cfg.data), {}
     if cfg.val_data:
         val_files = find_tasks(cfg.val_data)
-    rows = []
-    for number, file in enumerate(files.values()):
-        documents = read_examples(file, tokenizer, cfg.ctx_len, **reading)
-        rows += [(ids, mask, number) for ids, mask in documents]
-    val_documents = {}
+    documents, val_documents = {}, {}
+    for task, file in files.items():
+        documents[task] = read_examples(file, tokenizer, cfg.ctx_len, **reading)
     for task, file in val_files.items():
         if task not in files:
             raise UserError(
@@ -175,7 +182,7 @@ def read_data(tokenizer, cfg):
                 "with the same names, or one file for each"
             )
         val_documents[task] = read_examples(file, tokenizer, cfg.ctx_len, **reading)
-    return rows, val_documents, list(files)
+    return documents, val_documents
 
 
 def make_states(model, tokenizer, cfg, n_tasks):
@@ -254,9 +261,11 @@ def main(cfg):
         model, tokenizer = open_model(cfg, run)
 
         # ---- data
-        rows, val_documents, tasks = read_data(tokenizer, cfg)
+        documents, val_documents = read_data(tokenizer, cfg)
+        tasks = list(documents)
+        rows = [(k, i) for k, task in enumerate(tasks) for i in range(len(documents[task]))]
         max_steps, accumulation = runs.plan_steps(cfg, run, len(rows))
-        n_trained = sum(count_targets(rows, len(tasks)))
+        n_trained = sum(sum(mask[1:]) for task in tasks for _, mask in documents[task])
         epochs = max_steps * cfg.global_bsz / len(rows)
         print0(
             f"data: {len(rows):,} documents of {len(tasks)} tasks, {n_trained:,} trained tokens; "
@@ -288,7 +297,8 @@ def main(cfg):
         with runs.catch_signals() as signals:
             for step in range(first_step, max_steps):
                 lr = runs.set_lr(opt, cfg, step, max_steps)
-                samples = [rows[i] for i in runs.samples_of(step, len(rows), cfg, run)]
+                numbers = runs.samples_of(step, len(rows), cfg, run)
+                samples = [(*documents[tasks[k]][i], k) for k, i in (rows[n] for n in numbers)]
                 n_tokens, *counts = runs.all_sum(
                     sum(len(ids) for ids, _, _ in samples), *count_targets(samples, len(tasks))
                 )

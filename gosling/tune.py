@@ -21,7 +21,7 @@ from gosling.weights import (
     base_of,
     base_weights,
     check_base,
-    check_finite,
+    check_numbers,
     from_pretrained,
     read_metadata,
     read_state,
@@ -342,7 +342,7 @@ def load_tuned(model, path):
             model.score.weight[0] = torch.tensor(about["score"])
         return
     saved = read_weights(path)
-    check_finite(saved, path)
+    check_numbers(saved, path)
     if model.tune == "lora":
         check_scale(model, path)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

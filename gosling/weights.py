@@ -187,8 +187,7 @@ def same_size(shape, other):
 
 
 def tensor_problems(weights, expected):
-    """A phrase for each tensor that is missing, of another size than in `expected`, or extra, or
-    that holds no floating point numbers, as quantised weights do.
+    """A phrase for each tensor that is missing, of another size than in `expected`, or extra.
 
     expected: {name: shape}. Layer 0's v0, v1, v2, which are never used, may be missing.
     """
@@ -198,27 +197,26 @@ def tensor_problems(weights, expected):
             problems.append(f"{name} is missing")
         elif name in weights and not same_size(weights[name].shape, shape):
             problems.append(f"{name} is {list(weights[name].shape)}, expected {list(shape)}")
-        elif name in weights and weights[name].dtype not in FLOATS:
-            dtype = str(weights[name].dtype)[6:]
-            problems.append(f"{name} is {dtype}, expected float32, bfloat16 or float16")
     extra = [name for name in weights if name not in expected]
     return problems + [f"{name} {list(weights[name].shape)} is extra" for name in extra]
 
 
 def wrong_numbers(name, w):
-    """What is wrong with a tensor's numbers, in words; "" if they are finite."""
-    if w.dtype in FLOATS and not w.isfinite().all():
-        n_wrong = int((~w.isfinite()).sum())
-        return f"{name} has {n_wrong:,} values that are NaN or infinite"
-    return ""
+    """What is wrong with a tensor's numbers, in words; "" if they are floating point and finite."""
+    if w.dtype not in FLOATS:
+        dtype = str(w.dtype)[6:]
+        return f"{name} is {dtype}, expected float32, bfloat16 or float16, not quantised weights"
+    if w.isfinite().all():
+        return ""
+    return f"{name} has {int((~w.isfinite()).sum()):,} values that are NaN or infinite"
 
 
-def check_finite(weights, path):
-    """UserError that names the first tensor with a number that is NaN or infinite."""
+def check_numbers(weights, path):
+    """UserError that names the first tensor with numbers that cannot be computed with."""
     for name, w in weights.items():
         problem = wrong_numbers(name, w)
         if problem:
-            raise UserError(f"{path}: {problem}; the file is damaged, or its training diverged")
+            raise UserError(f"{path}: {problem}; give a file of whole, finite weights")
 
 
 def from_pretrained(path, device="cpu", dtype=torch.float32, weights=None):
@@ -235,11 +233,10 @@ def from_pretrained(path, device="cpu", dtype=torch.float32, weights=None):
         more = " …" if len(problems) > 5 else ""
         raise UserError(
             f"{path}: read as {config.version} with {config.n_layer} layers of width "
-            f"{config.n_embd}, but {len(problems)} tensors are missing, misshapen or extra, or not "
-            f"floating point: {'; '.join(problems[:5])}{more}; is this a whole, unmodified model "
-            "file?"
+            f"{config.n_embd}, but {len(problems)} tensors are missing, misshapen or extra: "
+            f"{'; '.join(problems[:5])}{more}; is this a whole, unmodified model file?"
         )
-    check_finite(weights, path)
+    check_numbers(weights, path)
     model = empty_network(config, with_score="score.weight" in weights)
     layers = [weights.pop(name) for name in state_names(config.n_layer) if name in weights]
     for name, p in model.named_parameters():
@@ -392,7 +389,7 @@ def write_state(state, path, **about):
 
 
 def read_state(path, config=None):
-    """A state file -> (state [L, 1, ...], what the .json beside it says or {}).
+    """A state file -> (state [L, 1, ...], what it says of itself or {}).
 
     A .st is web-rwkv's orientation and is turned. With `config`, a UserError unless the state fits
     that network.
@@ -405,7 +402,7 @@ def read_state(path, config=None):
         expected = f"{config.n_layer} layers, {n_head} heads of {config.head_size}"
         if found != expected:
             raise UserError(f"{path} is a state of another model: {found}; this one has {expected}")
-    about = read_json(Path(path).with_suffix(".json"))
+    about = state_description(path)
     layers = [weights[name].float() for name in state_names(L)]
     state = {"wkv": torch.stack(layers)[:, None]}
     for key in ("att_shift", "ffn_shift"):
@@ -417,6 +414,11 @@ def read_state(path, config=None):
         if n_wrong:
             raise UserError(f"{path} has {n_wrong} values in {key} that are NaN or infinite")
     return state, about
+
+
+def state_description(path):
+    """What a state's file says of itself, in a .json beside it or inside a .st; {} if nothing."""
+    return read_json(Path(path).with_suffix(".json")) or read_metadata(path)
 
 
 def state_sizes(weights, path):

@@ -1,8 +1,10 @@
 """Corpora to token files: the bytes on disk by hand, splits, memory, and every bad input."""
 
+import gzip
 import json
 import lzma
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -713,10 +715,60 @@ def test_hugging_face_names_go_where_a_file_goes(hub):
         read_examples(f"hf:{hub}/chats:tset", tokenizer, 99)
 
 
+def test_slices_of_a_hugging_face_split_and_parquet(hub):
+    tokenizer = load_tokenizer("bytes")
+    name = f"hf:{hub}/texts:train"
+    assert len(read_examples(f"{name}[:3]", tokenizer, 99)) == 3
+    assert len(read_examples(f"{name}[20%:60%]", tokenizer, 99)) == 2
+    with pytest.raises(UserError, match="texts: expected hf:DATASET:SPLIT"):
+        read_examples(f"hf:{hub}/texts", tokenizer, 99)
+    import datasets
+
+    table = datasets.load_dataset(f"{hub}/texts", split="train")
+    table.to_parquet(hub / "rows.Parquet")
+    assert read_examples(hub / "rows.Parquet", tokenizer, 99) == read_examples(name, tokenizer, 99)
+    (hub / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="bad.parquet: (?!.*hf:DATASET)"):
+        read_examples(hub / "bad.parquet", tokenizer, 99)
+
+
+def test_files_of_rows_are_what_their_names_say(tmp_path):
+    rows = [{"text": f"row {i}"} for i in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    files = {
+        "a.jsonl": lines,
+        "b.JSONL": b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"),
+        "c.ndjson": lines,
+        "d.json": json.dumps(rows, indent=1).encode(),
+        "e.json": lines,  # lines in spite of the name
+        "f.JSON.GZ": gzip.compress(json.dumps(rows).encode()),
+        "g.jsonl.gz": gzip.compress(lines),
+    }
+    (tmp_path / "folder").mkdir()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        run(tmp_path / name, f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0")
+        _, documents = by_hand(tmp_path / "x_train")
+        assert documents == [b(row["text"]) + [0] for row in rows], name
+        examples = read_examples(tmp_path / name, load_tokenizer("bytes"), 99)
+        assert [ids for ids, _ in examples] == documents
+    (tmp_path / "folder" / "package.json").write_text('{"name": "x"}')  # text among others
+    (tmp_path / "folder" / "rows.ndjson").write_bytes(lines)
+    run(tmp_path / "folder", f"--out={tmp_path}/x", "--tokenizer=bytes", "--val=0")
+    assert by_hand(tmp_path / "x_train")[1][0] == b('{"name": "x"}') + [0]
+    assert len(by_hand(tmp_path / "x_train")[1]) == 4
+    (tmp_path / "h.json").write_text('[{"text": "good"}, {"text": 1}]')
+    with pytest.raises(UserError, match=r"h.json, row 1: got .'text': 1."):
+        run(tmp_path / "h.json", f"--out={tmp_path}/x", "--tokenizer=bytes")
+    (tmp_path / "i.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
+    with pytest.raises(UserError, match="i.jsonl.gz cannot be read"):
+        read_examples(tmp_path / "i.jsonl.gz", load_tokenizer("bytes"), 99)
+
+
 # ---- prompts, which are read without a command
 
 
-def test_prompts_and_replies(tmp_path):
+def test_prompts_and_replies(tmp_path, capsys):
     bytes_tokenizer, path = load_tokenizer("bytes"), tmp_path / "p.jsonl"
     chat = [{"role": "user", "content": "hi"}]
     rows = [{"prompt": "once "}, {"prompt": chat, "answer": 3}]
@@ -724,12 +776,14 @@ def test_prompts_and_replies(tmp_path):
     once, hi = b("once "), b("User: hi\n\nAssistant:")
     expected = [(once, rows[0]), (hi, rows[1])]
     assert read_prompts(path, bytes_tokenizer, longest=len(hi), unique=True) == expected
-    with pytest.raises(UserError, match="p.jsonl:2: the prompt has 20 tokens; .* leaves 19"):
-        read_prompts(path, bytes_tokenizer, longest=19)
+    assert read_prompts(path, bytes_tokenizer, longest=19) == expected[:1]
+    said = capsys.readouterr().out
+    assert re.search("dropped 1 prompts of more than 19 tokens, .*p.jsonl:2; 1 remain", said)
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
     assert len(read_prompts(path, bytes_tokenizer)) == 3
-    with pytest.raises(UserError, match="p.jsonl: prompts 1 and 3 are the same"):
-        read_prompts(path, bytes_tokenizer, unique=True)
+    assert read_prompts(path, bytes_tokenizer, unique=True) == expected
+    said = capsys.readouterr().out
+    assert re.search("dropped 1 prompts that were there before, .*p.jsonl:3; 2 remain", said)
     for row, message in (({"prompt": ""}, "missing or empty"), ({"prompt": ["hi"]}, "messages")):
         path.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f"p.jsonl:3: .*{message}"):
@@ -745,3 +799,24 @@ def test_prompts_and_replies(tmp_path):
         (hi, {"prompt": chat, "chosen": "yes"}),
         (once, {"prompt": "once ", "chosen": "upon"}),
     ]
+
+
+def test_replies_of_every_conversation(tmp_path):
+    """SPIN: the last reply that is trained is the chosen one, whatever follows it."""
+    asked, reply = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+    rows = [
+        {"messages": [asked, reply, {"role": "user", "content": "bye"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+        {"real": [asked, reply], "generated": [asked, {"role": "assistant", "content": ""}]},
+        {"prompt": [asked], "completion": [reply]},
+        {"instruction": "hi", "input": "", "output": "yes"},
+        {"messages": [asked, reply, asked, {**reply, "weight": 0}]},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = (b("User: hi\n\nAssistant:"), {"prompt": [asked], "chosen": "yes"})
+    assert read_replies(path, load_tokenizer("bytes")) == [expected] * len(rows)
+    path.write_text('{"text": "hi"}\n' + json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match="p.jsonl:1: expected a conversation"):
+        read_replies(path, load_tokenizer("bytes"))
+    assert len(read_replies(path, load_tokenizer("bytes"), skip_bad=True)) == 1

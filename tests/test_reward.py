@@ -59,6 +59,15 @@ def test_ranking_and_regression():
     s = [0.3, -1.0, 2.0]  # ranked 2nd, 3rd, 1st
     want = math.log(sum(map(math.exp, s))) - s[2] + math.log(math.exp(s[0]) + math.exp(s[1])) - s[0]
     assert ranking_loss(t(*s), [5, 1, 9]).item() == pytest.approx(want, abs=1e-9)
+    # Two best answers of the same score: each against the worst alone, and nothing between them.
+    tied = sum(ranking_loss(t(s[i], s[1]), [2, 1]).item() for i in (0, 2))
+    rewards = t(*s).requires_grad_()
+    loss = ranking_loss(rewards, [5, 1, 5])
+    assert loss.item() == pytest.approx(tied, abs=1e-9)
+    loss.backward()
+    for i in (0, 2):
+        wants = -1 / (1 + math.exp(s[i] - s[1]))
+        assert rewards.grad[i].item() == pytest.approx(wants, abs=1e-9)
     cfg = Config(loss_type="regression")
     row = Preference([1], [[2], [3]], [0.5, 2.0])
     pair = row._replace(scores=None)

@@ -752,7 +752,6 @@ def broken(prompts, completions, **columns):
         ([stage(judge_template="{{ promt }}{{ response }}")], {}, "UndefinedError"),
         ([stage(score_pattern="(")], {}, "score_pattern: .*error"),
         ([stage()], dict(recipe="x", stages={"a": [], "b": []}), "recipe=x: the config has a, b"),
-        ([stage()], dict(prompts="TWICE"), "prompts 2 and 4 are the same"),
         ([stage()], dict(prompts="no.jsonl"), "no.jsonl does not exist"),
         ([stage(first_prompt=20)], {}, "no prompts from number 20"),
         ([stage(judge="head")], {}, "judge=head, but .*rwkv-final.pth has no score.weight"),
@@ -770,8 +769,6 @@ def broken(prompts, completions, **columns):
     ],
 )
 def test_bad_input_is_a_line_and_keeps_the_data(stages, settings, words, base, tmp_path):
-    twice = write(tmp_path / "TWICE", *[{"prompt": p} for p in ("a", "b", "c", "b")])
-    settings = {key: str(twice) if v == "TWICE" else v for key, v in settings.items()}
     cfg = dataclasses.replace(tiny(base, tmp_path / "run"), **{"stages": stages, **settings})
     with pytest.raises(UserError, match=words) as e:
         self_reward.main(cfg)

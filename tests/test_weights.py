@@ -106,6 +106,16 @@ def test_quantised_weights_are_refused_by_name(dtype, seven, tmp_path, capsys):
             "convert", f"--model={tmp_path}/q.pth", f"--out={tmp_path}/b.pth", "--dtype=float32"
         )
 
+    path, _ = adapter(seven, tmp_path, r=2)
+    merge = ["merge", f"--model={tmp_path}/q.pth", f"--out={tmp_path}/m.pth", f"--adapter={path}"]
+    with pytest.raises(UserError, match=words):
+        export_(*merge, "--another_base")
+    saved = load_file(path)
+    saved["blocks.1.att.key.lora_A"] = saved["blocks.1.att.key.lora_A"].to(dtype)
+    save_file(saved, path, read_metadata(path))
+    with pytest.raises(UserError, match=rf"att\.key\.lora_A is {str(dtype)[6:]}, expected"):
+        load_to_tune(Config(str(tmp_path / "a.pth"), str(path)), RUN)
+
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_weights_that_are_not_numbers_are_refused_by_name(value, seven, tmp_path):
@@ -352,12 +362,16 @@ def test_a_peft_adapter_of_another_kind_is_refused(setting, seven, tmp_path):
 
 def test_a_st_is_turned_wherever_a_state_is_read(seven, tmp_path):
     start = {**seven.zero_state(1), "wkv": torch.randn(3, 1, 2, 64, 64).half().float()}
-    write_state(start, tmp_path / "s.pth")
+    write_state(start, tmp_path / "s.pth", model="a.pth", fingerprint=fingerprint(seven))
     to = [f"--state={tmp_path}/s.pth", f"--out={tmp_path}/s.st", "--to=web-rwkv"]
     export_("state", *to)
     stored = load_file(tmp_path / "s.st")["blocks.1.att.time_state"]
     assert torch.equal(stored.float(), start["wkv"][1, 0].mT)  # [H, key, value], as web-rwkv has it
-    assert torch.equal(read_state(tmp_path / "s.st")[0]["wkv"], start["wkv"])
+    (tmp_path / "s.json").unlink()
+    state, about = read_state(tmp_path / "s.st")
+    assert torch.equal(state["wkv"], start["wkv"])
+    assert about == {"model": "a.pth", "fingerprint": fingerprint(seven)}
+    assert torch.equal(logits(load_model(tmp_path / "s.st")[0]), logits(seven, start))
     for number, flags in enumerate(([], ["--from=web-rwkv"])):
         back = tmp_path / f"back{number}.pth"
         export_("state", f"--state={tmp_path}/s.st", f"--out={back}", *flags)
@@ -367,3 +381,7 @@ def test_a_st_is_turned_wherever_a_state_is_read(seven, tmp_path):
     assert torch.equal(logits(RWKV.from_pretrained(tmp_path / "m.pth")), logits(seven, start))
     model = load_to_tune(Config(str(tmp_path / "a.pth"), str(tmp_path / "s.st"), "state"), RUN)
     assert torch.equal(logits(model), logits(seven, start))
+    random_model("x070", seed=5, **RANKS["x070"]).save_pretrained(tmp_path / "other.pth")
+    merge = ["merge", f"--model={tmp_path}/other.pth", f"--out={tmp_path}/o.pth"]
+    with pytest.raises(UserError, match=r"s\.st was trained on a\.pth, and .* has other weights"):
+        export_(*merge, f"--state={tmp_path}/s.st")
