@@ -39,6 +39,7 @@ class Config:
     apply_chat_template: bool = False  # questions are a user's turns, and examples a conversation's
     system_instruction: str | None = None  # a system turn to begin with
     out: str = ""  # keep scores and settings in this file, JSON
+    another_base: bool = False  # an adapter or state of another base than this is meant
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
@@ -221,7 +222,7 @@ def main(cfg):
         raise UserError("eval.py needs lm-evaluation-harness: pip install lm_eval") from None
     manager = lm_eval.tasks.TaskManager(include_path=cfg.include_path)
     tasks = find_tasks(cfg.tasks, manager)
-    model, tokenizer, _ = engine.load(cfg.model, *pick_device(cfg), cfg.tokenizer)
+    model, tokenizer, _ = engine.load(cfg.model, *pick_device(cfg), cfg.tokenizer, cfg.another_base)
     results = lm_eval.simple_evaluate(
         adapter(model, tokenizer),
         tasks=tasks,

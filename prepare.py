@@ -47,6 +47,7 @@ class Config:
     inputs: tyro.conf.Positional[tuple[str, ...]]  # text files, folders, .jsonl, .npy, or stdlib
     out: str  # prefix of what is written: data/name gives data/name_train.bin and so on
     tokenizer: str = "world"  # world, bytes, integers:MAX, bpe:SIZE, a vocab file, tokenizer.json
+    end_token: str = ""  # of a tokenizer.json: the token that ends a document; empty = as it says
     val: Decay = 0.01  # share of the documents for validation, at least one; 0: no such file
     seed: int = 0  # which documents those are
     skip_bad: bool = False  # leave out and count JSONL lines that cannot be read
@@ -233,7 +234,9 @@ def prepare(cfg):
     if kind == "bpe" and not (bpe_size.isdecimal() and int(bpe_size) >= 257):
         expected = "expected bpe:SIZE, SIZE >= 257 for 256 bytes and the end token"
         raise UserError(f"--tokenizer={cfg.tokenizer}: {expected}")
-    tokenizer = None if kind == "bpe" else load_tokenizer(cfg.tokenizer)
+    tokenizer = None if kind == "bpe" else load_tokenizer(cfg.tokenizer, end_token=cfg.end_token)
+    if kind == "bpe" and cfg.end_token:
+        raise UserError(f"--end_token={cfg.end_token}: bpe is trained with an end of its own")
     files, skipped = list_files(cfg.inputs), collections.Counter()
     for path, _ in files:
         if path.suffix == ".npy" and kind != "integers":
@@ -248,7 +251,8 @@ def prepare(cfg):
     reports = write_token_files(out, splits, documents, tokenizer)
     name = tokenizer.save(out.parent, prefix=f"{out.name}.")  # the sidecars come last
     for split, report in reports.items():
-        about = {"tokenizer": name, "vocab_size": tokenizer.vocab_size}
+        about = {"tokenizer": name, "tokenizer_digest": tokenizer.digest}
+        about["vocab_size"] = tokenizer.vocab_size
         write_json(f"{out}_{split}.json", about | report)
         print(
             f"{out}_{split}: {report['documents']:,} documents, {report['tokens']:,} tokens, "

@@ -13,7 +13,6 @@ rows are made with stands in out.jsonl.json. No compiler is needed, and a CPU is
 gosling/engine.py does the work.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -51,6 +50,7 @@ class Config(engine.Sampling):
     escape: bool = False  # read \n, \t, \r and \\ in prompt, system and stop as in Python
     state: Repeated = ()  # tuned state; repeated: side by side; "none" is one too
     save_state: str = ""  # keep the state after the prompt in this file, and stop
+    another_base: bool = False  # an adapter or state of another base than this is meant
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the state
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
@@ -102,13 +102,11 @@ def load(cfg):
     origin = next((name for name, about in described.items() if about), names[0])
     about = described.get(origin, {})
     path = cfg.model or weights.base_of("" if origin == "none" else origin, about)
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a folder; give a file in it: --model={path}/rwkv-final.pth")
     tokenizer = cfg.tokenizer or about.get("tokenizer", "")
     if not cfg.tokenizer and (Path(origin).parent / tokenizer).is_file():
         tokenizer = str(Path(origin).parent / tokenizer)
     device, dtype = pick_device(cfg)
-    model, tokenizer, _ = engine.load(path, device, dtype, tokenizer)
+    model, tokenizer, _ = engine.load(path, device, dtype, tokenizer, cfg.another_base)
     states = dict.fromkeys(names)
     for name, about in described.items():
         state, _ = weights.read_state(name, model.config)
@@ -218,9 +216,8 @@ def made_with(cfg, tokenizer, path):
     free = ("prompt", "prompts", "chat", "system", "escape", "save_state", "batch_size", "device")
     free += ("rows", "out")
     about = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in free}
-    vocab = hashlib.blake2b((tokenizer.text or tokenizer.name).encode(), digest_size=8).hexdigest()
     states = [name if name == "none" else digest(name) for name in cfg.state or ("none",)]
-    files = {"model": digest(path), "state": states, "tokenizer": f"digest {vocab}"}
+    files = {"model": digest(path), "state": states, "tokenizer": f"digest {tokenizer.digest}"}
     return {**about, **files, "stop": list(cfg.stop)}
 
 

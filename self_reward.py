@@ -87,6 +87,7 @@ class Config:
     max_prompts: PositiveInt | None = None  # at most so many of them; none = all that follow
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     init_from: str = ""  # weights to start from (.pth, .safetensors)
+    another_base: bool = False  # an adapter or state of another base than this is meant
     # run
     out_dir: str = "out/self_reward"  # folder for checkpoints, last.pt, config.json and metrics
     fresh: bool = False  # start over: delete what was written in out_dir, and nothing else
@@ -131,6 +132,8 @@ SCRIPTS = {  # whose settings a stage takes, besides those above
     "spin": (train_dpo,),
     "train_judge": (train_sft, train_state, train_reward),
 }
+# What every script of a stage has from here, unless the stage says otherwise.
+SHARED = ("seed", "device", "dtype", "tokenizer", "skip_bad", "another_base")
 sft = functools.partial(dict, kind="sft")
 dpo = functools.partial(dict, kind="dpo")
 self_reward = functools.partial(dict, kind="self_reward")
@@ -329,7 +332,7 @@ def load(path, cfg, run):
         raise UserError("which model? --init_from=FILE, the .pth or .safetensors to start from")
     is_recorded = (Path(path).parent / "config.json").is_file()
     tokenizer = "" if is_recorded else cfg.tokenizer
-    return engine.load(path, run.device, run.dtype, tokenizer)[:2]
+    return engine.load(path, run.device, run.dtype, tokenizer, cfg.another_base)[:2]
 
 
 def load_judge(cfg, run):
@@ -349,9 +352,9 @@ def train(script, cfg, stage, folder, keep_adapter=True, **settings):
     It starts from cfg.init_from. If that is a LoRA or a state, it is trained further, or with
     keep_adapter=False its base is begun from.
     """
-    _, about = load_model(cfg.init_from)
+    _, about = load_model(cfg.init_from, another_base=cfg.another_base)
     settings = {
-        **{key: getattr(cfg, key) for key in ("seed", "device", "dtype", "tokenizer")},
+        **{key: getattr(cfg, key) for key in SHARED},
         **stage,
         **settings,
         "out_dir": str(folder),

@@ -53,6 +53,7 @@ from gosling import files, runs, tune, weights
 from gosling.batch import fork, score_forks
 from gosling.config import Decay, UserError, load_config, print0
 from gosling.data import read_preferences
+from gosling.engine import load_second
 from gosling.tokenizer import tokenizer_of
 
 
@@ -80,6 +81,7 @@ class Config:
     lora_targets: tuple[str, ...] = ()  # key, att.key, ffn, head …; none = all of att and ffn
     lora_extra: tuple[str, ...] = ()  # more parameters to train, by parts of names: ln, x_ …
     adapter: str = ""  # saved adapter or state to go on from
+    another_base: bool = False  # an adapter or state of another base than this is meant
     # run
     out_dir: str = "out/dpo"  # folder for checkpoints, last.pt, config.json and metrics
     resume: bool = False  # go on from out_dir/last.pt
@@ -305,7 +307,7 @@ def cached_reference(name, model, pairs, batches, cfg, run):
     return logps
 
 
-def make_references(model, pairs, val_pairs, cfg, run):
+def make_references(model, tokenizer, pairs, val_pairs, cfg, run):
     """-> ([N, 2] of the training pairs, the same of val_pairs or None); both None for simpo.
 
     They come from the policy before any step, in the batches of its first epoch, or from another
@@ -315,12 +317,7 @@ def make_references(model, pairs, val_pairs, cfg, run):
         return None, None
     other = model
     if cfg.reference not in ("", "off"):
-        other, _ = tune.load_model(cfg.reference, run.device, run.dtype)
-        if other.config.vocab_size != model.config.vocab_size:
-            raise UserError(
-                f"reference {cfg.reference} has a vocabulary of {other.config.vocab_size}, the "
-                f"model one of {model.config.vocab_size}; a reference reads the same tokens"
-            )
+        other = load_second("reference", cfg.reference, model, tokenizer, cfg, run)
     other.eval()
     epoch = []
     for step in range(math.ceil(len(pairs) / cfg.global_bsz)):
@@ -384,7 +381,7 @@ def main(cfg):
         max_steps, accumulation = runs.plan_steps(cfg, run, len(pairs))
         epochs = max_steps * cfg.global_bsz / len(pairs)
         print0(f"data: {len(pairs):,} pairs; {max_steps:,} steps = {epochs:.2f} epochs")
-        ref_train, ref_val = make_references(model, pairs, val_pairs, cfg, run)
+        ref_train, ref_val = make_references(model, tokenizer, pairs, val_pairs, cfg, run)
 
         # ---- optimiser; a new run, or on from last.pt
         opt = runs.make_optimizer(model, cfg, run)

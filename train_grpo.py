@@ -59,6 +59,7 @@ from gosling import rollouts, runs, tune
 from gosling.batch import fork, score_forks
 from gosling.config import Decay, UserError, load_config, print0
 from gosling.data import read_prompts
+from gosling.engine import load_second
 from gosling.rewards import reward_functions
 from gosling.rollouts import Sampler, are_different, completions_of, roll_out
 from gosling.tokenizer import tokenizer_of
@@ -110,6 +111,7 @@ class Config:
     lora_targets: tuple[str, ...] = ()  # key, att.key, ffn, head …; none = all of att and ffn
     lora_extra: tuple[str, ...] = ()  # more parameters to train, by parts of names: ln, x_ …
     adapter: str = ""  # saved adapter or state to go on from
+    another_base: bool = False  # an adapter or state of another base than this is meant
     # run
     out_dir: str = "out/grpo"  # folder for checkpoints, last.pt, config.json and metrics
     resume: bool = False  # go on from out_dir/last.pt
@@ -423,17 +425,25 @@ def check_settings(cfg):
     return names
 
 
-def load_second(what, path, model, run):
-    """A model beside the one that trains; it must read the same tokens."""
-    second, _ = tune.load_model(path, run.device, run.dtype)
-    if second.config.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"{what}={path} has a vocabulary of {second.config.vocab_size}, the model one of "
-            f"{model.config.vocab_size}; it must read the same tokens"
-        )
-    if what == "reward_model" and second.score is None:
-        raise UserError(f"reward_model={path} has no score.weight")
-    return second.eval()
+def load_others(cfg, model, tokenizer, run):
+    """-> (the reward model or None, the reference or None where it is the model itself)"""
+    reward_model = reference_model = None
+    if cfg.reward_model:
+        reward_model = load_second("reward_model", cfg.reward_model, model, tokenizer, cfg, run)
+        if reward_model.score is None:
+            raise UserError(f"reward_model={cfg.reward_model} has no score.weight")
+    # The reference is what training starts from; a fresh adapter or state is the model without.
+    path = cfg.reference or cfg.adapter
+    if cfg.tune == "full":
+        path = cfg.reference or cfg.init_from
+    if cfg.beta and path not in ("", "off"):
+        if cfg.another_base and path == cfg.adapter:
+            raise UserError(
+                "beta, with an adapter of another base: no file has the reference; merge them "
+                "first (export.py merge --another_base), or say --reference=off"
+            )
+        reference_model = load_second("reference", path, model, tokenizer, cfg, run)
+    return reward_model, reference_model
 
 
 def validate(sampler, val_prompts, cfg, run):
@@ -463,15 +473,7 @@ def main(cfg):
         model = tune.load_to_tune(cfg, run)
         tokenizer = tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
         about = tune.origin(cfg, model, tokenizer)
-        reward_model = reference_model = None
-        if cfg.reward_model:
-            reward_model = load_second("reward_model", cfg.reward_model, model, run)
-        # The reference is what training starts from; a fresh adapter or state is the model without.
-        reference_path = cfg.reference or cfg.adapter
-        if cfg.tune == "full":
-            reference_path = cfg.reference or cfg.init_from
-        if cfg.beta and reference_path not in ("", "off"):
-            reference_model = load_second("reference", reference_path, model, run)
+        reward_model, reference_model = load_others(cfg, model, tokenizer, run)
         sampler = Sampler(model, tokenizer, reward_model)
 
         # ---- data

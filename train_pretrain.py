@@ -32,8 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from gosling import runs, tune
 from gosling.config import Decay, UserError, load_config, print0
-from gosling.token_files import TokenFile
-from gosling.tokenizer import load_tokenizer
+from gosling.token_files import TokenFile, tokenizer_of_data
 from model import RWKV, RWKVConfig
 
 
@@ -171,15 +170,13 @@ def open_data(cfg):
 
 def open_model(cfg, run, train_file, val_file):
     """-> (fresh model, or the one in cfg.init_from, on the device; the data's tokenizer)"""
-    tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else train_file.tokenizer()
-    if tokenizer is None:
-        raise UserError(
-            f"{cfg.data} has no note of its tokenizer beside it; say --tokenizer=world (RWKV-LM's "
-            "own data), or the name or file it was made with"
-        )
+    files = [file for file in (train_file, val_file) if file]
     if cfg.init_from:
         model = RWKV.from_pretrained(cfg.init_from)
+        n_ids = model.config.vocab_size
+        tokenizer = tokenizer_of_data(files, cfg.tokenizer, cfg.init_from, n_ids)
     else:
+        tokenizer = tokenizer_of_data(files, cfg.tokenizer)
         try:
             model = RWKV(
                 RWKVConfig(
@@ -194,7 +191,7 @@ def open_model(cfg, run, train_file, val_file):
             f"the tokenizer has {tokenizer.vocab_size} ids, but {cfg.init_from} has a vocabulary "
             f"of {vocab_size}; use the tokenizer the model was trained with"
         )
-    for file in filter(None, (train_file, val_file)):
+    for file in files:
         file.check_vocab(vocab_size)
     model.set_tune("full")
     model.to(run.device)

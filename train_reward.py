@@ -69,6 +69,7 @@ class Config:
     lora_targets: tuple[str, ...] = ()  # key, att.key, ffn, head …; none = all of att and ffn
     lora_extra: tuple[str, ...] = ()  # more parameters to train, by parts of names: ln, x_ …
     adapter: str = ""  # saved adapter or state to go on from
+    another_base: bool = False  # an adapter or state of another base than this is meant
     # run
     out_dir: str = "out/reward"  # folder for checkpoints, last.pt, config.json and metrics
     resume: bool = False  # go on from out_dir/last.pt
@@ -232,7 +233,9 @@ def write_scores(cfg, run):
     """Each row of cfg.score with its answers' "scores", as <name>.scored.jsonl beside it."""
     if not cfg.init_from:
         raise UserError("which reward model? --init_from=FILE, as train_reward.py wrote it")
-    model, tokenizer, _ = engine.load(cfg.init_from, run.device, run.dtype, cfg.tokenizer)
+    model, tokenizer, _ = engine.load(
+        cfg.init_from, run.device, run.dtype, cfg.tokenizer, cfg.another_base
+    )
     if model.score is None:
         raise UserError(
             f"{cfg.init_from} has no score.weight: give a reward model, as train_reward.py "

@@ -57,6 +57,7 @@ class Config:
     lora_targets: tuple[str, ...] = ()  # key, att.key, ffn, head …; none = all of att and ffn
     lora_extra: tuple[str, ...] = ()  # more parameters to train, by parts of names: ln, x_ …
     adapter: str = ""  # saved adapter or state to go on from
+    another_base: bool = False  # an adapter or state of another base than this is meant
     # run
     out_dir: str = "out/sft"  # folder for checkpoints, last.pt, config.json and metrics
     resume: bool = False  # go on from out_dir/last.pt

@@ -41,7 +41,7 @@ from gosling.data import read_examples
 from gosling.engine import prefill, show_answers
 from gosling.rows import ROWS, holds_rows
 from gosling.tokenizer import tokenizer_of
-from gosling.weights import fingerprint, from_pretrained, read_state
+from gosling.weights import check_base, fingerprint, from_pretrained, read_state
 from wkv_cuda import fused
 
 
@@ -58,6 +58,7 @@ class Config:
     # what trains
     init_state: str = ""  # state file to start from; empty = zero
     init_prompt: str = ""  # or start from the state that this text leaves behind
+    another_base: bool = False  # an adapter or state of another base than this is meant
     layers: tuple[NonNegativeInt, ...] = ()  # train the states of these layers alone; none = of all
     shift: bool = False  # also train both token-shift vectors, which other engines do not read
     # run
@@ -191,7 +192,8 @@ def make_states(model, tokenizer, cfg, n_tasks):
         raise UserError("init_state and init_prompt are both given; a state starts from one")
     state = None  # [L, 1, ...]
     if cfg.init_state:
-        state, _ = read_state(cfg.init_state, model.config)
+        state, about = read_state(cfg.init_state, model.config)
+        check_base(cfg.init_state, about, model, cfg.init_from, cfg.another_base)
     elif cfg.init_prompt:
         _, state = prefill(model, [tokenizer.encode(cfg.init_prompt)])
     model.set_tune("state", tasks=n_tasks, shift=cfg.shift, layers=cfg.layers)
@@ -202,11 +204,13 @@ def make_states(model, tokenizer, cfg, n_tasks):
 
 def describe(model, tokenizer, cfg, tasks, base):
     """-> {task: what its state's file says of itself}; base: the fingerprint of the weights."""
-    template = show(cfg.template) if cfg.template else "User: …\n\nAssistant: …"
     abouts = {}
     for task in tasks:
         about = tune.origin(cfg, model, tokenizer, Path(cfg.out_dir) / task, base)
-        abouts[task] = {**about, "template": template}
+        about.setdefault("template", "User: …\n\nAssistant: …")
+        if cfg.template:
+            about["template"] = show(cfg.template)
+        abouts[task] = about
     return abouts
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gosling.batch import pack_ids
 from gosling.config import Share, UserError, check, print0
-from gosling.tokenizer import tokenizer_of
+from gosling.tokenizer import agree, recorded_tokenizer, tokenizer_of
 from gosling.tune import load_model
 from wkv_cuda import fused
 
@@ -77,13 +77,30 @@ class Completion:
     state: dict | None = None  # on request, [L, 1, ...]: after the prompt and tokens[:-1]
 
 
-def load(path, device, dtype, tokenizer=""):
+def load(path, device, dtype, tokenizer="", another_base=False):
     """-> (model in eval mode, its tokenizer, what the file says of itself).
 
     path: weights, a LoRA or a tuned state. tokenizer: a name or a file; empty, the recorded one.
+    another_base: see load_model.
     """
-    model, about = load_model(path, device, dtype)
+    model, about = load_model(path, device, dtype, another_base)
     return model.eval(), tokenizer_of(path, model.config.vocab_size, tokenizer, about), about
+
+
+def load_second(what, path, model, tokenizer, cfg, run):
+    """A model beside the one that trains, in eval mode, with what it is for: "reference", ...
+
+    UserError unless it reads the same tokens as `model` and `tokenizer`.
+    """
+    second, about = load_model(path, run.device, run.dtype, cfg.another_base)
+    if second.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{what}={path} has a vocabulary of {second.config.vocab_size}, the model one of "
+            f"{model.config.vocab_size}; it must read the same tokens"
+        )
+    recorded = recorded_tokenizer(path, 0, tokenizer.name, about)
+    agree({"the model that trains": tokenizer, f"{what}={path}": recorded})
+    return second.eval()
 
 
 @contextlib.contextmanager

@@ -424,6 +424,7 @@ def open_run(cfg, run, model, tokenizer, first_step, max_steps):
         resolved = {
             "arch": dataclasses.asdict(model.config),
             "tokenizer": tokenizer.save(out),
+            "tokenizer_digest": tokenizer.digest,
             "max_steps": max_steps,
             "processes": run.world,
             "torch": torch.__version__,

@@ -27,6 +27,7 @@ from gosling.weights import (
     read_state,
     read_weights,
     save_pretrained,
+    state_description,
     states_inside,
     write_state,
     write_weights,
@@ -219,8 +220,7 @@ def load_to_tune(cfg, run, score=False):
         model.add_score()
     if cfg.adapter:
         about = read_metadata(cfg.adapter) if cfg.tune == "lora" else read_state(cfg.adapter)[1]
-        another_base = getattr(cfg, "another_base", False)
-        check_base(cfg.adapter, about, model, cfg.init_from, another_base)
+        check_base(cfg.adapter, about, model, cfg.init_from, cfg.another_base)
     options = lora_flags(cfg, model) if cfg.tune == "lora" else {}
     torch.manual_seed(cfg.seed)
     set_tune(model, cfg.tune, **options)
@@ -378,15 +378,21 @@ def shape_of(w):
 def origin(cfg, model, tokenizer, folder=None, fingerprint=None):
     """What the file of an adapter or a state says of itself: base, its fingerprint, tokenizer.
 
-    Paths are as seen from `folder`, by default cfg.out_dir. {} for whole weights.
+    Paths are as seen from `folder`, by default cfg.out_dir. What else the file that training goes
+    on from says of itself is kept. {} for whole weights.
     """
     if getattr(cfg, "tune", "state") in ("full", "head"):
         return {}
     folder = folder or cfg.out_dir
+    before, kept = getattr(cfg, "adapter", "") or getattr(cfg, "init_state", ""), {}
+    if before:
+        kept = state_description(before) if model.tune == "state" else read_metadata(before)
+    ours = {"score", *(model.lora if model.tune == "lora" else ())}  # as the model has them now
     name = tokenizer.name
     if tokenizer.text:
         name = os.path.relpath(Path(cfg.out_dir) / tokenizer.file_name, folder)
     return {
+        **{key: value for key, value in kept.items() if key not in ours},
         "model": os.path.relpath(cfg.init_from, folder),
         "fingerprint": fingerprint or fingerprint_of(model),
         "tokenizer": name,

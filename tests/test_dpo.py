@@ -489,6 +489,7 @@ def test_the_nll_term_lifts_the_chosen_answer(base, tmp_path):
         (dict(init_from=""), "which model"),
         (dict(data="no.jsonl"), "no.jsonl does not exist"),
         (dict(reference="OTHER"), "vocabulary of 300.*one of 257"),
+        (dict(reference="WORDS/m.pth"), "WORDS/m.pth has the tokenizer integers:255"),
         (dict(reference="none"), "is for --loss_type=simpo"),
         (dict(reference="off"), "tune=full has neither"),
         (dict(data="KWISE"), "DPO wants chosen and rejected"),
@@ -499,7 +500,10 @@ def test_the_nll_term_lifts_the_chosen_answer(base, tmp_path):
 )
 def test_bad_input(over, words, base, tmp_path):
     RWKV(RWKVConfig("x070", 1, 64, 300)).save_pretrained(tmp_path / "OTHER")
+    RWKV(RWKVConfig("x070", 1, 64, 257)).save_pretrained(tmp_path / "WORDS/m.pth")
+    (tmp_path / "WORDS/config.json").write_text('{"tokenizer": "integers:255"}')
     write(tmp_path / "KWISE", {"prompt": "x", "responses": ["a", "b"], "scores": [1, 2]})
-    over = {k: str(tmp_path / v) if v in ("OTHER", "KWISE") else v for k, v in over.items()}
+    files = ("OTHER", "KWISE", "WORDS/m.pth")
+    over = {k: str(tmp_path / v) if v in files else v for k, v in over.items()}
     with pytest.raises(UserError, match=words):
         train_dpo.main(tiny(base, tmp_path / "run", **over))

@@ -1333,7 +1333,7 @@ def test_bad_rewards(reward, words, base, tmp_path):
     [
         (dict(init_from=""), "which model"),
         (dict(data="no.jsonl"), "no.jsonl does not exist"),
-        (dict(ctx_len=7), "holds no prompts"),
+        (dict(ctx_len=6), "holds no prompts"),
         (dict(data="EMPTY"), 'EMPTY:2: "prompt" is missing or empty.*bad rows: 1 '),
         (dict(data="NOTHING"), "holds nothing|holds no prompts|is empty"),
         (dict(val_data="EMPTY"), "EMPTY:2: "),

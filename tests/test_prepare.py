@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 import prepare
 from gosling import tokenizer
@@ -252,6 +253,7 @@ def test_jsonl(tmp_path, capsys):
     tokens = sum(map(len, val))
     assert meta == {
         "tokenizer": "bytes",
+        "tokenizer_digest": load_tokenizer("bytes").digest,
         "vocab_size": 257,
         "documents": 10,
         "tokens": tokens,
@@ -381,6 +383,21 @@ def test_uint32(tmp_path):
     data = TokenFile(tmp_path / "x_train")
     data.check_vocab(100001)
     assert data.dtype == np.uint32 and data.doc(1).tolist() == [100000, 2, 0]
+
+
+def test_the_end_of_documents_can_be_named(tmp_path):
+    words = tokenizers.models.WordLevel({"<pad>": 0, "a": 1, "<end>": 2, "b": 3}, "<pad>")
+    theirs = tokenizers.Tokenizer(words)
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    theirs.save(str(tmp_path / "t.json"))
+    source = jsonl(tmp_path / "in.jsonl", ["a b", "b"])
+    make = (source, f"--out={tmp_path}/x", f"--tokenizer={tmp_path}/t.json", "--val=0")
+    with pytest.raises(UserError, match="no token that ends .*--end_token=TOKEN"):
+        run(*make)
+    run(*make, "--end_token=<end>")
+    data = TokenFile(tmp_path / "x_train")
+    assert data.tokens.tolist() == [1, 3, 2, 3, 2]
+    assert data.tokenizer().end_id == 2 and data.meta["tokenizer_digest"] == data.tokenizer().digest
 
 
 def test_bpe_learns_from_training_documents_only(tmp_path):
@@ -627,7 +644,8 @@ def test_inspect(tmp_path, capsys):
         assert "uint16, 2 documents, 513 tokens" in out and "12 to 501, on average 256.5" in out
         assert "largest id: 117, at token 6" in out  # the 't' of 'there', 116 + 1
         assert (
-            '"tokenizer": "bytes", "vocab_size": 257' in out
+            '"tokenizer": "bytes"' in out
+            and '"vocab_size": 257' in out
             and f'"bytes_per_token": {511 / 513}' in out
         )
         assert r"document 0: 'Hello\nthere'" in out and f"document 1: '{'B' * 200}'\n" in out

@@ -1,6 +1,7 @@
 """train_pretrain.py: upstream's steps, the same numbers however it is run, resume, and errors
 before anything is lost."""
 
+import json
 import math
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import train_pretrain
 from gosling import config, files, runs
 from gosling.config import UserError
 from gosling.token_files import TokenFile, TokenFileWriter
+from gosling.tokenizer import load_tokenizer
 from model import RWKV, RWKVConfig
 from train_pretrain import Config, magic_prime, window_starts
 
@@ -414,6 +416,31 @@ def test_resume_with_another_architecture_or_order(data, tmp_path):
             train_pretrain.main(
                 Config(**{**config.config_dict(cfg), "resume": True, "max_steps": 4, **over})
             )
+
+
+def test_the_tokenizer_is_one_and_is_noted(data, tmp_path):
+    """Training data, validation data, model and flag: the same by content, not only by size."""
+    for name in ("bytes", "integers:255"):  # both of 257 ids
+        prefix = tmp_path / name[:5]
+        with TokenFileWriter(f"{prefix}_train", np.uint16) as f:
+            f.add([*(np.arange(300) % 256 + 1), 0])
+        (tmp_path / f"{name[:5]}_train.json").write_text(json.dumps({"tokenizer": name}))
+    ours, theirs = tmp_path / "bytes_train", tmp_path / "integ_train"
+    cfg = dict(data=str(ours), tokenizer="", max_steps=1)
+    with pytest.raises(
+        UserError, match="integ_train has the tokenizer integers:255, .*bytes_train"
+    ):
+        train_pretrain.main(tiny(data, tmp_path / "run", **cfg, val_data=str(theirs)))
+    train_pretrain.main(tiny(data, tmp_path / "run", **cfg))
+    noted = json.loads((tmp_path / "run/config.json").read_text())
+    assert noted["tokenizer_digest"] == load_tokenizer("bytes").digest
+    from_it = dict(init_from=str(tmp_path / "run/rwkv-final.pth"), data=str(theirs), tokenizer="")
+    with pytest.raises(UserError, match="rwkv-final.pth has the tokenizer bytes, .*integ_train"):
+        train_pretrain.main(tiny(data, tmp_path / "more", **from_it))
+    with pytest.raises(UserError, match="--tokenizer=bytes"):
+        train_pretrain.main(
+            tiny(data, tmp_path / "more", **{**cfg, "data": str(theirs), "tokenizer": "bytes"})
+        )
 
 
 def test_a_tokenizer_larger_than_the_model(data, tmp_path):

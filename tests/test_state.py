@@ -1,9 +1,11 @@
 """train_state.py, tuned states in the network and in files, sample.py --state, export.py state."""
 
+import json
 import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,6 +184,7 @@ def test_a_state_with_shifts_is_gone_on_from_whole(tmp_path):
         init_from=str(tmp_path / "m.pth"),
         tune="state",
         adapter=str(tmp_path / "s.pth"),
+        another_base=False,
         seed=0,
         grad_cp=False,
     )
@@ -542,8 +545,25 @@ def test_starting_points(base, tmp_path):
     for key in want:
         torch.testing.assert_close(state[key], want[key], atol=1e-7, rtol=0)
     from_file = dict(init_state=str(tmp_path / "q/state-final.pth"), shift=True)
+    described = Path(from_file["init_state"]).with_suffix(".json")
+    about = json.loads(described.read_text())
+    described.write_text(json.dumps({**about, "template": "Q: …", "author": "somebody"}))
     train_state.main(tiny(base, tmp_path / "r", **from_file, **still))
-    assert torch.equal(read_state(tmp_path / "r/state-final.pth")[0]["wkv"], state["wkv"])
+    again, said = read_state(tmp_path / "r/state-final.pth")
+    assert torch.equal(again["wkv"], state["wkv"])
+    assert (said["template"], said["author"]) == ("Q: …", "somebody")
+    assert said["fingerprint"] == about["fingerprint"]
+
+
+def test_a_state_of_another_base_is_refused_unless_it_is_meant(base, tmp_path):
+    model = RWKV.from_pretrained(base / "base.pth")
+    write_state(model.zero_state(1), tmp_path / "s.pth", model="m.pth", fingerprint="0" * 32)
+    from_file = dict(init_state=str(tmp_path / "s.pth"), max_steps=1)
+    with pytest.raises(UserError, match=r"s\.pth was trained on m\.pth, .*--another_base"):
+        train_state.main(tiny(base, tmp_path / "run", **from_file))
+    train_state.main(tiny(base, tmp_path / "run", **from_file, another_base=True))
+    _, about = read_state(tmp_path / "run/state-final.pth")
+    assert about["fingerprint"] == fingerprint(model)
 
 
 def test_layers_that_are_not_trained_stay_zero(base, tmp_path):

@@ -504,9 +504,9 @@ def test_chat_content_opens_no_turn():
     "messages, message",
     [
         ([], "at least one"),
-        ([{"role": "tool", "content": "x"}], "message 0: .*'tool'"),
-        ([{"content": "x"}], "role None"),
-        ([{"role": "user", "content": None}], "content None"),
+        ([{"role": "narrator", "content": "x"}], "message 0: .*got 'narrator'"),
+        ([{"content": "x"}], 'messages of "role" and "content"'),
+        ([{"role": "user", "content": None}], "message 0: expected text as content, got None"),
         (
             [{"role": "user", "content": "x"}, {"role": "assistant", "content": " \n "}],
             "message 1: .*empty",

@@ -10,6 +10,7 @@ from helpers import RANKS, random_model
 from safetensors.torch import load_file, save_file
 
 import export
+import sample
 from gosling.config import UserError
 from gosling.runs import Run
 from gosling.tune import load_model, load_to_tune, load_tuned, write_tuned
@@ -286,6 +287,10 @@ def test_another_base_is_an_error_unless_it_is_meant(seven, tmp_path):
     with pytest.raises(UserError, match="other weights"):
         load_model(path)
     load_model(path, another_base=True)
+    flags = dict(model=str(path), tokenizer="bytes", device="cpu")
+    with pytest.raises(UserError, match="other weights; .*--another_base"):
+        sample.load(sample.Config(**flags))
+    sample.load(sample.Config(**flags, another_base=True))
     # a state, too
     write_state(seven.zero_state(1), tmp_path / "s.pth", model="b.pth", fingerprint="00")
     with pytest.raises(UserError, match=r"s\.pth was trained on b\.pth"):
