@@ -308,20 +308,22 @@ class HubConfig(Config):
 # What prepare.render_chat writes: blank lines only between turns, none inside them; the end token
 # after a last reply. tokenizer.apply_chat_template(..., enable_thinking=True or False) begins a
 # reply with one of G1's prefixes.
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {%- set lines = message['content'].replace('\\r\\n', '\\n').strip().split('\\n') %}
-    {%- set text = lines | select | join('\\n') %}
+CHAT_TEMPLATE = r"""{%- for message in messages %}
+    {%- set lines = message['content'].replace('\r\n', '\n').strip('\n').rstrip().split('\n') %}
+    {%- set text = lines | select | join('\n') %}
+    {%- set is_indented = text.split('\n')[0].strip() and (text[:2] == '  ' or text[:1] == '\t') %}
+    {%- set is_code = is_indented and ('\n ' in text or '\n\t' in text) %}
+    {%- if message['role'] != 'assistant' or not is_code %}{% set text = text.lstrip() %}{% endif %}
     {%- if message['role'] not in ['system', 'user', 'assistant'] %}
         {{- raise_exception('a role is system, user or assistant, not ' + message['role']) }}
     {%- endif %}
     {{- ((message['role'] | capitalize) + ': ' + text).rstrip() }}
-    {%- if not loop.last or add_generation_prompt %}{{ '\\n\\n' }}
+    {%- if not loop.last or add_generation_prompt %}{{ '\n\n' }}
     {%- elif message['role'] == 'assistant' %}{{ eos_token }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}
     {%- if enable_thinking is defined %}
-        {{- ' <think' if enable_thinking else ' <think>\\n</think' }}
+        {{- ' <think' if enable_thinking else ' <think>\n</think' }}
     {%- endif %}
 {%- endif %}
 """

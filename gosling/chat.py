@@ -180,9 +180,10 @@ def clean(text, is_reply=False):
     The indentation of a reply's first line stays where later lines are indented, too: it is code.
     """
     text = re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n").strip("\n").rstrip())
-    first = re.sub(r"^\s*\n", "", text)
-    if is_reply and re.match(r"  |\t", first) and re.search(r"\n[ \t]", first):
-        return first
+    first_line = text.split("\n")[0]
+    is_indented = first_line.strip() and first_line.startswith(("  ", "\t"))
+    if is_reply and is_indented and ("\n " in text or "\n\t" in text):
+        return text
     return text.lstrip()
 
 

@@ -650,6 +650,14 @@ def test_chat_template_writes_what_render_chat_writes():
             {"role": "assistant", "content": "Hello!\n\nYes?\n"},
             {"role": "user", "content": ""},
             {"role": "assistant", "content": "Well."},
+            {"role": "user", "content": "  two\r\n\r\n  lines\r\n"},
+            {"role": "assistant", "content": "\n    if a:\r\n\r\n        b()\n"},  # code
+            {"role": "user", "content": "more"},
+            {"role": "assistant", "content": "\tfor\n\n\t\tx"},
+            {"role": "user", "content": "more"},
+            {"role": "assistant", "content": "  one line"},
+            {"role": "user", "content": "more"},
+            {"role": "assistant", "content": "   \n  a\n  b"},
         ],
     )
     for options in ({}, dict(trim_blocks=True, lstrip_blocks=True)):  # transformers uses the latter
