@@ -14,7 +14,6 @@ gosling/engine.py does the work.
 """
 
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass, fields, replace
@@ -28,7 +27,7 @@ from gosling import engine, weights
 from gosling.config import UserError, read_flags
 from gosling.data import read_jsonl, render_chat, render_prompt
 from gosling.engine import TURNS, Completion, generate, score_choices, stream
-from gosling.files import digest, read_json, read_text, whole_lines, write_json
+from gosling.files import digest, locked, read_json, read_text, seen_from, whole_lines, write_json
 from gosling.rows import holds_rows
 from gosling.runs import pick_device
 
@@ -239,6 +238,23 @@ def keep_or_compare(cfg, about, n_done):
             )
 
 
+def complete(cfg, model, tokenizer, state, prompts, n_done):
+    """Append the rows from number n_done on, with their completions."""
+    rows, options = [row for _, row in prompts], options_of(cfg, tokenizer)
+    if any(isinstance(row[cfg.column], list) for row in rows):
+        options["stop"] = cfg.stop + TURNS
+    numbers, prompt_ids = range(n_done, len(rows)), [ids for ids, _ in prompts[n_done:]]
+    pieces = stream(model, prompt_ids, n=cfg.n, indices=numbers, state=state, **options)
+    with open(cfg.out, "a", encoding="utf-8", newline="\n") as f:
+        bar = tqdm(
+            in_order(pieces, cfg.n), total=len(rows), initial=n_done, unit="row", disable=None
+        )
+        for row, completions in zip(rows[n_done:], bar, strict=True):
+            written = [as_row(completion, cfg.logprobs) for completion in completions]
+            f.write(json.dumps({**row, "completions": written}, ensure_ascii=False) + "\n")
+            f.flush()
+
+
 def batch(cfg):
     """Rows of a JSONL file with their completions beside them, in order.
 
@@ -251,22 +267,12 @@ def batch(cfg):
     (state,) = states.values()
     prompts = read_prompts(cfg.rows, tokenizer, cfg.column)
     rows = [row for _, row in prompts]
-    n_done = count_done(cfg, rows)
-    keep_or_compare(cfg, made_with(cfg, tokenizer, path), n_done)
-    options = options_of(cfg, tokenizer)
-    if any(isinstance(row[cfg.column], list) for row in rows):
-        options["stop"] = cfg.stop + TURNS
-    numbers, prompt_ids = range(n_done, len(rows)), [ids for ids, _ in prompts[n_done:]]
-    pieces = stream(model, prompt_ids, n=cfg.n, indices=numbers, state=state, **options)
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    with open(cfg.out, "a", encoding="utf-8", newline="\n") as f:
-        bar = tqdm(
-            in_order(pieces, cfg.n), total=len(rows), initial=n_done, unit="row", disable=None
-        )
-        for row, completions in zip(rows[n_done:], bar, strict=True):
-            written = [as_row(completion, cfg.logprobs) for completion in completions]
-            f.write(json.dumps({**row, "completions": written}, ensure_ascii=False) + "\n")
-            f.flush()
+    Path(cfg.out).touch()
+    with locked(cfg.out):
+        n_done = count_done(cfg, rows)
+        keep_or_compare(cfg, made_with(cfg, tokenizer, path), n_done)
+        complete(cfg, model, tokenizer, state, prompts, n_done)
     before = f", {n_done} of them from before" if n_done else ""
     print(f"{cfg.out}: {len(rows)} rows{before}")
 
@@ -293,11 +299,11 @@ def save_state(model, prompt_ids, text, state, path, cfg):
     folder = Path(cfg.save_state).parent
     tokenizer = cfg.tokenizer
     if Path(tokenizer).is_file():
-        tokenizer = os.path.relpath(tokenizer, folder)
+        tokenizer = seen_from(tokenizer, folder)
     weights.write_state(
         state,
         cfg.save_state,
-        model=os.path.relpath(path, folder),
+        model=seen_from(path, folder),
         fingerprint=weights.fingerprint(model),
         prompt=text,
         tokenizer=tokenizer,
@@ -345,7 +351,6 @@ if __name__ == "__main__":
     # In any locale; what is typed and is not UTF-8 comes in halves of characters, see utf8.
     if sys.stdin:
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         if sys.argv[1:2] == ["batch"]:
             batch(read_flags(BatchConfig, sys.argv[2:]))

@@ -55,14 +55,14 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 import train_dpo
 import train_reward
 import train_sft
 import train_state
-from gosling import config, engine, files, runs
+from gosling import config, engine, files, runs, user_code
 from gosling.batch import evaluate
 from gosling.config import Share, UserError, load_config, print0, show
 from gosling.data import read_examples, read_jsonl, read_prompts, read_replies
@@ -113,6 +113,7 @@ class Config:
     score_range: tuple[float, float] = (0, 5)  # a score outside counts as none
     score_pattern: str = ""  # regex, group 1 of the last match is the score; empty = parse_score
     reward: tyro.conf.Fixed[Callable | None] = None  # of your own, as the docstring says
+    reward_seconds: PositiveFloat | None = None  # longest call of a reward …; none = no limit
     # pairs
     valid_score: Callable | None = None  # (score) -> bool
     valid_pair: Callable | None = None  # (score of the chosen, of the rejected) -> bool
@@ -120,6 +121,7 @@ class Config:
     # evaluation
     check: Callable | None = None  # (prompt, response) -> number: labels of train_judge, of reports
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
+    eval_seconds: PositiveFloat | None = None  # longest time of eval_fn; none = no limit
     eval_data: str = ""  # or conversations, whose loss counts
     max_drop: NonNegativeFloat | None = None  # undo a stage that falls so far below the best
 
@@ -162,16 +164,16 @@ def make_pair(row, texts, scores, cfg):
     for text, score in zip(texts, scores, strict=True):
         is_valid = score is not None and text.strip() != ""
         if is_valid and cfg.valid_score:
-            is_valid = call(cfg.valid_score, score)
+            is_valid = call(cfg, cfg.valid_score, score)
         valid.append(score if is_valid else None)
     if sum(score is not None for score in valid) < 2:
         return None, "fewer than two scores"
-    best, worst = call(cfg.choose_pair or choose_pair, valid) or (0, 0)
+    best, worst = call(cfg, cfg.choose_pair or choose_pair, valid) or (0, 0)
     if best == worst:
         return None, "tie"
     if texts[best].strip() == texts[worst].strip():
         return None, "same text"
-    if cfg.valid_pair and not call(cfg.valid_pair, valid[best], valid[worst]):
+    if cfg.valid_pair and not call(cfg, cfg.valid_pair, valid[best], valid[worst]):
         return None, "not valid_pair"
     pair = {
         "prompt": row["prompt"],
@@ -269,7 +271,8 @@ def write(path, value, run):
 
 
 # What changes no stage's data and weights, so that a restart may have it otherwise.
-FREE = ("stages", "recipe", "out_dir", "fresh", "device", "check", "eval_fn", "eval_data")
+FREE = ("stages", "recipe", "out_dir", "fresh", "device", "check")
+FREE += ("eval_fn", "eval_data", "eval_seconds", "reward_seconds")
 FREE += ("max_drop", "micro_bsz", "grad_cp", "chunk_len", "save_every", "keep_last", "log")
 FREE += ("log_every", "eval_samples")
 
@@ -293,7 +296,7 @@ def claim(folder, settings, run):
 
 WRITTEN = re.compile(
     r"(candidates|scores|pairs|eft|metrics)\.jsonl(\.ref\.pt)?|(done|config|stage|run)\.json|"
-    r"last\.pt|"
+    r"last(\.previous)?\.pt|"
     r"best\.\w+|(metrics|rewards)\.png|(rwkv|lora|state)-(\d+|final)\.\w+|tokenizer\.\w+|vocab\.txt"
 )
 
@@ -315,15 +318,11 @@ def clear(out, run):
 # left; each returns what it changes of these, and a "report"
 
 
-def call(function, *args):
+def call(cfg, function, *args):
     """A function of the config file; UserError names it, and what it was given."""
-    try:
-        return function(*args)
-    except Exception as e:
-        given = ", ".join(f"{a!r:.60}" for a in args if isinstance(a, (str, int, float, list)))
-        raise UserError(
-            f"{show(function)}({given}) of the config failed: {type(e).__name__}: {e}"
-        ) from e
+    given = ", ".join(f"{a!r:.60}" for a in args if isinstance(a, (str, int, float, list)))
+    what = f"{show(function)}({given}) of the config"
+    return user_code.call(what, function, cfg.reward_seconds, *args)
 
 
 def load(path, cfg, run):
@@ -429,7 +428,7 @@ def judgements(cfg, folder, rows, answers, judge, run):
             judged = judge(prompts, texts, range(i, j))
         else:
             columns = columns_of([rows[answer["number"]] for answer in answers[i:j]])
-            scores = call_reward(judge, prompts, texts, columns)
+            scores = call_reward(judge, prompts, texts, columns, cfg.reward_seconds)
             judged = [{"score": score, "parsed": int(score is not None)} for score in scores]
         return [
             {"number": answer["number"], "candidate": answer["candidate"], **judgement}
@@ -452,7 +451,7 @@ def judgements(cfg, folder, rows, answers, judge, run):
 
 def labels_of(cfg, answers):
     """-> [P][N] what cfg.check says of the answers."""
-    labels = [float(call(cfg.check, answer["prompt"], answer["text"])) for answer in answers]
+    labels = [float(call(cfg, cfg.check, answer["prompt"], answer["text"])) for answer in answers]
     return runs.chunks(labels, cfg.num_candidates)
 
 
@@ -700,7 +699,7 @@ def check_stage(stage, cfg):
     kind = stage["kind"]
     known = {f.name for script in SCRIPTS[kind] for f in dataclasses.fields(script.Config)}
     known |= {f.name for f in dataclasses.fields(Config)} - set(FREE) | {"kind"}
-    known -= {"out_dir", "init_from", "resume", "eval_fn"}
+    known -= {"out_dir", "init_from", "resume", "eval_fn", "eval_seconds"}
     for key in stage:
         if key not in known:
             raise UserError(f"{key!r} is none of its settings{did_you_mean(key, known)}")
@@ -716,6 +715,9 @@ def check_stage(stage, cfg):
 def main(cfg):
     with runs.processes(cfg) as run:
         stages, out = chosen_stages(cfg), Path(cfg.out_dir)
+        if run.main:
+            out.mkdir(parents=True, exist_ok=True)
+            run.held.enter_context(files.locked(out))
         if cfg.fresh:
             clear(out, run)
         current = {"init_from": cfg.init_from, "judge_model": cfg.judge_model}

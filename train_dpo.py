@@ -108,6 +108,7 @@ class Config:
     # evaluation, saving, logging
     eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
+    eval_seconds: PositiveFloat | None = None  # longest time of eval_fn; none = no limit
     watch: str = "val_rewards/accuracies"  # the measured number whose highest value names best.*
     patience: NonNegativeInt = 0  # stop after so many validations without a higher one; 0 = never
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
@@ -428,7 +429,7 @@ def main(cfg):
                     loss, totals = loss + batch_loss.detach(), totals + batch_metrics
                 grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
                 loss, stop, *totals = runs.all_sum(loss, len(signals), *totals)
-                runs.check_finite(cfg, step, loss, grad_norm)
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 opt.step()
                 opt.zero_grad()
                 done, values = step + 1, {}

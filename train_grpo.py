@@ -75,6 +75,7 @@ class Config:
     init_from: str = ""  # weights to start from (.pth, .safetensors)
     # rewards
     reward: tyro.conf.Fixed[Callable | list | None] = None  # of your own, as the docstring says
+    reward_seconds: PositiveFloat | None = None  # longest call of a reward …; none = no limit
     reward_model: str = ""  # a file of train_reward.py, as one more reward
     reward_weights: tuple[float, ...] = ()  # in the rewards' order, the model's last; none = 1 each
     process: Callable | None = None  # (rows, completions) -> masks or None; may change completions
@@ -139,6 +140,7 @@ class Config:
     eval_every: NonNegativeInt = 50  # steps between validations; 0 = at the end only
     eval_generations: PositiveInt = 4  # k of pass@k
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
+    eval_seconds: PositiveFloat | None = None  # longest time of eval_fn; none = no limit
     rollouts_every: NonNegativeInt = 50  # steps between files of rollouts/, three shown; 0 = never
     save_every: NonNegativeInt = 100  # steps between checkpoints; 0 = at the end only
     keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
@@ -527,7 +529,7 @@ def main(cfg):
                 lr = runs.set_lr(opt, cfg, step, max_steps)
 
                 # ---- rollouts
-                start = time.time()
+                start = time.monotonic()
                 if step % updates == 0:
                     model.eval()
                     at = dict(step=step, best_loss=best_loss, cursor=cursor, groups=[])
@@ -539,7 +541,7 @@ def main(cfg):
                         path = Path(cfg.out_dir) / "rollouts" / f"{step}.jsonl"
                         rollouts.write_rollouts(groups, path, run)
                         rollouts.show_rollouts(groups)
-                seconds_rollout, start = time.time() - start, time.time()
+                seconds_rollout, start = time.monotonic() - start, time.monotonic()
 
                 # ---- forward, loss, backward
                 first = step % cfg.steps_per_generation * cfg.global_bsz
@@ -587,7 +589,7 @@ def main(cfg):
                 loss, stop, gap_sum, n_gaps, *sums = runs.all_sum(
                     loss, len(signals), gaps.sum(), len(gaps), *totals.values()
                 )
-                runs.check_finite(cfg, step, loss, grad_norm)
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 opt.step()
                 opt.zero_grad()
                 done, values = step + 1, {}
@@ -613,7 +615,7 @@ def main(cfg):
                         "sampling/sampling_logp_difference/mean": gap_sum / max(n_gaps, 1),
                         "sampling/sampling_logp_difference/max": largest_gap,
                         "seconds/rollout": seconds_rollout,
-                        "seconds/train": time.time() - start,
+                        "seconds/train": time.monotonic() - start,
                         **values,
                     }
                     metrics.progress(done, max_steps, loss, lr, grad_norm, not_shown, **values)

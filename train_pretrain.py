@@ -252,7 +252,7 @@ def main(cfg):
                     loss += nll.detach()
                 grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
                 loss, stop = runs.all_sum(loss, len(signals))
-                runs.check_finite(cfg, step, loss, grad_norm)
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 opt.step()
                 opt.zero_grad()
                 done, values = step + 1, {}

@@ -95,6 +95,7 @@ class Config:
     # evaluation, saving, logging
     eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
+    eval_seconds: PositiveFloat | None = None  # longest time of eval_fn; none = no limit
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
     keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
     log_every: PositiveInt = 10  # steps between progress lines
@@ -330,7 +331,7 @@ def main(cfg):
                 loss, n_right, margin, n_tokens, stop = runs.all_sum(
                     loss, n_right, margin, n_tokens, len(signals)
                 )
-                runs.check_finite(cfg, step, loss, grad_norm)
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 opt.step()
                 opt.zero_grad()
                 done, values = step + 1, {}

@@ -87,6 +87,7 @@ class Config:
     eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
     eval_samples: NonNegativeInt = 3  # held-out prompts whose greedy answers are printed then
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
+    eval_seconds: PositiveFloat | None = None  # longest time of eval_fn; none = no limit
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
     keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
     log_every: PositiveInt = 10  # steps between progress lines
@@ -172,7 +173,7 @@ def main(cfg):
                         hits += (weight[:, a:b] * scores.hits).sum() / n_targets
                 grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
                 loss, accuracy, stop = runs.all_sum(loss, hits, len(signals))
-                runs.check_finite(cfg, step, loss, grad_norm)
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 opt.step()
                 opt.zero_grad()
                 done, values = step + 1, {}

@@ -89,6 +89,7 @@ class Config:
     eval_samples: NonNegativeInt = 3  # held-out prompts whose greedy answers are printed then
     eval_off: bool = False  # validate with the state off as well, so that the base stays in view
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
+    eval_seconds: PositiveFloat | None = None  # longest time of eval_fn; none = no limit
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
     keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
     log_every: PositiveInt = 10  # steps between progress lines
@@ -221,6 +222,7 @@ def metric(name, task):
 
 def save_state(model, cfg, run, name, task, number, about):
     """Rank 0 writes one task's state as state-<name>.pth or best.pth; the oldest numbered go."""
+    runs.check_weights(cfg, model)
     if run.main:
         path = tune.tuned_path(model, Path(cfg.out_dir) / task, name)
         tune.save_state(model, path, number, **about)
@@ -330,7 +332,7 @@ def main(cfg):
                 stop, *losses = runs.all_sum(len(signals), *losses)
                 present = [k for k, count in enumerate(counts) if count > 0]
                 loss = sum(losses[k] for k in present) / len(present)
-                runs.check_finite(cfg, step, loss, grad_norm)
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 opt.step()
                 opt.zero_grad()
                 done, values = step + 1, {}

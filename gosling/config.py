@@ -10,6 +10,7 @@ import difflib
 import functools
 import os
 import runpy
+import signal
 import sys
 import sysconfig
 import traceback
@@ -29,9 +30,22 @@ class UserError(Exception):
 
 
 def print0(*args):
-    """Print on rank 0, at once: a log that lags is no log."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """Print on rank 0, at once: a log that lags is no log.
+
+    If nobody reads any more (a closed pipe or terminal, a full disk), a signal ends the run, which
+    saves first; what is printed from then on goes nowhere.
+    """
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    try:
         print(*args, flush=True)
+    except ValueError:
+        if not sys.stdout.closed:
+            raise
+        sys.stdout = None  # a function of the user's has closed it
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        signal.raise_signal(signal.SIGTERM)
 
 
 def show(value):
@@ -96,6 +110,8 @@ def read_flags(cls, args=None, default=None):
     import tyro
 
     sys.excepthook = one_line_errors
+    if hasattr(sys.stdout, "reconfigure"):  # whatever the locale; half a character as an escape
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     cfg = tyro.cli(
         cls,
         default=default,
@@ -141,7 +157,9 @@ def run_config_file(path):
     sys.path.insert(0, folder)
     try:
         return runpy.run_path(str(path))
-    except (Exception, SystemExit) as e:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
         raise UserError(f"config file {path} does not run: {failure(e)}") from e
     finally:
         sys.path.remove(folder)
@@ -197,5 +215,7 @@ def one_line_errors(kind, error, traceback):
     """sys.excepthook: a UserError is one line on stderr; anything else keeps its traceback."""
     if issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, traceback)

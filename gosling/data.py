@@ -16,6 +16,7 @@ from gosling.chat import FLAGS, MEDIA, NOTHING, BadRow, read_messages, render_ch
 from gosling.config import UserError, print0
 from gosling.rows import count, read_rows
 from gosling.rows import read_jsonl as read_jsonl  # importable from here
+from gosling.user_code import call
 
 # ----------------------------------------------------------------------------------------------
 # fine-tuning data: conversations -> (ids, mask)
@@ -276,15 +277,17 @@ def read_examples(path, tokenizer, ctx_len, template=None, last_reply_only=False
 
 def run_template(template, row, tokenizer):
     """What the user's template makes of a row, checked -> (ids, mask)"""
-    try:
+
+    def run():
         ids, mask = template(row, tokenizer)
-        ids, mask = [int(i) for i in ids], [int(m) if m in (0, 1) else -1 for m in mask]
-    except UserError:
-        raise
-    except Exception as e:
-        raise BadRow(
-            f"the template failed: {type(e).__name__}: {e}", f"{type(e).__name__} in the template"
-        ) from e
+        return [int(i) for i in ids], [int(m) if m in (0, 1) else -1 for m in mask]
+
+    try:
+        ids, mask = call("the template", run)
+    except UserError as e:
+        if e.__cause__ is None:  # its own words
+            raise
+        raise BadRow(str(e), f"{type(e.__cause__).__name__} in the template") from e
     if len(ids) != len(mask) or -1 in mask:
         raise BadRow(
             f"the template gave {len(ids)} ids and a mask of {len(mask)}; a mask is 0 or 1 for "

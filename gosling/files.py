@@ -6,12 +6,18 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from gosling.config import UserError
+from gosling.config import UserError, print0
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextlib.contextmanager
@@ -54,6 +60,34 @@ def put_in_place(tmp, path):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """`with locked(path):` a file or folder for one process at a time; UserError in another.
+
+    It is the system's own lock, which a process that is killed leaves, too; Windows has none.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{path} is in use by another process; wait for its end, or choose another"
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def seen_from(path, folder):
+    """Where a file lies, as seen from a folder; links of either are followed."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
 def remove_half_written(folder):
@@ -134,10 +168,25 @@ def digest(path):
     return f"{n_bytes:,} bytes, digest {hashed.hexdigest()}"
 
 
-def save_torch(obj, path):
-    """torch.save, atomically. `obj`: tensors and primitives, so that weights_only=True reads it."""
+def save_torch(obj, path, previous=None):
+    """torch.save, atomically. `obj`: tensors and primitives, so that weights_only=True reads it.
+
+    previous: what the file that was there before is called afterwards; None = it goes.
+    """
     with atomic_write(path) as tmp:
         torch.save(obj, tmp)
+        if previous and Path(path).exists():
+            keep_as(path, previous)
+
+
+def keep_as(path, previous):
+    """The file `path` under a second name, so that at no moment it is missing."""
+    second = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, second)
+        os.replace(second, previous)
+    except OSError:  # a file system without links
+        os.replace(path, previous)
 
 
 def load_torch(path, device="cpu"):
@@ -145,12 +194,39 @@ def load_torch(path, device="cpu"):
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
     try:
+        damaged = damaged_record(path)
+        if damaged:
+            raise ValueError(f"{damaged} is not what was written, its checksum is another")
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:
         raise UserError(
             f"{path} cannot be read as a PyTorch file of tensors ({str(e).splitlines()[0][:120]}): "
             "truncated, or not a checkpoint"
         ) from e
+
+
+def damaged_record(path):
+    """The first record of a .pth, a zip file, whose checksum is wrong; None if all are right.
+
+    Where all are wrong the file was written without checksums, and is read as it is.
+    """
+    if not zipfile.is_zipfile(path):  # PyTorch's old format has none
+        return None
+    with zipfile.ZipFile(path) as archive:
+        records = [record for record in archive.infolist() if record.file_size]
+        wrong = [record.filename for record in records if not is_whole(archive, record)]
+    return wrong[0] if 0 < len(wrong) < len(records) else None
+
+
+def is_whole(archive, record):
+    """Whether a zip file's record has its checksum; zipfile looks at it while it reads."""
+    try:
+        with archive.open(record) as f:
+            while f.read(2**20):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def read_text(path, errors="strict"):
@@ -178,8 +254,10 @@ def read_json(path):
 
 def write_json(path, value):
     """A JSON file, readable by people."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     with atomic_write(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        # Half a character, in a file's name, becomes the escape that JSON has for it.
+        tmp.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_jsonl(path, rows):
@@ -208,14 +286,16 @@ def whole_lines(path):
 
 @contextlib.contextmanager
 def figure(path):
-    """`with figure(path) as ax:` a PNG of one pair of axes, drawn without a screen."""
-    import matplotlib
+    """`with figure(path) as ax:` a PNG of one pair of axes, drawn without a screen.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Without pyplot, which keeps figures. One that cannot be written ends no run.
+    """
+    from matplotlib.figure import Figure
 
-    fig, ax = plt.subplots(figsize=(7, 4))
-    yield ax
-    with atomic_write(path) as tmp:
-        fig.savefig(tmp, format="png", dpi=120, bbox_inches="tight")
-    plt.close(fig)
+    fig = Figure(figsize=(7, 4))
+    yield fig.subplots()
+    try:
+        with atomic_write(path) as tmp:
+            fig.savefig(tmp, format="png", dpi=120, bbox_inches="tight")
+    except UserError as e:
+        print0(f"no {path}: {e}")

@@ -19,7 +19,7 @@ class Metrics:
     def __init__(self, cfg, run, first_step=0):
         self.path = Path(cfg.out_dir) / "metrics.jsonl"
         self.active, self.first_step = run.main, first_step
-        self.start, self.tokens = time.time(), 0
+        self.start, self.tokens = time.monotonic(), 0
         if not self.active:
             return
         rows = [row for row in self.read() if row["step"] <= first_step] if first_step else []
@@ -36,7 +36,7 @@ class Metrics:
         if not self.active:
             return
         values = {name: primitive(value, name) for name, value in values.items()}
-        row = {"step": step, "time": round(time.time() - self.start, 3), **values}
+        row = {"step": step, "time": round(time.monotonic() - self.start, 3), **values}
         try:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
@@ -51,14 +51,14 @@ class Metrics:
         if values:
             self.log(0, **values)
             print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        self.start = time.time()
+        self.start = time.monotonic()
 
     def progress(self, done, max_steps, loss, lr, grad_norm, quiet=(), **values):
         """log, and a line on the screen without what is in `quiet`.
 
         Tokens per second come from self.tokens, to which the loop adds.
         """
-        elapsed = max(time.time() - self.start, 1e-9)
+        elapsed = max(time.monotonic() - self.start, 1e-9)
         speed, grad_norm = self.tokens / elapsed, float(grad_norm)
         left = elapsed / max(done - self.first_step, 1) * (max_steps - done)
         self.log(done, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed, **values)

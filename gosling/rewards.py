@@ -5,16 +5,15 @@
 An async function is awaited. Without `**columns` it is given those columns alone that it names.
 """
 
-import asyncio
 import functools
 import inspect
 import math
-import threading
 import traceback
 import warnings
 
-from gosling.config import UserError, failure, show
+from gosling.config import UserError, show
 from gosling.files import primitive
+from gosling.user_code import call
 
 GIVEN = ("prompt", "prompts", "completions", "completion_ids")  # these are no names of columns
 
@@ -53,24 +52,25 @@ def columns_of(rows):
     return {key: [row.get(key) for row in rows] for key in keys if key not in GIVEN}
 
 
-def call_reward(function, prompts, texts, columns):
+def call_reward(function, prompts, texts, columns, seconds=None):
     """A reward function over a batch -> [number or None]; its NaN is None too.
 
     columns: {name: [value of each row]}. UserError names the function, and the row that it failed
-    on or rated with something else than a finite number. It is called once, whatever happens.
+    on or rated with something else than a finite number. It is called once, whatever happens, with
+    lists of its own. seconds: its time limit.
     """
     name = show(function)
-    given = arguments(function, {"prompts": prompts, "completions": texts, **columns})
+    values = {"prompts": prompts, "completions": texts, **columns}
+    copies = {key: primitive(value, key) for key, value in values.items()}  # it may change them
+    given = arguments(function, copies)
     try:
-        returned = function(**given)
-        if inspect.isawaitable(returned):
-            returned = asyncio.run_coroutine_threadsafe(wait_for(returned), event_loop()).result()
-    except Exception as e:
-        row = failing_row(e, texts)
-        where = ""
-        if row is not None:
-            where = f" on prompt {str(prompts[row])[:80]!r}, completion {texts[row][:80]!r}"
-        raise UserError(f"reward {name} failed{where}: {failure(e)}") from e
+        returned = call(f"reward {name}", function, seconds, **given)
+    except UserError as e:
+        row = failing_row(e.__cause__, texts) if e.__cause__ else None
+        if row is None:
+            raise
+        where = f"on prompt {str(prompts[row])[:80]!r}, completion {texts[row][:80]!r}"
+        raise UserError(f"{e}; {where}") from e.__cause__
     rewards = primitive(returned, f"what reward {name} returned")
     if not isinstance(rewards, list) or len(rewards) != len(texts):
         size = f" of {len(rewards)}" if isinstance(rewards, (list, dict, str)) else ""
@@ -118,15 +118,3 @@ def failing_row(error, texts):
             if id(value) in numbers:
                 return numbers[id(value)]
     return None
-
-
-async def wait_for(awaitable):
-    return await awaitable
-
-
-@functools.cache
-def event_loop():
-    """The loop of all async rewards, in a thread: clients can keep connections between calls."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    return loop

@@ -14,10 +14,11 @@ import torch
 
 from gosling import files, runs
 from gosling.batch import score_answers
-from gosling.config import UserError, failure, print0, show
+from gosling.config import UserError, print0, show
 from gosling.engine import generate
 from gosling.files import primitive
 from gosling.rewards import call_reward, columns_of, reward_functions
+from gosling.user_code import call
 
 
 @dataclass
@@ -53,7 +54,14 @@ def roll_out(sampler, prompts, numbers, n, cfg, run, process=None, **sampling):
             **sampling,
         )
         try:
-            masks = masks_of(prompts, completions, n, process, sampler.model.config.vocab_size)
+            masks = masks_of(
+                prompts,
+                completions,
+                n,
+                process,
+                sampler.model.config.vocab_size,
+                cfg.reward_seconds,
+            )
             groups = make_groups(prompts, numbers, completions, masks)
             add_rewards(groups, sampler.reward_model, cfg, run)
         except UserError as e:
@@ -69,7 +77,7 @@ def roll_out(sampler, prompts, numbers, n, cfg, run, process=None, **sampling):
     return groups
 
 
-def masks_of(prompts, completions, n, process, vocab_size):
+def masks_of(prompts, completions, n, process, vocab_size, seconds=None):
     """cfg.process over the completions, which it may rewrite -> a mask for each [tokens]
 
     What it rewrote by hand, the sampler has no log-probabilities of.
@@ -77,10 +85,8 @@ def masks_of(prompts, completions, n, process, vocab_size):
     if process is None:
         return [[1] * len(completion.tokens) for completion in completions]
     before, name = [list(completion.tokens) for completion in completions], show(process)
-    try:
-        masks = process([row for _, row in prompts for _ in range(n)], completions)
-    except Exception as e:
-        raise UserError(f"process: {name} failed: {failure(e)}") from e
+    rows = [primitive(row, "the data's row") for _, row in prompts for _ in range(n)]  # copies
+    masks = call(f"process: {name}", process, seconds, rows, completions)
     masks = primitive(masks, f"process: what {name} returned")
     for i, (completion, tokens) in enumerate(zip(completions, before, strict=True)):
         completion.tokens = primitive(completion.tokens, f"process: tokens of completion {i}")
@@ -136,7 +142,9 @@ def add_rewards(groups, reward_model, cfg, run):
     texts, columns_of_rewards = [c["text"] for c in completions], {}
     prompts = [row["prompt"] for row in rows]
     for name, function in reward_functions(cfg).items():
-        columns_of_rewards[name] = call_reward(function, prompts, texts, columns)
+        columns_of_rewards[name] = call_reward(
+            function, prompts, texts, columns, cfg.reward_seconds
+        )
     if reward_model is not None:
         scores = []
         with torch.no_grad():

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import re
-import signal
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,9 +22,11 @@ import torch
 import torch.distributed as dist
 
 from gosling import config, files
-from gosling.config import UserError, config_dict, failure, print0, show
+from gosling.config import UserError, config_dict, print0, show
 from gosling.files import load_torch, primitive, read_json, save_torch, write_json
 from gosling.metrics import Metrics, duration
+from gosling.user_code import call, received
+from gosling.user_code import catch_signals as catch_signals  # for the loops
 from wkv_cuda import fused
 
 # ----------------------------------------------------------------------------------------------
@@ -40,6 +42,9 @@ class Run:
     device: torch.device
     dtype: torch.dtype  # of activations and of frozen weights
     wrappers: list = dataclasses.field(default_factory=list)  # DDP's, see wrap
+    held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)  # locks
+    described: dict = dataclasses.field(default_factory=dict)  # what config.json says besides cfg
+    tokenizer: object = None  # whose file lies beside it
 
     @property
     def main(self):
@@ -65,7 +70,8 @@ def processes(cfg):
     print0(describe_device(device, dtype, world))
     run = Run(rank, world, device, dtype)
     try:
-        yield run
+        with run.held:
+            yield run
     finally:
         if owns_group:
             # The caller's frame still holds the wrapper, and that the group: a process that ends
@@ -179,29 +185,6 @@ def wrap(model, run):
     return wrapped, wrapped.no_sync
 
 
-@contextlib.contextmanager
-def catch_signals():
-    """SIGTERM and Ctrl-C as a list that the loop reads between steps, so that it can save first.
-
-    A second Ctrl-C interrupts at once. Outside the main thread (notebooks) signals are left alone.
-    """
-    received, before = [], {}
-
-    def handler(number, frame):
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        print0(f"\n{signal.Signals(number).name}: finishing this step, then saving")
-
-    with contextlib.suppress(ValueError):
-        before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for s, old_handler in before.items():
-            signal.signal(s, old_handler)
-
-
 # ----------------------------------------------------------------------------------------------
 # steps: how many, which samples, at which learning rate
 
@@ -297,16 +280,34 @@ def make_optimizer(model, cfg, run):
     )
 
 
-def check_finite(cfg, step, loss, grad_norm):
+def check_finite(cfg, step, loss, grad_norm, model):
     """UserError, before the optimiser moves, if the loss or the gradient is not a number."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
+    check_weights(cfg, model, f"step {step + 1}: loss {loss}")  # since an earlier step
     last = Path(cfg.out_dir) / "last.pt"
     stands = f" {last} stands;" if last.exists() else ""
     raise UserError(
         f"step {step + 1}: loss {loss}, gradient norm {float(grad_norm)}; stopped before this step "
         f"touched the weights.{stands} try a new run with a lower --lr or --dtype=float32"
     )
+
+
+@torch.no_grad()
+def check_weights(cfg, model, before="not saved"):
+    """UserError if what trains holds NaN or infinity. Called before it is written."""
+    trained = trained_parameters(model)
+    sums = torch.stack([p.sum(dtype=torch.float32) for p in trained.values()])  # one look at all
+    if sums.isfinite().all():
+        return
+    for name, p in trained.items():
+        if not p.isfinite().all():
+            last = Path(cfg.out_dir) / "last.pt"
+            stands = f"{last} stands; " if last.exists() else ""
+            raise UserError(
+                f"{before}: {name} has become NaN or infinite; {stands}try a new run with a "
+                "lower --lr, or with another --adam_eps"
+            )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -321,7 +322,14 @@ def trained_parameters(model):
 # What may be otherwise on resume: it changes nothing, or only how long, where and how it is run.
 MAY_CHANGE = ("out_dir", "resume", "device", "micro_bsz", "packing", "chunk_len", "grad_cp")
 MAY_CHANGE += ("gen_batch_size", "max_steps", "epochs", "patience", "save_every", "keep_last")
-MAY_CHANGE += ("log", "log_every", "rollouts_every", "val_data", "watch")  # and all of eval_
+MAY_CHANGE += (
+    "log",
+    "log_every",
+    "rollouts_every",
+    "val_data",
+    "watch",
+    "reward_seconds",
+)  # and all of eval_
 
 NAME_FILES = ("data", "init_from", "adapter", "init_state", "tokenizer", "reference")
 NAME_FILES += ("reward_model",)
@@ -357,7 +365,7 @@ def resume(cfg, model, opt, same):
             f"{path} does not exist, so there is nothing to resume; check --out_dir, or start "
             "without --resume"
         )
-    last, trained = load_torch(path), trained_parameters(model)
+    last, trained = read_last(path), trained_parameters(model)
     if "same" not in last:
         raise UserError(f"{path} was written by an older version; start a new run from its weights")
     # A setting that this version has and the one that wrote the file had not is passed over.
@@ -380,14 +388,33 @@ def resume(cfg, model, opt, same):
     return last
 
 
+def read_last(path):
+    """last.pt, or if it is damaged the one before it."""
+    try:
+        return load_torch(path)
+    except UserError as e:
+        previous = path.with_name("last.previous.pt")
+        if not previous.exists():
+            raise
+        last = load_torch(previous)
+        print0(f"{e}; going on from {previous} instead")
+        return last
+
+
 def shapes(tensors):
     """{name: sizes}"""
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def save_last(cfg, run, model, opt, same, **values):
-    """last.pt, all that `resume` needs; values: the step, and what else the method wants back."""
+    """last.pt, all that `resume` needs; values: the step, and what else the method wants back.
+
+    The last.pt from before is kept as last.previous.pt. A folder that is gone is described again.
+    """
+    check_weights(cfg, model)
     if run.main:
+        if run.tokenizer and not (Path(cfg.out_dir) / "config.json").exists():
+            write_description(cfg, run)
         values = {name: primitive(value, name) for name, value in values.items()}
         save_torch(
             {
@@ -398,6 +425,7 @@ def save_last(cfg, run, model, opt, same, **values):
                 **values,
             },
             Path(cfg.out_dir) / "last.pt",
+            Path(cfg.out_dir) / "last.previous.pt",
         )
 
 
@@ -405,9 +433,19 @@ def open_run(cfg, run, model, tokenizer, first_step, max_steps):
     """Make out_dir, with config.json and the tokenizer in it -> Metrics.
 
     config.json has every field of cfg, what was worked out from them, and the versions. A folder
-    that holds another run is refused unless resume is set: a forgotten flag loses nothing.
+    that holds another run is refused unless resume is set: a forgotten flag loses nothing. So is
+    one that another process is using.
     """
     out = Path(cfg.out_dir)
+    run.described = {
+        "arch": dataclasses.asdict(model.config),
+        "tokenizer_digest": tokenizer.digest,
+        "max_steps": max_steps,
+        "processes": run.world,
+        "torch": torch.__version__,
+        "compute_dtype": str(run.dtype),
+    }
+    run.tokenizer = tokenizer
     if run.main:
         if (out / "last.pt").exists() and not cfg.resume:
             raise UserError(
@@ -417,22 +455,20 @@ def open_run(cfg, run, model, tokenizer, first_step, max_steps):
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"out_dir={out} cannot be made ({e.strerror}); choose another") from e
+        run.held.enter_context(files.locked(out))
         files.remove_half_written(out)
         if not cfg.resume:
             keep_clear_of(cfg, out)
             write_json(out / "run.json", {})  # which run this is, and its checkpoints
-        resolved = {
-            "arch": dataclasses.asdict(model.config),
-            "tokenizer": tokenizer.save(out),
-            "tokenizer_digest": tokenizer.digest,
-            "max_steps": max_steps,
-            "processes": run.world,
-            "torch": torch.__version__,
-            "compute_dtype": str(run.dtype),
-        }
-        write_json(out / "config.json", {**config_dict(cfg), **resolved})
+        write_description(cfg, run)
     gather([])  # the others wait for the folder
     return Metrics(cfg, run, first_step)
+
+
+def write_description(cfg, run):
+    """config.json and the tokenizer's file in out_dir."""
+    described = {"tokenizer": run.tokenizer.save(Path(cfg.out_dir)), **run.described}
+    write_json(Path(cfg.out_dir) / "config.json", {**config_dict(cfg), **described})
 
 
 NUMBERED = re.compile(r"(rwkv|lora|state)-(\d+)\.(pth|safetensors)")
@@ -490,15 +526,15 @@ def call_eval_fn(cfg, model, tokenizer):
         return {}
     name, error, values = show(cfg.eval_fn), [], {}
     try:
-        values = primitive(cfg.eval_fn(model, tokenizer), f"eval_fn: what {name} returned")
+        values = call(f"eval_fn: {name}", cfg.eval_fn, cfg.eval_seconds, model, tokenizer)
+        values = primitive(values, f"eval_fn: what {name} returned")
         values = {} if values is None else values
         values = {"eval_fn": values} if isinstance(values, (int, float)) else values
         if not isinstance(values, dict) or not all(map(is_number, values.values())):
             error = [f"eval_fn: {name} returned {values!r:.200}; expected {{name: number}}"]
     except UserError as e:
         error = [str(e)]
-    except Exception as e:
-        error = [f"eval_fn: {name} failed: {failure(e)}"]
+    model.zero_grad()  # what it left there would be trained
     for message in gather(error):
         raise UserError(message)
     return values
@@ -512,18 +548,22 @@ def is_number(value):
 def saving_first(cfg, run, model, opt, same, **values):
     """`with saving_first(…)`: around code that calls what the user wrote, between two steps.
 
-    If that fails, last.pt is saved first, with `values` as for save_last, and the error says how to
-    go on.
+    If that fails or a signal ends it, last.pt is saved first, with `values` as for save_last, and
+    the error says how to go on.
     """
     try:
         yield
     except Exception as e:
+        text = "there was no step yet to save"
+        if values["step"] > 0:
+            save_last(cfg, run, model, opt, same, **values)
+            last = Path(cfg.out_dir) / "last.pt"
+            text = f"{last} is saved at step {values['step']}; --resume goes on"
+        if received:
+            print0(f"{e}; {text}")
+            sys.exit(130)
         if values["step"] == 0:
             raise
-        save_last(cfg, run, model, opt, same, **values)
-        text = (
-            f"{Path(cfg.out_dir) / 'last.pt'} is saved at step {values['step']}; --resume goes on"
-        )
         if isinstance(e, UserError):
             raise UserError(f"{e}; {text}") from e
         print0(text)
@@ -543,4 +583,4 @@ def finished(cfg, metrics, max_steps, *files):
         print0(f"{out} is already at step {metrics.first_step}; a larger --max_steps goes on")
         return
     names = ", ".join(f"{out}/{file}" for file in (*files, "metrics.png"))
-    print0(f"done in {duration(time.time() - metrics.start)}: {names}")
+    print0(f"done in {duration(time.monotonic() - metrics.start)}: {names}")

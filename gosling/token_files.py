@@ -43,8 +43,8 @@ class TokenFile:
         check(is_ours, f"{index} does not begin with MMIDIDX and version 1")
         check(code in DTYPES, f"{index}: dtype code {code} is no integer type, such as 8 (uint16)")
         size, expected = index.stat().st_size, HEADER.size + 12 * n + 8 * m
-        found = f"{size} bytes, expected {expected}"
-        check(size == expected and n, f"{index} is cut off or damaged: {found}")
+        found = f"{n} documents, then {m}, {size} bytes, expected {expected}"
+        check(size == expected and m == n + 1 > 1, f"{index} is cut off or damaged: {found}")
         self.dtype = np.dtype(DTYPES[code])
         self.sizes = np.memmap(index, "<i4", "r", HEADER.size, n)
         self.offsets = np.memmap(index, "<i8", "r", HEADER.size + 4 * n, n)
@@ -52,8 +52,23 @@ class TokenFile:
         expected = int(self.sizes.sum(dtype=np.int64)) * self.dtype.itemsize
         found = f"{size} bytes, expected {expected}"
         check(size == expected > 0, f"{binary} is cut off, or not of this index: {found}")
+        self.check_documents(index)
         self.tokens = np.memmap(binary, self.dtype, "r")
         self.meta = read_json(f"{self.prefix}.json")
+
+    def check_documents(self, index):
+        """UserError unless every document begins where the one before it ends."""
+        end = 0
+        for first in range(0, len(self.sizes), 2**20):
+            sizes = self.sizes[first : first + 2**20].astype(np.int64) * self.dtype.itemsize
+            begins = end + np.cumsum(sizes) - sizes
+            wrong = np.flatnonzero((sizes < 0) | (self.offsets[first : first + 2**20] != begins))
+            if len(wrong):
+                raise UserError(
+                    f"{index} is damaged: document {first + wrong[0]} does not begin where the "
+                    "one before it ends; prepare the data again, or copy both files again"
+                )
+            end += int(sizes.sum())
 
     def __len__(self):
         return len(self.sizes)

@@ -6,7 +6,6 @@ LoRA (arXiv 2106.09685)    y = W x + scale B A x        A [r, in] random, B [out
 import contextlib
 import dataclasses
 import math
-import os
 import re
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gosling.config import UserError, print0
-from gosling.runs import prune
+from gosling.files import seen_from
+from gosling.runs import check_weights, prune
 from gosling.weights import (
     TunedState,
     base_of,
@@ -278,6 +278,7 @@ def lora_flags(cfg, model):
 
 def save_tuned(model, cfg, run, name, about=None):
     """Rank 0 writes what trains into cfg.out_dir, see write_tuned; the oldest numbered ones go."""
+    check_weights(cfg, model)
     if run.main:
         prune(write_tuned(model, cfg.out_dir, name, run.dtype, about), cfg.keep_last)
 
@@ -390,10 +391,10 @@ def origin(cfg, model, tokenizer, folder=None, fingerprint=None):
     ours = {"score", *(model.lora if model.tune == "lora" else ())}  # as the model has them now
     name = tokenizer.name
     if tokenizer.text:
-        name = os.path.relpath(Path(cfg.out_dir) / tokenizer.file_name, folder)
+        name = seen_from(Path(cfg.out_dir) / tokenizer.file_name, folder)
     return {
         **{key: value for key, value in kept.items() if key not in ours},
-        "model": os.path.relpath(cfg.init_from, folder),
+        "model": seen_from(cfg.init_from, folder),
         "fingerprint": fingerprint or fingerprint_of(model),
         "tokenizer": name,
     }

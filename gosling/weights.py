@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import re
+import zlib
 from pathlib import Path
 
 import torch
@@ -40,8 +41,15 @@ def read_tensors(file):
     if is_safetensors(file):
         try:
             weights = load_file(file)
+            with safe_open(file, "pt") as f:
+                metadata = f.metadata() or {}
         except (SafetensorError, OSError) as e:
             raise UserError(f"{file} cannot be read as safetensors ({e})") from e
+        if metadata.pop("crc32", None) not in (None, checksum(weights, metadata)):
+            raise UserError(
+                f"{file} is damaged: it is not what was written (if you have changed it, take "
+                "crc32 out of its metadata)"
+            )
         return turn_states(weights) if Path(file).suffix == ".st" else weights
     weights = load_torch(file)
     is_flat = isinstance(weights, dict)
@@ -51,6 +59,15 @@ def read_tensors(file):
             "last.pt is for resuming, rwkv-*.pth holds weights"
         )
     return weights
+
+
+def checksum(weights, metadata):
+    """Of all that a .safetensors holds; other programs' files have none."""
+    value = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+    for name, w in sorted(weights.items()):
+        value = zlib.crc32(f"{name} {w.dtype} {list(w.shape)}".encode(), value)
+        value = zlib.crc32(w.contiguous().flatten().view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 def turn_states(weights):
@@ -70,6 +87,7 @@ def read_metadata(path):
     if is_safetensors(file):
         with safe_open(file, "pt") as f:
             about = f.metadata() or {}
+    about.pop("crc32", None)  # of that file alone, see checksum
     return about if "alpha" in about else {**about, **hub.peft_settings(file)}
 
 
@@ -83,9 +101,10 @@ def write_weights(weights, path, metadata=None):
         return
     if Path(path).suffix == ".st":
         weights = turn_states(dict(weights))
+    metadata = metadata or {}
     with atomic_write(path) as tmp:
         try:
-            save_file(weights, tmp, metadata)
+            save_file(weights, tmp, {**metadata, "crc32": checksum(weights, metadata)})
         except SafetensorError as e:
             raise OSError(errno.EIO, str(e)) from e
 

@@ -1,11 +1,15 @@
 """train_grpo.py and config/rewards.py: losses and advantages by hand, gradients, what it learns,
 the same numbers however it is run."""
 
+import dataclasses
 import itertools
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -1361,3 +1365,31 @@ def test_bad_input(over, words, base, tmp_path):
     }
     with pytest.raises(UserError, match=words):
         train_grpo.main(tiny(base, tmp_path / "run", **over))
+
+
+@pytest.mark.parametrize("how", ["limit", "signal"])
+def test_a_reward_that_hangs_is_ended_and_the_run_goes_on(how, base, tmp_path):
+    """At its time limit with an error, at the first signal with exit status 130; saved before."""
+    calls = []
+
+    def reward(prompts, completions, **columns):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            if how == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return spread(prompts, completions)
+
+    limit = 0.5 if how == "limit" else None
+    cfg = tiny(base, tmp_path / "run", reward=reward, max_steps=4, reward_seconds=limit)
+    expected = pytest.raises(UserError, match="took longer than 0.5 s.*last.pt is saved at step 2")
+    with expected if how == "limit" else pytest.raises(SystemExit, match="130"):
+        train_grpo.main(cfg)
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 2
+    train_grpo.main(dataclasses.replace(cfg, resume=True))
+    train_grpo.main(tiny(base, tmp_path / "whole", reward=reward, max_steps=4))
+    ended, whole = (
+        torch.load(tmp_path / name / "rwkv-final.pth", weights_only=True)
+        for name in ("run", "whole")
+    )
+    assert all(torch.equal(ended[name], whole[name]) for name in whole)

@@ -132,9 +132,9 @@ def test_a_reward_that_fails_is_called_once_and_its_row_is_named(kind):
         raise TimeoutError("judge API: 503")
 
     function = {"loop": in_loop, "helper": with_helper, "async": in_async, "batch": on_batch}[kind]
-    row = "failed on prompt 'p2', completion 'three': KeyError: 'seven' .*test_rewards.py, line "
+    row = r"failed: KeyError: 'seven' .*test_rewards.py, line \d+\); on prompt 'p2', .* 'three'"
     words = {
-        "loop": "reward in_loop failed on prompt 'p1', completion 'one': ValueError: substring",
+        "loop": "in_loop failed: ValueError: substring.*; on prompt 'p1', completion 'one'",
         "helper": f"reward with_helper {row}",
         "async": f"reward in_async {row}",
         "batch": "reward on_batch failed: TimeoutError: judge API: 503 .*test_rewards.py, line ",

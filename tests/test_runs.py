@@ -4,6 +4,7 @@ import datetime
 import functools
 import json
 import os
+import random
 import subprocess
 import sys
 import types
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from helpers import random_model
+from helpers import ROOT, random_model
 
 from gosling import files, runs
 from gosling.config import UserError
@@ -69,6 +70,7 @@ class Settings:
     log: str = "none"
     reward: object = None
     eval_fn: object = None
+    eval_seconds: float | None = None
 
 
 def settings(tmp_path, **over):
@@ -150,12 +152,16 @@ def test_last_pt_holds_what_a_function_of_the_users_gave(tmp_path):
 
 
 class Tokenizer:
+    digest = "of bytes"
+
     def save(self, folder):
         return "bytes"
 
 
 def start(cfg, model):
-    return runs.open_run(cfg, ONE_CPU, model, Tokenizer(), 0, 3)
+    run = runs.Run(0, 1, torch.device("cpu"), torch.float32)
+    with run.held:  # its lock
+        return runs.open_run(cfg, run, model, Tokenizer(), 0, 3)
 
 
 def test_a_new_run_leaves_foreign_files_and_has_a_list_of_its_own(tmp_path):
@@ -194,10 +200,10 @@ def test_eval_fn_is_taken_or_refused_in_one_line(returned, values):
 
     cfg = Settings(eval_fn=evaluate)
     if isinstance(values, dict):
-        assert runs.call_eval_fn(cfg, None, None) == values
+        assert runs.call_eval_fn(cfg, torch.nn.Linear(1, 1), None) == values
     else:
         with pytest.raises(UserError, match=values):
-            runs.call_eval_fn(cfg, None, None)
+            runs.call_eval_fn(cfg, torch.nn.Linear(1, 1), None)
 
 
 def test_what_raises_between_two_steps_saves_first(tmp_path):
@@ -306,8 +312,69 @@ def test_every_sample_comes_once_an_epoch_whatever_the_batch():
 
 def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path):
     cfg = types.SimpleNamespace(out_dir=str(tmp_path))
-    runs.check_finite(cfg, 0, 1.0, torch.tensor(1.0))
-    with pytest.raises(UserError, match="step 3: loss nan"):
-        runs.check_finite(cfg, 2, float("nan"), torch.tensor(1.0))
+    model = torch.nn.Linear(3, 2)
+    runs.check_finite(cfg, 0, 1.0, torch.tensor(1.0), model)
+    with pytest.raises(UserError, match="step 3: loss nan.*before this step touched the weights"):
+        runs.check_finite(cfg, 2, float("nan"), torch.tensor(1.0), model)
     with pytest.raises(UserError, match="gradient norm inf"):
-        runs.check_finite(cfg, 2, 1.0, torch.tensor(float("inf")))
+        runs.check_finite(cfg, 2, 1.0, torch.tensor(float("inf")), model)
+    model.bias.data[1] = float("inf")
+    with pytest.raises(UserError, match="step 3: loss nan: bias has become NaN or infinite"):
+        runs.check_finite(cfg, 2, float("nan"), torch.tensor(1.0), model)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    cfg, model = settings(tmp_path), random_model("x070", n_layer=1, n_embd=64)
+    save(cfg, model, step=1)
+    model.blocks[0].ffn.key.weight.data[5, 6] = float("nan")
+    words = "blocks.0.ffn.key.weight has become NaN or infinite; .*last.pt stands"
+    with pytest.raises(UserError, match=words):
+        save(cfg, model, step=2)
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 1
+    model.blocks[0].ffn.key.weight.data[5, 6] = 1e30
+    model.blocks[0].ffn.key.weight.data[5, 7] = 3e38  # large, and finite: so is no sum of them
+    model.blocks[0].ffn.key.weight.data[6, 6] = 3e38
+    save(cfg, model, step=3)
+
+
+def test_one_flipped_bit_of_last_is_seen_and_the_one_before_is_used(tmp_path, capsys):
+    model, path = random_model("x070", n_layer=1, n_embd=64), tmp_path / "run/last.pt"
+    save(settings(tmp_path), model, step=1)
+    save(settings(tmp_path), model, step=2)
+    cfg, whole, rng = settings(tmp_path, resume=True), path.read_bytes(), random.Random(0)
+    assert resume(cfg, model)["step"] == 2
+    for _ in range(40):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        capsys.readouterr()
+        last = resume(cfg, model)
+        said = "going on from" in capsys.readouterr().out
+        assert said == (last["step"] == 1)
+        if not said:  # what padding holds, or a date
+            assert all(
+                torch.equal(last["model"][n], p)
+                for n, p in model.named_parameters()
+                if n in last["model"]
+            )
+    path.with_name("last.previous.pt").unlink()
+    path.write_bytes(whole[:-300])
+    with pytest.raises(UserError, match="last.pt cannot be read"):
+        resume(cfg, model)
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path):
+    """The lock is the system's: another process is refused, and a killed one leaves none."""
+    hold = (
+        "import sys, time; sys.path.insert(0, sys.argv[2])\n"
+        "from gosling.files import locked\n"
+        "with locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", hold, str(tmp_path), str(ROOT)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="in use by another process"), files.locked(tmp_path):
+            pass
+        other.kill()
+    with files.locked(tmp_path):
+        pass

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -390,3 +391,28 @@ def test_a_st_is_turned_wherever_a_state_is_read(seven, tmp_path):
     merge = ["merge", f"--model={tmp_path}/other.pth", f"--out={tmp_path}/o.pth"]
     with pytest.raises(UserError, match=r"s\.st was trained on a\.pth, and .* has other weights"):
         export_(*merge, f"--state={tmp_path}/s.st")
+
+
+def test_one_flipped_bit_of_a_file_is_seen(seven, tmp_path):
+    """Weights and adapters load as they were written, or not at all."""
+    path, _ = adapter(seven, tmp_path, r=2)
+    seven.save_pretrained(tmp_path / "m.pth")
+    rng = random.Random(0)
+    for file in (path, tmp_path / "m.pth"):
+        whole, good, about = file.read_bytes(), read_weights(file), read_metadata(file)
+        n_seen = 0
+        for _ in range(60):
+            damaged = bytearray(whole)
+            damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            file.write_bytes(damaged)
+            try:
+                weights = read_weights(file)
+            except UserError as e:
+                n_seen += 1
+                assert str(file) in str(e)
+                continue
+            assert weights.keys() == good.keys() and read_metadata(file) == about
+            assert all(torch.equal(weights[name], good[name]) for name in good)
+        assert n_seen > 50
+    save_file(good, tmp_path / "theirs.safetensors", {"format": "pt"})  # without a checksum
+    assert read_weights(tmp_path / "theirs.safetensors").keys() == good.keys()
