@@ -50,7 +50,7 @@ class Config:
     head_size: PositiveInt = 64  # fresh model: width of a head; the CUDA kernels want 64
     # run
     out_dir: str = "out/pretrain"  # folder for checkpoints, last.pt, config.json and metrics
-    resume: bool = False  # go on from out_dir/last.pt
+    resume: bool | Literal["auto"] = False  # go on from out_dir/last.pt; auto: if there is one
     seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA

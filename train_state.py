@@ -63,7 +63,7 @@ class Config:
     shift: bool = False  # also train both token-shift vectors, which other engines do not read
     # run
     out_dir: str = "out/state"  # folder for checkpoints, last.pt, config.json and metrics
-    resume: bool = False  # go on from out_dir/last.pt
+    resume: bool | Literal["auto"] = False  # go on from out_dir/last.pt; auto: if there is one
     seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA

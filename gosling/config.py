@@ -196,8 +196,9 @@ def validators(cls):
 
 def spell_out_booleans(args, cls):
     """`--resume` -> `--resume True`, `--resume=false` -> `--resume False`: what tyro reads."""
-    booleans = {key for key, hint in typing.get_type_hints(cls).items() if hint is bool}
-    words = {"true": "True", "false": "False", "1": "True", "0": "False"}
+    hints = typing.get_type_hints(cls).items()
+    booleans = {key for key, hint in hints if bool in (hint, *typing.get_args(hint))}
+    words = {"true": "True", "false": "False", "1": "True", "0": "False", "auto": "auto"}
     spelled, rest = [], list(args)
     while rest:
         word = rest.pop(0)

@@ -351,14 +351,25 @@ def identity(cfg, model, **of_the_data):
     return {**same, **dataclasses.asdict(model.config), **of_the_data}
 
 
+def goes_on(cfg):
+    """Whether cfg.resume is set, or is "auto" and there is a last.pt.
+
+    A worker that torchrun has restarted goes on if it can, whatever its flags say.
+    """
+    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if cfg.resume == "auto" or is_restarted:
+        return (Path(cfg.out_dir) / "last.pt").exists()
+    return cfg.resume
+
+
 @torch.no_grad()
 def resume(cfg, model, opt, same):
-    """With cfg.resume: parameters, optimiser and random numbers as in last.pt -> all of last.pt.
+    """If it goes on: parameters, optimiser and random numbers as in last.pt -> all of last.pt.
 
     {} in a new run. same: from `identity`; the first difference between then and now is an error.
     """
     path = Path(cfg.out_dir) / "last.pt"
-    if not cfg.resume:
+    if not goes_on(cfg):
         return {}
     if not path.exists():
         raise UserError(
@@ -447,7 +458,7 @@ def open_run(cfg, run, model, tokenizer, first_step, max_steps):
     }
     run.tokenizer = tokenizer
     if run.main:
-        if (out / "last.pt").exists() and not cfg.resume:
+        if (out / "last.pt").exists() and not goes_on(cfg):
             raise UserError(
                 f"{out} already holds a run; --resume goes on with it, or choose another --out_dir"
             )
@@ -457,7 +468,7 @@ def open_run(cfg, run, model, tokenizer, first_step, max_steps):
             raise UserError(f"out_dir={out} cannot be made ({e.strerror}); choose another") from e
         run.held.enter_context(files.locked(out))
         files.remove_half_written(out)
-        if not cfg.resume:
+        if not goes_on(cfg):
             keep_clear_of(cfg, out)
             write_json(out / "run.json", {})  # which run this is, and its checkpoints
         write_description(cfg, run)

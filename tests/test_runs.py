@@ -108,6 +108,20 @@ def test_resume_goes_on_with_what_may_change_and_a_file_elsewhere(tmp_path):
     assert resume(cfg, model)["step"] == 2
 
 
+def test_auto_goes_on_if_there_is_something(tmp_path, monkeypatch):
+    model = random_model("x070", n_layer=1, n_embd=64)
+    auto, never = settings(tmp_path, resume="auto"), settings(tmp_path)
+    assert resume(auto, model) == {}
+    start(auto, model)
+    save(auto, model, step=2)
+    assert resume(auto, model)["step"] == 2 and resume(never, model) == {}
+    with pytest.raises(UserError, match="already holds a run; --resume"):
+        start(never, model)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # a worker that torchrun has restarted
+    assert resume(never, model)["step"] == 2
+    start(never, model)
+
+
 @pytest.mark.parametrize(
     "over, words",
     [
