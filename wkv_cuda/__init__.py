@@ -15,13 +15,14 @@ passes its state through.
 """
 
 import warnings
+from itertools import pairwise
 
 import torch
 
 from . import chunked, cpu, cuda, cuda_seq
 
-FORMS = {"chunked": chunked, "cpu": cpu, "cuda_seq": cuda_seq, "cuda": cuda}
-BACKENDS = ("naive", *FORMS)
+COMPILED = {"cpu": cpu, "cuda_seq": cuda_seq, "cuda": cuda}
+BACKENDS = ("naive", "chunked", *COMPILED)
 
 
 def wkv7(r, logw, k, v, a, b, state=None, *, cu_seqlens=None, backend=None):
@@ -47,8 +48,11 @@ def wkv6(r, logw, k, v, u, state=None, *, cu_seqlens=None, backend=None):
 
 
 def _check(inputs, state, cu_seqlens):
-    """ValueError for shapes or devices that do not fit -> the state, zeros for None, in float32, or
-    float64 for float64 inputs."""
+    """ValueError for shapes or devices that do not fit; -> (state, cu_seqlens).
+
+    The state, zeros for None, is in the dtype to compute in: float32, or float64 for float64
+    inputs. cu_seqlens is an int64 tensor on the CPU, or None.
+    """
     r = inputs["r"]
     if r.dim() != 4 or not r.is_floating_point():
         raise ValueError(f"r is {r.dtype} {tuple(r.shape)}, expected floats [B, T, H, N]")
@@ -61,7 +65,8 @@ def _check(inputs, state, cu_seqlens):
                 f"{tuple(shape)} on {r.device} like r"
             )
     if cu_seqlens is not None:
-        ends = torch.as_tensor(cu_seqlens).flatten().tolist()
+        cu_seqlens = torch.as_tensor(cu_seqlens).flatten().to("cpu", torch.int64)
+        ends = cu_seqlens.tolist()
         rising = len(ends) > 1 and ends == sorted(ends) and (ends[0], ends[-1]) == (0, T)
         if B != 1 or not rising:
             raise ValueError(
@@ -71,26 +76,29 @@ def _check(inputs, state, cu_seqlens):
         B = len(ends) - 1
     dtype = torch.promote_types(r.dtype, torch.float32)
     if state is None:
-        return r.new_zeros(B, H, N, N, dtype=dtype)
+        return r.new_zeros(B, H, N, N, dtype=dtype), cu_seqlens
     if state.shape != (B, H, N, N) or state.device != r.device:
         raise ValueError(
             f"state is {tuple(state.shape)} on {state.device}, expected [sequences, H, N, N] = "
             f"{(B, H, N, N)} on {r.device}"
         )
-    return state.to(dtype)
+    return state.to(dtype), cu_seqlens
 
 
 def _run(version, backend, named, state, cu_seqlens):
-    state, inputs = _check(named, state, cu_seqlens), tuple(named.values())
+    state, cu_seqlens = _check(named, state, cu_seqlens)
+    inputs = tuple(named.values())
     backend = backend or _fastest(inputs, state)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "naive":
         return naive(version, inputs, state, cu_seqlens)
-    form = FORMS[backend]
-    if form is not chunked and (missing := form.unavailable()):
+    if backend == "chunked":
+        return chunked.wkv(version, inputs, state, cu_seqlens)
+    form = COMPILED[backend]
+    if missing := form.unavailable():
         raise RuntimeError(f"backend {backend!r}: {missing}")
-    if form is not chunked and (wrong := _unsupported(form, inputs)):
+    if wrong := _unsupported(form, inputs):
         raise ValueError(f"backend {backend!r}: {wrong}")
     return form.wkv(version, inputs, state, cu_seqlens)
 
@@ -139,15 +147,15 @@ def naive(version, inputs, state, cu_seqlens):
     token of many rows.
     """
     if cu_seqlens is not None:
-        ends, documents = torch.as_tensor(cu_seqlens).tolist(), []
-        for d in range(len(ends) - 1):
-            of_document = [x if x.dim() == 2 else x[:, ends[d] : ends[d + 1]] for x in inputs]
+        documents = []
+        for d, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            of_document = [x if x.dim() == 2 else x[:, start:end] for x in inputs]
             documents.append(naive(version, of_document, state[d : d + 1], None))
         ys, states = zip(*documents, strict=True)
         return torch.cat(ys, 1), torch.cat(states)
-    dtype, S, ys = torch.promote_types(inputs[0].dtype, torch.float32), state, []
+    S, ys = state, []
     if version == 7:
-        r, logw, k, v, a, b = [x.to(dtype) for x in inputs]
+        r, logw, k, v, a, b = [x.to(S.dtype) for x in inputs]
         for t in range(r.shape[1]):
             Sa = a[:, t, :, None] @ S.mT  # [B, H, 1, N]
             S = S * logw[:, t].exp()[:, :, None]
@@ -155,7 +163,7 @@ def naive(version, inputs, state, cu_seqlens):
             S = S.addcmul_(v[:, t, ..., None], k[:, t, :, None])  # S + v k'
             ys.append((r[:, t, :, None] @ S.mT)[:, :, 0])  # [B, H, N]
     else:
-        r, logw, k, v, u = [x.to(dtype) for x in inputs]
+        r, logw, k, v, u = [x.to(S.dtype) for x in inputs]
         for t in range(r.shape[1]):
             vk = v[:, t, ..., None] * k[:, t, :, None]  # [B, H, N, N]
             ys.append(((S + u[:, None] * vk) @ r[:, t, :, :, None])[..., 0])

@@ -26,8 +26,7 @@ def wkv(version, inputs, state, cu_seqlens):
 
 @torch.compiler.assume_constant_result
 def unavailable():
-    """None if the kernels can be used here, else one line that says what is missing. Builds them on
-    the first call."""
+    """None if the kernels can be used here, else what is missing; the first call builds them."""
     if missing := cuda_seq.unavailable():
         return missing
     major, minor = torch.cuda.get_device_capability()
@@ -39,8 +38,10 @@ def unavailable():
 
 @functools.cache
 def trial(device):
-    """None if outputs and gradients of a small case are the PyTorch form's, else one line. A card
-    proves itself once."""
+    """None if outputs and gradients of a small case are the PyTorch form's, else a line.
+
+    A card proves itself once.
+    """
     g = torch.Generator().manual_seed(0)
     r, k, v, x, z = (torch.randn(1, 70, 1, 64, generator=g) for _ in range(5))
     kappa, logw = F.normalize(x, dim=-1), -0.6 * z.sigmoid()
@@ -65,9 +66,11 @@ def trial(device):
 
 
 def span(S, H, total):
-    """Tokens of a span where S sequences of H heads leave most of a card idle (chunk.cuh), else 0.
+    """Tokens of a span where S sequences of H heads leave most of a card idle, else 0 (chunk.cuh).
+
     For 2 blocks on each of 132 processors, but not from the card at hand: the same inputs give the
-    same bits everywhere."""
+    same bits everywhere.
+    """
     spans = 264 // max(S * H, 1)
     if spans < 4 or total < 1024 * S:
         return 0

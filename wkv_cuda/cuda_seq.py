@@ -15,18 +15,10 @@ import torch
 from . import native
 
 DEVICE, HEAD_SIZES, DTYPES = "cuda", (64,), tuple(native.DTYPES)
-SOURCES = [
-    Path(__file__).parent / name
-    for name in ("wkv6.cu", "wkv7.cu", "wkv6_chunk.cu", "wkv7_chunk.cu", "wkv.cuh", "chunk.cuh")
-]
-FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-shared",
-    "-Xcompiler",
-    "-fPIC",
-    "--threads=0",
-]  # as many threads as there are cores
+NAMES = ("wkv6.cu", "wkv7.cu", "wkv6_chunk.cu", "wkv7_chunk.cu", "wkv.cuh", "chunk.cuh")
+SOURCES = [Path(__file__).parent / name for name in NAMES]
+# --threads=0: as many as there are cores
+FLAGS = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "--threads=0"]
 
 
 def wkv(version, inputs, state, cu_seqlens):
@@ -35,8 +27,7 @@ def wkv(version, inputs, state, cu_seqlens):
 
 @torch.compiler.assume_constant_result  # so torch.compile may meet it on the way to the op
 def unavailable():
-    """None if the kernels can be used here, else one line that says what is missing. Builds them on
-    the first call."""
+    """None if the kernels can be used here, else what is missing; the first call builds them."""
     return library()[1]
 
 
@@ -71,8 +62,10 @@ def aligned(x):
 
 
 def launch(function, *args):
-    """Call a function of the library on the tensors' device and PyTorch's stream there: tensors as
-    pointers, then numbers, then the stream."""
+    """Call a function of the library on the tensors' device and PyTorch's stream there.
+
+    It gets tensors as pointers, then numbers, then the stream.
+    """
     # Kept in a list, so that they are alive until the launch.
     args = [aligned(x) if isinstance(x, torch.Tensor) else x for x in args]
     raw = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else x for x in args]

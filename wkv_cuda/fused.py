@@ -25,8 +25,11 @@ def linear(x, w):
 
 
 class OneDNN(torch.autograd.Function):
-    """x w' in float32 on a CPU. F.linear takes MKL, which on some CPUs needs half as long again as
-    oneDNN; for the gradient of w they are equal."""
+    """x w' in float32 on a CPU.
+
+    F.linear takes MKL, which on some CPUs needs half as long again as oneDNN; for the gradient of w
+    they are equal.
+    """
 
     @staticmethod
     def forward(ctx, x, w):
@@ -88,8 +91,10 @@ class ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def rows_at_a_time(h, weight):
-        """16 MB of float32 logits on a CPU, 256 MB on a GPU; fewer than 256 rows make the gradient
-        of the weight the slowest part."""
+        """16 MB of float32 logits on a CPU, 256 MB on a GPU.
+
+        Fewer than 256 rows make the gradient of the weight the slowest part.
+        """
         return max(256, (2**26 if h.is_cuda else 2**22) // len(weight))
 
     @staticmethod
@@ -131,8 +136,10 @@ class ScoreTokens(torch.autograd.Function):
 
 
 def score_rows(z, y):
-    """Logits z [M, V], already divided by the temperature, targets y [M] -> logps, entropy, hits
-    and the log of the sum of exponentials, each [M]."""
+    """Logits z [M, V], divided by the temperature, targets y [M] -> logps, entropy, hits, lse.
+
+    Each is [M]; lse is the log of the sum of exponentials.
+    """
     lse = z.logsumexp(-1)
     logps = z.gather(-1, y[:, None])[:, 0] - lse
     entropy = lse - ((z - lse[:, None]).exp_().mul_(z)).sum(-1)
@@ -184,15 +191,20 @@ def decoder(model):
 
 
 def build(device):
-    """Build the native code now, so that evaluations before the first step run it too, to the last
-    bit; on CUDA the first call does."""
+    """Build the native code now, so that evaluations before the first step run it, to the last bit.
+
+    On CUDA the first call builds it.
+    """
     if torch.device(device).type == "cpu":
         cpu.unavailable()
 
 
 def keep_memory():
-    """Let glibc keep what tensors free for the next ones. It gives large blocks back to the system
-    at once, and taking them again, page by page, is up to a third of a small model's step."""
+    """Let glibc keep what tensors free for the next ones.
+
+    It gives large blocks back to the system at once, and taking them again, page by page, is up to
+    a third of a small model's step.
+    """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest

@@ -1,5 +1,4 @@
-"""What the compiled forms share: a library that is built once, and PyTorch ops with gradients
-around its functions.
+"""What the compiled forms share: a library that is built once, and PyTorch ops around it.
 
 The sources are plain C++ or CUDA, called through ctypes: no PyTorch header is involved. Nothing is
 built at import. The ops gosling::<name> and gosling::<name>_backward work under torch.compile, DDP
@@ -28,34 +27,35 @@ def say(line):
 
 
 def place(name, command, sources, about):
-    """Where the library is or will be. Its name holds a hash of the sources, the command and what
-    the command `about` tells of the compiler and the machine: an old build is never taken for a new
-    one."""
-    told = subprocess.run(about, capture_output=True).stdout
-    content = b"\0".join(
-        [*[path.read_bytes() for path in sources], told, *map(str.encode, command)]
-    )
-    folder = (
-        os.environ.get("TORCH_EXTENSIONS_DIR")
-        or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "gosling").expanduser()
-    )
+    """Where the library is or will be.
+
+    Its name holds a hash of the sources, the command and what the command `about` prints of the
+    compiler and the machine: an old build is never taken for a new one.
+    """
+    compiler = subprocess.run(about, capture_output=True).stdout
+    files = [path.read_bytes() for path in sources]
+    content = b"\0".join([*files, compiler, *map(str.encode, command)])
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not folder:
+        folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "gosling").expanduser()
     return Path(folder, f"gosling_{name}_{hashlib.sha256(content).hexdigest()[:12]}.so")
 
 
+def open_library(path):
+    """The library, or None: there is no file, or a broken one, from a full disk or a cut copy."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
 def load(path, command, sources, build=True):
-    """(the library at `path`, None), built first by `command` if it is not there; or (None, what is
-    missing in a line).
+    """(the library at `path`, None), built by `command` if need be; or (None, what is missing).
 
     Of many processes one builds. The others wait at a lock, which the system takes back however its
-    holder ends; where the file system has none, each builds, and moves a whole file in place."""
-
-    def there():
-        with contextlib.suppress(
-            OSError
-        ):  # no file, or not a library: a disk that was full, a copy cut short
-            return ctypes.CDLL(str(path))
-
-    if library := there():
+    holder ends; where the file system has none, each builds, and moves a whole file in place.
+    """
+    if library := open_library(path):
         return library, None
     if not build:
         return None, "not built yet: the first call that needs a gradient builds it"
@@ -67,7 +67,7 @@ def load(path, command, sources, build=True):
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if library := there():
+            if library := open_library(path):
                 return library, None
             say("compiling the recurrence, once")
             start = time.time()
@@ -86,24 +86,29 @@ def load(path, command, sources, build=True):
 
 
 def run(op, inputs, state, cu_seqlens, logw_dtypes=(torch.float32,)):
-    """wkv_cuda's inputs through an op, which wants tokens flat: vectors [B * T, H, N] in one dtype,
-    logw and u in fp32, cu_seqlens int32 on the device. -> y in r's shape and dtype, state"""
-    r, cu = inputs[0], cu_seqlens
+    """What wkv_cuda._check let through, through an op -> y in r's shape and dtype, state.
+
+    The op wants tokens flat: vectors [B * T, H, N] in one dtype, logw and u in fp32, cu_seqlens
+    int32 on the device.
+    """
+    r, logw = inputs[:2]
     vectors = [x for i, x in enumerate(inputs) if i != 1 and x.dim() == 4]
-    one = (
-        r.dtype if all(x.dtype == r.dtype for x in vectors) else torch.float32
-    )  # under autocast they meet in fp32
-    flat = [x.float() if x.dim() == 2 else x.to(one).flatten(0, 1) for x in inputs]
-    flat[1] = (inputs[1] if inputs[1].dtype in logw_dtypes else inputs[1].float()).flatten(0, 1)
-    cu = torch.arange(len(r) + 1) * r.shape[1] if cu is None else torch.as_tensor(cu).flatten()
+    is_mixed = any(x.dtype != r.dtype for x in vectors)  # as under autocast
+    dtype = torch.float32 if is_mixed else r.dtype
+    flat = [x.float() if x.dim() == 2 else x.to(dtype).flatten(0, 1) for x in inputs]
+    flat[1] = (logw if logw.dtype in logw_dtypes else logw.float()).flatten(0, 1)
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(len(r) + 1) * r.shape[1]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
-    y, state, *_ = op(*flat, state, cu.to(r.device, torch.int32), save)
+    y, state, *_ = op(*flat, state, cu_seqlens.to(r.device, torch.int32), save)
     return y.view(r.shape).to(r.dtype), state
 
 
 def keep_states(r, state, save):
-    """What the sequential forms keep: sa [total, H, N] and the state at every chunk's end [total //
-    CHUNK + S, H, N, N]."""
+    """What the sequential forms keep for the backward, empty without `save`.
+
+    sa [total, H, N] and the state at every chunk's end [total // CHUNK + S, H, N, N].
+    """
     total, slots = (len(r), len(r) // CHUNK + len(state)) if save else (0, 0)
     return state.new_empty(total, *r.shape[1:]), state.new_empty(slots, *state.shape[1:])
 
@@ -119,13 +124,14 @@ def no_scratch(state, kept):
 def register(name, version, launch, keep=keep_states, scratch=no_scratch):
     """Make gosling::<name> and gosling::<name>_backward -> the first.
 
-    Tokens are flat here: vectors [total, H, N], cu [S + 1], the borders of S sequences, state [S,
-    H, N, N]. launch(function, *tensors, S, H, total, dtype of r as in DTYPES): run a function of
-    the library. keep(r, state, save): empty tensors for what the forward also returns, for the
-    backward; of one, WKV-6 has no sa. scratch(state, kept): memory for the backward."""
-    names = ("r", "logw", "k", "v", *(("a", "b") if version == 7 else "u"), "state")
+    Tokens are flat: vectors [total, H, N], cu_seqlens [S + 1] of S sequences, state [S, H, N, N].
+    launch(function, *tensors, S, H, total, dtype of r as in DTYPES): run a function of the library.
+    keep(r, state, save): empty tensors for what the forward also returns, for the backward; WKV-6
+    has no sa. scratch(state, kept): memory for the backward.
+    """
+    names = ("r", "logw", "k", "v", *(("a", "b") if version == 7 else ("u",)), "state")
     n, n_kept = len(names), 1 if version == 6 and keep is keep_states else 2
-    tensors = ", ".join(f"Tensor {x}" for x in names) + ", Tensor cu"
+    tensors = ", ".join(f"Tensor {x}" for x in names) + ", Tensor cu_seqlens"
 
     def outputs(count):
         return "(" + ", ".join(["Tensor"] * count) + ")"
@@ -142,7 +148,7 @@ def register(name, version, launch, keep=keep_states, scratch=no_scratch):
         launch(f"{name}_forward", *args[:-1], *out, *sizes(args[0], args[n - 1]))
         return out
 
-    def backward(*args):  # the inputs, cu, kept, dy, dstate
+    def backward(*args):  # the inputs, cu_seqlens, kept, dy, dstate
         state, kept, grads = args[n - 1], args[n + 1 : -2], empty_like(args[:n])
         if version == 6:  # du: a part per chunk, span or sequence, summed here in a fixed order
             grads[4] = state.new_zeros(len(kept[-1]) or len(state), *state.shape[1:3])
@@ -159,7 +165,7 @@ def register(name, version, launch, keep=keep_states, scratch=no_scratch):
     def autograd(ctx, dy, dstate, *_):
         saved = ctx.saved_tensors  # read once: under checkpointing this is what recomputes
         grads = backward_op(*saved, torch.zeros_like(saved[0]) if dy is None else dy, dstate)
-        return *grads, None, None  # none for cu and save
+        return *grads, None, None  # none for cu_seqlens and save
 
     custom_op = functools.partial(torch.library.custom_op, mutates_args=())
     op = custom_op(

@@ -18,7 +18,7 @@ static float largest(const float* z, int V) {
 }
 
 // Log-probability, entropy and hit of each target from rows of logits [rows, V], and the gradient in place of the logits.
-// The formulas are those of ScoreTokens in model.py.
+// The formulas are those of ScoreTokens in fused.py.
 struct Scores {
     int rows, V, threads;
     float temperature, l2wrap;
