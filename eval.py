@@ -26,7 +26,7 @@ from gosling.batch import fork, score_forks
 from gosling.config import UserError, read_flags
 from gosling.data import render_chat
 from gosling.files import write_json
-from gosling.runs import pick_device
+from gosling.processes import pick_device
 
 
 @dataclass

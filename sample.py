@@ -28,8 +28,8 @@ from gosling.config import UserError, read_flags
 from gosling.data import read_jsonl, render_chat, render_prompt
 from gosling.engine import TURNS, Completion, generate, score_choices, stream
 from gosling.files import digest, locked, read_json, read_text, seen_from, whole_lines, write_json
+from gosling.processes import pick_device
 from gosling.rows import holds_rows
-from gosling.runs import pick_device
 
 __all__ = ["generate", "score_choices"]  # imported from here by code outside this repository
 

@@ -94,6 +94,7 @@ class Config:
     seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
+    hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
     # candidates
     num_candidates: PositiveInt = 4  # answers to each prompt
     max_completion_length: PositiveInt = 512  # longest completion in tokens

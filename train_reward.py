@@ -76,6 +76,7 @@ class Config:
     seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
+    hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
     # batch
     micro_bsz: PositiveInt = 4  # samples per process and backward pass: lower it to save memory
     global_bsz: PositiveInt = 32  # samples per optimiser step, over all processes

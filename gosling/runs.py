@@ -1,4 +1,4 @@
-"""A run: its processes and device, its schedule, its folder, checkpoints, signals and metrics.
+"""A run: its schedule, its folder, checkpoints and resuming, the user's eval_fn.
 
 Nothing here knows the network or a method, and no training loop hides here: every function does one
 thing that a script's loop calls by name.
@@ -9,181 +9,34 @@ import dataclasses
 import functools
 import math
 import os
-import platform
 import re
 import sys
 import time
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from gosling import config, files
+from gosling import files
 from gosling.config import UserError, config_dict, print0, show
 from gosling.files import load_torch, primitive, read_json, save_torch, write_json
 from gosling.metrics import Metrics, duration
-from gosling.user_code import call, received
-from gosling.user_code import catch_signals as catch_signals  # for the loops
-from wkv_cuda import fused
+from gosling.processes import (
+    Run,
+    all_reduce,
+    all_sum,
+    cpu_name,
+    fast_dtype,
+    gather,
+    pick_device,
+    processes,
+    wrap,
+)
+from gosling.user_code import call, catch_signals, received
 
-# ----------------------------------------------------------------------------------------------
-# processes and devices
-
-
-@dataclass
-class Run:
-    """Where this process runs."""
-
-    rank: int
-    world: int
-    device: torch.device
-    dtype: torch.dtype  # of activations and of frozen weights
-    wrappers: list = dataclasses.field(default_factory=list)  # DDP's, see wrap
-    held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)  # locks
-    described: dict = dataclasses.field(default_factory=dict)  # what config.json says besides cfg
-    tokenizer: object = None  # whose file lies beside it
-
-    @property
-    def main(self):
-        return self.rank == 0
-
-
-@contextlib.contextmanager
-def processes(cfg):
-    """`with processes(cfg) as run:` config checked; device, dtype, seed and process group set up.
-
-    Under torchrun a live process group is reused and left alone; one that is made here is taken
-    down at the end.
-    """
-    config.check(cfg)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, dtype = pick_device(cfg)
-    owns_group = world > 1 and not dist.is_initialized()
-    if owns_group:
-        # A reward may take long; a process that dies is seen by torchrun, not by this limit.
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=24))
-    torch.manual_seed(cfg.seed)
-    print0(describe_device(device, dtype, world))
-    run = Run(rank, world, device, dtype)
-    try:
-        with run.held:
-            yield run
-    finally:
-        if owns_group:
-            # The caller's frame still holds the wrapper, and that the group: a process that ends
-            # with both alive can hang.
-            for wrapper in run.wrappers:
-                vars(wrapper).clear()
-            dist.destroy_process_group()
-
-
-def pick_device(cfg):
-    """cfg.device and cfg.dtype, either may be "auto" -> (torch.device, torch.dtype), made ready."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    first_available = next(name for name, is_there in available.items() if is_there)
-    try:
-        device = torch.device(first_available if cfg.device == "auto" else cfg.device)
-    except RuntimeError:
-        raise UserError(
-            f"device={cfg.device} is not a device; use auto, cpu, cuda, cuda:1 or mps"
-        ) from None
-    if not available.get(device.type, True):
-        raise UserError(
-            f"device={cfg.device}: PyTorch {torch.__version__} sees no {device.type.upper()} "
-            "device here; use --device=cpu, or install a driver and a build of PyTorch for it"
-        )
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if device.type == "cpu":
-        fused.keep_memory()
-    auto_dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return device, getattr(torch, auto_dtype if cfg.dtype == "auto" else cfg.dtype)
-
-
-def describe_device(device, dtype, world):
-    """One line for the log."""
-    name = cpu_name()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    line = f"device: {device} x {world}, {str(dtype)[6:]}, torch {torch.__version__}, {name}, "
-    line += f"{torch.get_num_threads()} CPU threads"
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        line += f"; products in bfloat16 run at {bfloat16_speed():.1f} x the speed of float32"
-    return line
-
-
-@functools.cache
-def bfloat16_speed():
-    """How many times as fast as float32 this CPU multiplies bfloat16: about 2 with AVX512-BF16 or
-    AMX, well below 1 without."""
-
-    def seconds(dtype):
-        x, times = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(4):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.float32) / seconds(torch.bfloat16)
-
-
-def fast_dtype():
-    """For a config file: "bfloat16" where it is faster than float32 on a CPU too, else "auto"."""
-    return "bfloat16" if not torch.cuda.is_available() and bfloat16_speed() > 1.2 else "auto"
-
-
-def cpu_name():
-    """'AMD EPYC …', where the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def all_reduce(x):
-    """The sum of a tensor over all processes."""
-    if dist.is_initialized():
-        x = x.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(x)
-    return x
-
-
-def all_sum(*values):
-    """Sum python numbers or scalar tensors over all processes; -> list of float, in float64."""
-    values = [torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values]
-    return all_reduce(torch.stack(values)).tolist()
-
-
-def gather(items):
-    """A list of primitives from every process -> all of them by rank, the same everywhere."""
-    if not dist.is_initialized():
-        return list(items)
-    lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, list(items))
-    return [item for of_rank in lists for item in of_rank]
-
-
-def wrap(model, run):
-    """-> (the model to call while training, its no_sync): DDP when there are several processes."""
-    if run.world == 1:
-        return model, contextlib.nullcontext
-    device_ids = [run.device] if run.device.type == "cuda" else None
-    wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
-    run.wrappers.append(wrapped)
-    return wrapped, wrapped.no_sync
-
+# What a loop also calls by `runs.`, from other rooms.
+__all__ = ["Metrics", "Run", "all_reduce", "all_sum", "catch_signals", "cpu_name", "fast_dtype"]
+__all__ += ["gather", "pick_device", "processes", "wrap"]
 
 # ----------------------------------------------------------------------------------------------
 # steps: how many, which samples, at which learning rate
@@ -320,7 +173,16 @@ def trained_parameters(model):
 
 
 # What may be otherwise on resume: it changes nothing, or only how long, where and how it is run.
-MAY_CHANGE = ("out_dir", "resume", "device", "micro_bsz", "packing", "chunk_len", "grad_cp")
+MAY_CHANGE = (
+    "out_dir",
+    "resume",
+    "device",
+    "hang_minutes",
+    "micro_bsz",
+    "packing",
+    "chunk_len",
+    "grad_cp",
+)
 MAY_CHANGE += ("gen_batch_size", "max_steps", "epochs", "patience", "save_every", "keep_last")
 MAY_CHANGE += (
     "log",
