@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import platform
+import signal
 import time
 import types
 from dataclasses import dataclass
@@ -118,6 +119,8 @@ def is_of_connection(error):
 
 def describe_loss(rank, world, hang_minutes):
     """Which process does not answer: every other one sees that, and notes it within seconds."""
+    with contextlib.suppress(ValueError):  # another thread: a notebook
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all at once, before the line
     with contextlib.suppress(RuntimeError):
         note("lost")
         time.sleep(3)
