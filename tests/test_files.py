@@ -147,3 +147,19 @@ files.save_torch({{"a": torch.ones(1000_000)}}, {str(tmp_path / "last.pt")!r})
     ), done.stderr
     assert torch.equal(torch.load(tmp_path / "last.pt", weights_only=True)["a"], torch.zeros(1000))
     assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_picture_that_cannot_be_written_ends_nothing(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with files.figure(tmp_path / "file/metrics.png") as ax:
+        ax.plot([1, 2])
+    assert "no " in capsys.readouterr().out
+    with files.figure(tmp_path / "metrics.png") as ax:
+        ax.plot([1, 2])
+    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_name_that_is_not_utf8_goes_through_json(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    files.write_json(tmp_path / "a.json", {"out_dir": name})
+    assert files.read_json(tmp_path / "a.json") == {"out_dir": name}

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import types
@@ -392,3 +393,17 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path):
         other.kill()
     with files.locked(tmp_path):
         pass
+
+
+def test_a_folder_that_vanished_is_described_again(tmp_path):
+    """Somebody deletes out_dir during a run: the next checkpoint has config.json beside it."""
+    cfg, model = settings(tmp_path), random_model("x070", n_layer=1, n_embd=64)
+    run = runs.Run(0, 1, torch.device("cpu"), torch.float32)
+    with run.held:
+        runs.open_run(cfg, run, model, Tokenizer(), 0, 3)
+        before = (tmp_path / "run/config.json").read_bytes()
+        shutil.rmtree(tmp_path / "run")
+        opt = runs.make_optimizer(model, cfg, run)
+        runs.save_last(cfg, run, model, opt, runs.identity(cfg, model), step=1)
+    assert (tmp_path / "run/config.json").read_bytes() == before
+    assert resume(settings(tmp_path, resume=True), model)["step"] == 1

@@ -14,7 +14,8 @@ import export
 import sample
 from gosling.config import UserError
 from gosling.runs import Run
-from gosling.tune import load_model, load_to_tune, load_tuned, write_tuned
+from gosling.tokenizer import load_tokenizer
+from gosling.tune import load_model, load_to_tune, load_tuned, origin, write_tuned
 from gosling.weights import fingerprint, read_metadata, read_state, read_weights, write_state
 from model import RWKV
 
@@ -416,3 +417,17 @@ def test_one_flipped_bit_of_a_file_is_seen(seven, tmp_path):
         assert n_seen > 50
     save_file(good, tmp_path / "theirs.safetensors", {"format": "pt"})  # without a checksum
     assert read_weights(tmp_path / "theirs.safetensors").keys() == good.keys()
+
+
+def test_a_base_is_found_from_a_folder_behind_a_link(seven, tmp_path):
+    """As where out_dir is a link to another disk."""
+    (tmp_path / "disk/deep/run").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk/deep/run")
+    seven.save_pretrained(tmp_path / "m.pth")
+    cfg = Config(str(tmp_path / "m.pth"), lora_r=2)
+    cfg.out_dir = str(tmp_path / "out")
+    about = origin(cfg, load_to_tune(cfg, RUN), load_tokenizer("bytes"))
+    path = write_tuned(load_to_tune(cfg, RUN), cfg.out_dir, "1", about=about)
+    for folder in ("out", "disk/deep/run"):
+        model, _ = load_model(tmp_path / folder / path.name)
+        assert torch.equal(logits(model), logits(seven))
