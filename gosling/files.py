@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gc
 import hashlib
 import json
 import os
@@ -299,3 +300,5 @@ def figure(path):
             fig.savefig(tmp, format="png", dpi=120, bbox_inches="tight")
     except UserError as e:
         print0(f"no {path}: {e}")
+    del fig
+    gc.collect()  # a figure is a knot of cycles, half a MB that would stay until Python looks
