@@ -37,6 +37,7 @@ from gosling.tune import shape_of
 from gosling.weights import (
     FLOATS,
     check_base,
+    check_numbers,
     config_of,
     digest_of,
     expected_shapes,
@@ -89,8 +90,7 @@ def cast(weights, dtype):
             weights[name] = weights[name].to(getattr(torch, dtype))
         if not weights[name].isfinite().all():
             raise UserError(
-                f"{name} would be NaN or infinite as {weights[name].dtype}; "
-                "export.py inspect says which file has it"
+                f"{name} would be NaN or infinite as {weights[name].dtype}, which cannot hold it"
             )
 
 
@@ -138,6 +138,7 @@ def merge(cfg):
         raise UserError("nothing to merge: give --adapter=LORA or --state=STATE")
     weights = read_weights(cfg.model)
     config = config_of(weights, cfg.model)
+    check_numbers(weights, cfg.model)
     check_origin(weights, config, cfg)
     if cfg.adapter:
         merge_lora(weights, cfg)
@@ -192,10 +193,7 @@ def merge_lora(weights, cfg):
             "a tuned state goes to --state"
         )
     alpha, rslora = scale_of(cfg, read_metadata(cfg.adapter))
-    for path, tensors in ((cfg.model, weights), (cfg.adapter, adapter)):
-        for name, w in tensors.items():
-            if w.dtype not in FLOATS:
-                raise UserError(f"{path}: {wrong_numbers(name, w)}")
+    check_numbers(adapter, cfg.adapter)
     for name in sorted({re.sub(r"lora_[AB]$", "weight", name) for name in adapter}):
         if name == "score.weight":  # a reward model's head, which the base has not
             weights[name] = adapter[name]
@@ -228,7 +226,7 @@ def fits(old, A, B, extra):
 def merge_state(weights, config, cfg):
     """blocks.{i}.att.time_state [H, N, N] of each layer into `weights`."""
     state = read_weights(cfg.state)
-    cast(state, "")
+    check_numbers(state, cfg.state)
     expected = dict.fromkeys(state_names(config.n_layer), state_shape(config))
     problems = tensor_problems(state, expected)
     if problems:
@@ -247,6 +245,7 @@ def convert(cfg):
     check_out(cfg, WEIGHTS)
     weights, metadata = read_weights(cfg.model), read_metadata(cfg.model)
     if cfg.dtype:
+        check_numbers(weights, cfg.model)
         cast(weights, cfg.dtype)
     if "alpha" in metadata and Path(cfg.out).suffix == ".pth":
         warn(
@@ -309,7 +308,7 @@ class HubConfig(Config):
 # after a last reply. tokenizer.apply_chat_template(..., enable_thinking=True or False) begins a
 # reply with one of G1's prefixes.
 CHAT_TEMPLATE = r"""{%- for message in messages %}
-    {%- set lines = message['content'].replace('\r\n', '\n').strip('\n').rstrip().split('\n') %}
+    {%- set lines = message['content'].replace('\r', '\n').strip('\n').rstrip().split('\n') %}
     {%- set text = lines | select | join('\n') %}
     {%- set is_indented = text.split('\n')[0].strip() and (text[:2] == '  ' or text[:1] == '\t') %}
     {%- set is_code = is_indented and ('\n ' in text or '\n\t' in text) %}
@@ -348,6 +347,7 @@ def hub(cfg):
         raise UserError(f"{cfg.model}: {problems[0]}; hub wants a whole RWKV-7 and nothing else")
     names = [name for name in shapes if name not in NEVER_TRAINED]
     weights = {name: weights[name].reshape(shapes[name]) for name in names}
+    check_numbers(weights, cfg.model)
     cast(weights, cfg.dtype)
     if back:
         write(weights, cfg.out)

@@ -177,17 +177,25 @@ def left_out(skipped):
 # documents to token files
 
 
+def encode_at(where, text, tokenizer):
+    """Text -> ids; what the tokenizer cannot hold is an error that says where it stands."""
+    try:
+        return tokenizer.encode(text)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+
+
 def encode_documents(documents, tokenizer):
     """(split, where, text) -> (split, text, ids), on all cores where the tokenizer can."""
     if not hasattr(tokenizer, "encode_batch"):
         for split, where, text in documents:
-            try:
-                yield split, text, tokenizer.encode(text)
-            except UserError as e:
-                raise UserError(f"{where}: {e}") from None
+            yield split, text, encode_at(where, text, tokenizer)
         return
     while batch := list(itertools.islice(documents, 32)):
-        encoded = tokenizer.encode_batch([text for _, _, text in batch])
+        try:
+            encoded = tokenizer.encode_batch([text for _, _, text in batch])
+        except UserError:  # it does not say in which of them
+            encoded = [encode_at(where, text, tokenizer) for _, where, text in batch]
         for (split, _, text), ids in zip(batch, encoded, strict=True):
             yield split, text, ids
 

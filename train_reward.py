@@ -43,8 +43,9 @@ from torch.nn.utils import clip_grad_norm_
 from gosling import engine, runs, tune
 from gosling.batch import score_answers
 from gosling.config import Decay, UserError, load_config, print0
-from gosling.data import read_jsonl, read_preferences, render_answers
+from gosling.data import read_preferences, render_answers
 from gosling.files import figure, write_jsonl
+from gosling.rows import read_rows
 from gosling.tokenizer import tokenizer_of
 
 
@@ -248,7 +249,7 @@ def write_scores(cfg, run):
         return row, render_completions(row, tokenizer)
 
     scored = []
-    for _, (row, group) in read_jsonl(cfg.score, COMPLETIONS, render):
+    for _, (row, group) in read_rows(cfg.score, COMPLETIONS, render, cfg.skip_bad):
         (scores,) = score_answers(model, [group], run.device)
         scored.append({**row, "scores": scores.tolist()})
     out = Path(cfg.score).with_suffix(".scored.jsonl")

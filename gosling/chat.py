@@ -14,6 +14,7 @@ the tools, the calls and their results take the forms of upstream's G1 templates
 import json
 import re
 import typing
+import unicodedata
 
 from gosling.config import UserError
 
@@ -37,7 +38,7 @@ FLAGS = ("weight", "train", "training")  # of a reply: 0 or false is not trained
 OWNERS = {  # keys of a message that change its meaning, and whose they are; None: nobody's
     **dict.fromkeys((*THOUGHTS, *CALLS), "assistant"),
     "tools": "system",
-    **dict.fromkeys((*MEDIA, "mask", "loss"), None),
+    **dict.fromkeys((*MEDIA, "mask", "loss", "trainable", "train_detail", "thought"), None),
 }
 NOTHING = (None, "", [], {}, "[]", "{}")
 # How a reply of the G1 models begins; the last bracket is the model's to write.
@@ -175,16 +176,21 @@ def read_text(content):
 
 
 def clean(text, is_reply=False):
-    """Text as a turn holds it: line ends are \\n, a run of them is one, nothing at either end.
+    """Text as a turn holds it: \\r is a line end, a run of them is one \\n, none at either end.
 
     The indentation of a reply's first line stays where later lines are indented, too: it is code.
     """
-    text = re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n").strip("\n").rstrip())
+    text = re.sub(r"\n{2,}", "\n", text.replace("\r", "\n").strip("\n").rstrip())
     first_line = text.split("\n")[0]
     is_indented = first_line.strip() and first_line.startswith(("  ", "\t"))
     if is_reply and is_indented and ("\n " in text or "\n\t" in text):
         return text
     return text.lstrip()
+
+
+def is_blank(text):
+    """Whether it shows nothing: white space, and characters of no width such as U+200B."""
+    return all(c.isspace() or unicodedata.category(c) == "Cf" for c in text)
 
 
 def read_reply(message, speaker, content):
@@ -196,10 +202,10 @@ def read_reply(message, speaker, content):
     thoughts = [message[key] for key in THOUGHTS if message.get(key) not in NOTHING]
     if len(calls) > 1 or len(thoughts) > 1 or (thoughts and "<think>" in text):
         raise BadRow("the same reply thinks or calls twice, under two keys", "twice the same")
-    if not text.strip() and not calls:
+    if is_blank(text) and not calls:
         raise BadRow(f"expected a reply, not an empty one; got {content!r:.60}", "an empty reply")
     parts = [f"<think>\n{read_text(thought).strip()}\n</think>" for thought in thoughts]
-    parts += [text] if text.strip() else []
+    parts += [] if is_blank(text) else [text]
     parts += [write_calls(call) for call in calls]
     return clean("\n".join(parts), is_reply=True)
 

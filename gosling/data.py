@@ -12,7 +12,16 @@ import os
 import re
 import typing
 
-from gosling.chat import FLAGS, MEDIA, NOTHING, BadRow, read_messages, render_chat, role_of
+from gosling.chat import (
+    FLAGS,
+    MEDIA,
+    NOTHING,
+    THOUGHTS,
+    BadRow,
+    read_messages,
+    render_chat,
+    role_of,
+)
 from gosling.config import UserError, print0
 from gosling.rows import count, read_rows
 from gosling.rows import read_jsonl as read_jsonl  # importable from here
@@ -55,7 +64,8 @@ SHAPES = (
 )
 # Keys that change what is trained, or say it again: beside a form that does not read them an error.
 MEANING = {key for form in FORMATS for key in (*form.keys, *form.others)} - {"answer"}
-MEANING |= {"functions", "history", "role", "input_ids", *MEDIA, *FLAGS}
+MEANING |= {"functions", "history", "role", "input_ids", "choices", "options", "system_message"}
+MEANING |= {*THOUGHTS, *MEDIA, *FLAGS}
 
 
 def format_of(row):
@@ -70,7 +80,9 @@ def check_keys(row, read, texts):
     """BadRow for a key that changes the meaning and is not read; what `texts` hold is no loss."""
     for key in sorted(MEANING.intersection(row).difference(read)):
         value = row[key]
-        is_there = key != "text" and isinstance(value, str) and value.strip() in texts
+        parts = value if isinstance(value, list) else [value]
+        is_there = all(isinstance(part, str) and part.strip() in texts for part in parts)
+        is_there = is_there and key != "text"
         if value not in (*NOTHING, 1) and not is_there:
             beside = " and ".join([name for name in read if name in row][:2])
             raise BadRow(
@@ -87,6 +99,8 @@ def render_row(row, tokenizer, last_reply_only=False):
         return render_text(row, tokenizer)
     if form.keys == ("prompt", "completion"):
         prompt, completion = row["prompt"], row["completion"]
+        if row.get("label") is False:
+            raise BadRow('"label" is false: an answer that is not wanted', '"label" of false')
         if isinstance(prompt, str) and isinstance(completion, str):
             check_keys(row, form.keys, prompt + completion)
             return render_completion(prompt, completion, tokenizer)
@@ -106,19 +120,29 @@ def render_text(row, tokenizer):
     if not isinstance(text, str):
         raise BadRow(f'"text" is {text!r:.60}; expected text, or ids', "no text")
     check_keys(row, ("text",), text)
+    if role_of(row):
+        raise BadRow(
+            '"from" beside text: a message, and no document; make rows of whole conversations',
+            "messages in place of conversations",
+        )
     ids = [*tokenizer.encode(text), tokenizer.end_id]
     return ids, [1] * len(ids)
 
 
 def render_ids(ids, mask):
     """{"text": [ids], "mask": [0 and 1]}, tokenised elsewhere -> (ids, mask)"""
+    for n, i in enumerate(ids):
+        if type(i) is not int or i < 0:
+            raise BadRow(f'number {n} of "text" is {i!r:.60}; expected text, or ids >= 0', "no ids")
     n_mask = len(mask) if isinstance(mask, list) else "none"
-    are_ids = all(isinstance(i, int) and i >= 0 for i in ids)
-    if n_mask != len(ids) or not are_ids or not all(m in (0, 1) for m in mask):
+    if n_mask != len(ids):
         raise BadRow(
             f'"text" has {len(ids)} ids, "mask" {n_mask}; they go in pairs, ids >= 0 with 0 or 1',
             "ids and a mask that do not go in pairs",
         )
+    for n, m in enumerate(mask):
+        if m not in (0, 1):
+            raise BadRow(f'number {n} of "mask" is {m!r:.60}; expected 0 or 1', "no mask")
     return ids, [int(m) for m in mask]
 
 
@@ -187,7 +211,7 @@ def all_text(value):
 
 def add_columns(row, messages):
     """Messages, with a row's columns of a system prompt and of tools in a first system message."""
-    system = [row[key] for key in SYSTEM if row.get(key) not in NOTHING]
+    system = [row[key] for key in SYSTEM if str(row.get(key) or "").strip() not in NOTHING]
     if not all(isinstance(text, str) for text in system):
         raise BadRow(f"expected text as a system prompt, got {system[0]!r:.60}", "no text")
     system, tools = set(system), row.get("tools")
@@ -200,6 +224,8 @@ def add_columns(row, messages):
         return messages
     first = head[0] if head else {"role": "system", "content": "".join(system)}
     if tools not in NOTHING:
+        if first.get("tools") not in (*NOTHING, tools):
+            raise BadRow("two lists of tools that differ; take one of them out", "two tool lists")
         first = {**first, "tools": tools}
     return [first, *messages[len(head) :]]
 
@@ -316,6 +342,7 @@ PAIRS = (
     '"scores": [...]}; a prompt is text or messages'
 )
 PREFERENCE_KEYS = ("prompt", "chosen", "rejected", "messages", "conversations", "text", *AROUND)
+PREFERENCE_KEYS += ("reasoning", "thinking")  # why the one was chosen
 HH = re.compile(r"\n\n(Human|Assistant):")  # how hh-rlhf writes turns
 
 

@@ -29,7 +29,7 @@ def atomic_write(path):
     A full disk leaves the old file as it was and is a UserError.
     """
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.gosling.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
@@ -93,8 +93,8 @@ def seen_from(path, folder):
 
 def remove_half_written(folder):
     """Delete what atomic_write left in a folder when its process died, and nothing else there."""
-    for tmp in Path(folder).glob(".*.tmp"):
-        written_by = re.fullmatch(r"\..+\.(\d+)\.tmp", tmp.name)
+    for tmp in Path(folder).glob(".*.gosling.tmp"):
+        written_by = re.fullmatch(r"\..+\.(\d+)\.gosling\.tmp", tmp.name)
         if written_by and not is_running(int(written_by[1])):
             tmp.unlink(missing_ok=True)
 
@@ -182,7 +182,7 @@ def save_torch(obj, path, previous=None):
 
 def keep_as(path, previous):
     """The file `path` under a second name, so that at no moment it is missing."""
-    second = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    second = previous.with_name(f".{previous.name}.{os.getpid()}.gosling.tmp")
     try:
         os.link(path, second)
         os.replace(second, previous)
@@ -197,13 +197,37 @@ def load_torch(path, device="cpu"):
     try:
         damaged = damaged_record(path)
         if damaged:
-            raise ValueError(f"{damaged} is not what was written, its checksum is another")
+            words = f"{damaged} is not what was written, its checksum is another"
+            raise UserError(f"{path} cannot be read as a PyTorch file of tensors: {words}")
         return torch.load(path, map_location=device, weights_only=True)
+    except UserError:
+        raise
     except Exception as e:
-        raise UserError(
-            f"{path} cannot be read as a PyTorch file of tensors ({str(e).splitlines()[0][:120]}): "
-            "truncated, or not a checkpoint"
-        ) from e
+        other = re.search(r"Unsupported global: GLOBAL (\S+)", str(e))
+        reason = f"it holds {other[1]}, which is no tensor" if other else looks_like(path)
+        reason = reason or "truncated, or not a checkpoint"
+        raise UserError(f"{path} cannot be read as a PyTorch file of tensors: {reason}") from e
+
+
+def looks_like(path):
+    """What a file that cannot be read is in place of what its name says; "" if nothing is seen."""
+    try:
+        with open(path, "rb") as f:
+            start = f.read(100)
+    except OSError as e:
+        return e.strerror
+    named_so = Path(path).suffix in (".safetensors", ".st")
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; get the file itself with git lfs pull"
+    if start.lstrip().startswith(b"<"):
+        return "it is a web page; download the file itself"
+    if start[8:9] == b"{" and not named_so:
+        return "it holds safetensors; name it .safetensors"
+    if start.startswith(b"PK") and named_so:
+        return "it is a PyTorch file; name it .pth"
+    return ""
 
 
 def damaged_record(path):

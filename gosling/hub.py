@@ -12,33 +12,45 @@ from gosling.config import UserError
 from gosling.files import read_json
 from model import RWKV, RWKVConfig
 
-SHARD = re.compile(r"(.+-)(\d+)(-of-)(\d+)(\.safetensors)")  # model-00001-of-00002.safetensors
+# model-00001-of-00002.safetensors
+SHARD = re.compile(r"(.+-)(\d+)(-of-)(\d+)(\.safetensors|\.bin)")
 IN_FOLDERS = ("model.safetensors", "adapter_model.safetensors", "adapter_model.bin")
+IN_FOLDERS += ("pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def files_of(path):
     """The files that hold the tensors of a file, of a folder, or of all that a shard belongs to."""
-    path = Path(path)
-    if path.name == "model.safetensors.index.json":
-        path = path.parent
-    if path.is_dir():
-        path = in_folder(path)
+    path = in_folder(Path(path)) if Path(path).is_dir() else Path(path)
     shard = SHARD.fullmatch(path.name)
-    if not shard:
+    if path.name.endswith(".index.json"):
+        names = names_in(path)
+    elif shard:
+        start, _, of, n, suffix = shard.groups()
+        names = [f"{start}{number:0{len(n)}}{of}{n}{suffix}" for number in range(1, int(n) + 1)]
+    else:
         return [path]
-    start, _, of, n, suffix = shard.groups()
-    files = [
-        path.with_name(f"{start}{number:0{len(n)}}{of}{n}{suffix}")
-        for number in range(1, int(n) + 1)
-    ]
+    files = [path.with_name(name) for name in names]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file} does not exist; the weights lie in {n} files, give them all")
+            raise UserError(
+                f"{file} does not exist; the weights lie in {len(files)} files, give them all"
+            )
     return files
 
 
+def names_in(index):
+    """The names of the shards that an index, *.index.json, lists."""
+    if not index.is_file():
+        raise UserError(f"{index} does not exist")
+    listed = read_json(index)
+    shards = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not shards or not isinstance(shards, dict):
+        raise UserError(f"{index} has no weight_map, which lists the shards")
+    return sorted({str(name) for name in shards.values()})
+
+
 def in_folder(folder):
-    """The file of a Hugging Face folder that holds the tensors, or the first of its shards."""
+    """The file of a Hugging Face folder that holds the tensors, or its index, or a first shard."""
     shards = sorted(file for file in folder.iterdir() if SHARD.fullmatch(file.name))
     for file in [*(folder / name for name in IN_FOLDERS), *shards]:
         if file.is_file():

@@ -51,6 +51,8 @@ def read_lines(path, shapes):
             raise UserError(f"{path}: expected {HUB_NAMES}")
         yield from load_hub(str(path), *dataset[:-1], split=dataset[-1])
         return
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give a file of it, of {shapes}")
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; expected JSONL of {shapes}, or hf:DATASET:SPLIT")
     if name.endswith(".parquet"):
@@ -108,14 +110,18 @@ def pick_row(line, shapes, pick):
         if isinstance(row, dict):
             return pick(row) if pick else row
     except (json.JSONDecodeError, RecursionError) as e:
-        raise BadRow(f"not JSON ({e}); expected {shapes}", "not JSON") from None
+        expected = f"expected an object a line, or in a .json file an array of them: {shapes}"
+        raise BadRow(f"not JSON ({e}); {expected}", "not JSON") from None
     except UnicodeError as e:  # also of half a surrogate pair, which nothing can encode
         remedy = "convert the file to UTF-8"
         if isinstance(e, UnicodeEncodeError):
             remedy = f"take {ascii(e.object[e.start : e.start + 1])}, half of a character, out"
         words = f"not UTF-8 text ({e.reason}); {remedy}; expected {shapes}"
         raise BadRow(words, "not UTF-8 text") from None
-    raise BadRow(f"expected a JSON object: {shapes}", "no JSON object")
+    raise BadRow(
+        f"expected a JSON object, got {row!r:.60}; an array of them lies in a .json file: {shapes}",
+        "no JSON object",
+    )
 
 
 def read_rows(path, shapes, pick, skip_bad=False):

@@ -154,6 +154,8 @@ class HubTokenizer(BaseTokenizer):
             for text in texts:
                 text.encode()  # UnicodeEncodeError for half of a surrogate pair, as others raise it
             raise
+        except Exception as e:  # a bare one, where no token stands for what is unknown
+            raise UserError(f"{self.name} has no token for a part of the text: {e}") from None
         if not self.holds_all:
             for text, encoding in zip(texts, encodings, strict=True):
                 self.check_lost(text, encoding)
@@ -198,18 +200,26 @@ class HubTokenizer(BaseTokenizer):
 
 
 def holds_every_byte(hub, file):
-    """Whether a tokenizer.json has a token for every byte, so that no text is lost."""
+    """Whether a tokenizer.json has a token for every byte, and no step that takes text away."""
     model, steps = file["model"], [file.get("pre_tokenizer") or {}, file.get("normalizer") or {}]
-    if model.get("byte_fallback"):
-        return all(hub.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
     steps += [step for outer in steps for step in outer.get("pretokenizers", [])]
     steps += [step for outer in steps for step in outer.get("normalizers", [])]
+    if any(map(takes_away, steps)):
+        return False
+    if model.get("byte_fallback"):
+        return all(hub.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
     is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
     if not is_byte_level or model.get("type") not in ("BPE", "Unigram"):
         return False
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     has_prefix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     return not has_prefix and all(hub.token_to_id(token) is not None for token in alphabet)
+
+
+def takes_away(step):
+    """Whether a normalizer or a pre-tokenizer, as in the file, may leave characters out."""
+    removes = step.get("behavior") == "Removed" or step.get("clean_text")
+    return bool(removes) or (step.get("type") == "Replace" and step.get("content") == "")
 
 
 def train_bpe(texts, size):
@@ -309,7 +319,8 @@ def tokenizer_in(folder):
     config = read_json(folder / "config.json")
     config = config if isinstance(config, dict) else {}  # another program's
     file = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.txt"
-    tokenizer = load_tokenizer(config.get("tokenizer") or file, folder)
+    named = config.get("tokenizer")
+    tokenizer = load_tokenizer(named if isinstance(named, str) and named else file, folder)
     check_digest(tokenizer, config.get("tokenizer_digest"), folder / "config.json")
     return tokenizer
 
@@ -366,7 +377,7 @@ def recorded_tokenizer(weights, vocab_size, name="", about=None):
     if described:
         return load_tokenizer(folder / described if (folder / described).is_file() else described)
     config = read_json(folder / "config.json")
-    is_named = isinstance(config, dict) and config.get("tokenizer")
+    is_named = isinstance(config, dict) and isinstance(config.get("tokenizer"), str)
     has_file = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
     if is_named or (has_file and (folder / "config.json").is_file()):
         return tokenizer_in(folder)

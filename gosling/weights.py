@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gosling import hub
 from gosling.config import UserError
-from gosling.files import atomic_write, load_torch, read_json, save_torch
+from gosling.files import atomic_write, load_torch, looks_like, read_json, save_torch
 from model import NEVER_TRAINED, RWKV, RWKVConfig
 
 # ----------------------------------------------------------------------------------------------
@@ -33,6 +33,8 @@ def read_weights(path):
     weights = {}
     for file in hub.files_of(path):
         weights |= read_tensors(file)
+    if not weights:
+        raise UserError(f"{path} holds no tensors")
     return hub.official(weights, path)
 
 
@@ -44,7 +46,8 @@ def read_tensors(file):
             with safe_open(file, "pt") as f:
                 metadata = f.metadata() or {}
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{file} cannot be read as safetensors ({e})") from e
+            reason = looks_like(file) if Path(file).is_file() else ""
+            raise UserError(f"{file} cannot be read as safetensors: {reason or e}") from e
         if metadata.pop("crc32", None) not in (None, checksum(weights, metadata)):
             raise UserError(
                 f"{file} is damaged: it is not what was written (if you have changed it, take "
@@ -116,13 +119,23 @@ def write_weights(weights, path, metadata=None):
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def kind_of(weights):
+    """What {name: tensor} is by its names: "LoRA", "tuned state", or else "weights"."""
+    if any(name.endswith(".lora_A") for name in weights):
+        return "LoRA"
+    return "tuned state" if all(name.endswith(".time_state") for name in weights) else "weights"
+
+
 def config_of(weights, path="the file"):
     """RWKVConfig from the tensors' names and shapes, never from a table of sizes."""
     is_v7 = "blocks.0.att.r_k" in weights
     if not is_v7 and "blocks.0.att.time_maa_w2" not in weights:
+        kind, hint = kind_of(weights), ""
+        if kind != "weights":
+            hint = f"; it is a {kind}, which goes beside the model it was trained on"
         raise UserError(
             f"{path} is neither RWKV-7 (blocks.0.att.r_k) nor RWKV-6 (blocks.0.att.time_maa_w2); "
-            f"it has {', '.join(list(weights)[:3])} …"
+            f"it has {', '.join(list(weights)[:3])} …{hint}"
         )
     deep = [name for name in weights if re.search(r"\.s_emb|\.[kv]_emb|\.qkv\.", name)]
     if is_v7 and deep:

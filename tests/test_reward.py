@@ -284,6 +284,9 @@ def test_score_names_the_row_that_it_cannot_read(base, tmp_path):
                 Config(score=str(tmp_path / "in.jsonl"), init_from=path, device="cpu")
             )
         assert not (tmp_path / "in.scored.jsonl").exists()
+    cfg = Config(score=str(tmp_path / "in.jsonl"), init_from=path, device="cpu", skip_bad=True)
+    train_reward.main(cfg)  # --skip_bad leaves such rows out
+    assert (tmp_path / "in.scored.jsonl").read_text().count("scores") == 1
 
 
 def test_kwise_rows_and_regression_run(base, tmp_path):

@@ -184,12 +184,13 @@ def test_a_new_run_leaves_foreign_files_and_has_a_list_of_its_own(tmp_path):
     out.mkdir()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    for name in (".my-notes.tmp", f".last.pt.{os.getppid()}.tmp", f".last.pt.{dead.pid}.tmp"):
+    living, gone = (f".last.pt.{pid}.gosling.tmp" for pid in (os.getppid(), dead.pid))
+    notes = (".my-notes.tmp", f".notes.{dead.pid}.tmp")  # the user's
+    for name in (*notes, living, gone):
         (out / name).touch()
     (out / "run.json").write_text('{"id": "old", "checkpoints": ["rwkv-1.pth"]}')
     start(settings(tmp_path), model)
-    kept = {".my-notes.tmp", f".last.pt.{os.getppid()}.tmp"}
-    assert {path.name for path in out.glob(".*")} == kept
+    assert {path.name for path in out.glob(".*")} == {*notes, living}
     assert files.read_json(out / "run.json") == {}
     (out / "rwkv-1.pth").touch()
     with pytest.raises(UserError, match="init_from=.*rwkv-1.pth lies in out_dir"):

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from gosling import tokenizer as tokenizer_module
 from gosling.config import UserError
@@ -388,6 +388,56 @@ def test_what_loses_characters_is_refused_with_the_character(bpe, tmp_path):
     held = save_hub(path, models.BPE(fallback, [], byte_fallback=True))
     assert held.holds_all and len(held.encode("é😀")) == 6
     assert bpe.holds_all and not t.holds_all
+
+
+REMOVED = pre_tokenizers.Split(tokenizers.Regex("[0-9]"), "removed")
+
+
+@pytest.mark.parametrize(
+    "normalizer, cut, lost",
+    [
+        pytest.param(normalizers.Replace("😀", ""), None, "😀", id="replaced by nothing"),
+        pytest.param(
+            normalizers.Sequence([normalizers.NFC(), normalizers.Replace("!", "")]),
+            None,
+            "!",
+            id="within a sequence",
+        ),
+        pytest.param(normalizers.BertNormalizer(), None, "\0", id="control characters cleaned"),
+        pytest.param(None, REMOVED, "4", id="digits cut out"),
+        pytest.param(None, pre_tokenizers.Punctuation("removed"), "!", id="punctuation cut out"),
+    ],
+)
+def test_a_step_that_takes_characters_away_is_seen_though_every_byte_has_a_token(
+    normalizer, cut, lost, tmp_path
+):
+    vocab = {"</s>": 0}
+    for letter in pre_tokenizers.ByteLevel.alphabet():
+        vocab[letter] = len(vocab)
+    hub, whole = tokenizers.Tokenizer(models.BPE(vocab, [])), pre_tokenizers.ByteLevel(False)
+    hub.pre_tokenizer = pre_tokenizers.Sequence([cut, whole]) if cut else whole
+    if normalizer:
+        hub.normalizer = normalizer
+    hub.save(str(tmp_path / "t.json"))
+    t = load_tokenizer(tmp_path / "t.json")
+    assert not t.holds_all and len(t.encode("some words and more")) == 19
+    with pytest.raises(UserError, match=re.escape(f"has no token for {lost!r}")):
+        t.encode(f"some {lost} words")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(models.Unigram([("</s>", 0.0), ("a", -1.0)]), id="pieces"),
+        pytest.param(models.WordLevel({"</s>": 0, "a": 1}, "<unk>"), id="words"),
+    ],
+)
+def test_without_an_unknown_token_the_unknown_is_an_error_of_one_line(model, tmp_path):
+    t = save_hub(tmp_path / "t.json", model)
+    assert t.encode("a") == [1]
+    with pytest.raises(UserError, match=r"t\.json has no token for a part of the text: ") as e:
+        t.encode("b")
+    assert "\n" not in str(e.value)
 
 
 def test_half_a_surrogate_pair_is_the_same_error_in_every_tokenizer(bpe, world):

@@ -1,5 +1,6 @@
 """Weights, adapters and states as others bring them: what a file says of itself counts."""
 
+import argparse
 import copy
 import json
 import random
@@ -14,7 +15,7 @@ import export
 import sample
 from gosling.config import UserError
 from gosling.runs import Run
-from gosling.tokenizer import load_tokenizer
+from gosling.tokenizer import load_tokenizer, tokenizer_of
 from gosling.tune import load_model, load_to_tune, load_tuned, origin, write_tuned
 from gosling.weights import fingerprint, read_metadata, read_state, read_weights, write_state
 from model import RWKV
@@ -171,6 +172,126 @@ def test_a_state_inside_that_does_not_fit_is_named(tmp_path):
     refused(r"blocks\.1\.att\.time_state is missing", tmp_path / "m.pth")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda w: w.half(), id="float16"),
+        pytest.param(lambda w: w.double(), id="float64"),
+        pytest.param(torch.nn.Parameter, id="parameters"),
+        pytest.param(lambda w: w[None, None] if w.dim() == 1 else w, id="vectors as [1, 1, C]"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_forms_of_one_file_are_one_network(change, zipped, seven, tmp_path):
+    weights = {name: change(w) for name, w in seven.state_dict().items()}
+    torch.save(weights, tmp_path / "b.pth", _use_new_zipfile_serialization=zipped)
+    assert (logits(RWKV.from_pretrained(tmp_path / "b.pth")) - logits(seven)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(
+    "version, sizes",
+    [("x070", dict(head_size=32)), ("x060", dict(head_size=16)), ("x070", dict(n_layer=1))],
+)
+def test_sizes_are_read_from_the_tensors(version, sizes, tmp_path):
+    model = random_model(version, **sizes)
+    never_used = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+    weights = {name: w for name, w in model.state_dict().items() if name not in never_used}
+    torch.save(weights, tmp_path / "a.pth")
+    assert torch.equal(logits(RWKV.from_pretrained(tmp_path / "a.pth")), logits(model))
+
+
+def without(weights, part):
+    return {name: w for name, w in weights.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        pytest.param(lambda w: {f"module.{n}": x for n, x in w.items()}, "module.emb", id="DDP"),
+        pytest.param(lambda w: {f"_orig_mod.{n}": x for n, x in w.items()}, "_orig", id="compiled"),
+        pytest.param(lambda w: {"model": w, "step": 3}, "not a file of weights", id="nested"),
+        pytest.param(lambda w: [w], "not a file of weights", id="a list"),
+        pytest.param(lambda w: w["emb.weight"], "not a file of weights", id="one tensor"),
+        pytest.param(lambda w: {}, "holds no tensors", id="nothing"),
+        pytest.param(
+            lambda w: without(w, "head.weight"), "head.weight is missing", id="a tied head"
+        ),
+        pytest.param(
+            lambda w: without(w, "blocks.1."), "blocks.1.att.v1 is missing", id="a layer missing"
+        ),
+        pytest.param(
+            lambda w: {n: x.to(torch.complex64) for n, x in w.items()},
+            "emb.weight is complex64, expected",
+            id="complex numbers",
+        ),
+        pytest.param(
+            lambda w: {**w, "args": argparse.Namespace(lr=1)},
+            "it holds argparse.Namespace, which is no tensor",
+            id="an object of Python",
+        ),
+    ],
+)
+def test_what_is_no_whole_network_is_named(change, words, seven, tmp_path):
+    torch.save(change(dict(seven.state_dict())), tmp_path / "b.pth")
+    refused(rf"b\.pth.*{words}", tmp_path / "b.pth")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00"
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("b.pth", b"", "it is empty"),
+        ("b.safetensors", b"", "it is empty"),
+        ("b.pth", LFS, "it is a Git LFS pointer; .*git lfs pull"),
+        ("b.safetensors", LFS, "it is a Git LFS pointer"),
+        ("b.pth", b"<!doctype html><html>", "it is a web page; download"),
+        ("b.safetensors", b"\n<html>not found</html>", "it is a web page; download"),
+        ("b.pth", b"hello there, no model", "truncated, or not a checkpoint$"),
+        ("b.pth", "a.safetensors", r"it holds safetensors; name it \.safetensors"),
+        ("b.safetensors", "a.pth", r"it is a PyTorch file; name it \.pth"),
+    ],
+)
+def test_a_file_that_is_something_else_says_what_it_is(name, content, words, seven, tmp_path):
+    seven.save_pretrained(tmp_path / "a.safetensors")
+    if isinstance(content, str):
+        content = (tmp_path / content).read_bytes()
+    (tmp_path / name).write_bytes(content)
+    refused(rf"{name} cannot be read as .*{words}", tmp_path / name)
+
+
+def test_a_lora_and_a_state_in_place_of_a_model_are_called_so(seven, tmp_path):
+    path, _ = adapter(seven, tmp_path, r=2)
+    write_state(seven.zero_state(1), tmp_path / "s.pth")
+    for file in (path, peft(path, tmp_path / "theirs")):
+        refused("it is a LoRA, which goes beside the model", file)
+    refused("it is a tuned state, which goes beside the model", tmp_path / "s.pth")
+
+
+@pytest.mark.parametrize(
+    "config", ['{"model_type": "rwkv7"}', "{}", "[1]", "null", '"text"', '{"tokenizer": 5}']
+)
+def test_another_programs_config_beside_an_official_file_is_passed_over(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    assert tokenizer_of(tmp_path / "m.pth", 65536).name == "world"
+    with pytest.raises(UserError, match="m.pth has a vocabulary of 320 .*say --tokenizer=NAME"):
+        tokenizer_of(tmp_path / "m.pth", 320)
+
+
+@pytest.mark.parametrize("command", ["merge", "convert", "hub"])
+def test_export_names_the_file_of_wrong_numbers(command, seven, tmp_path):
+    weights = seven.state_dict()
+    weights["blocks.1.att.key.weight"][0, 0] = float("nan")
+    torch.save(weights, tmp_path / "n.pth")
+    write_state(seven.zero_state(1), tmp_path / "s.pth")
+    more = {"merge": [f"--state={tmp_path}/s.pth"], "convert": ["--dtype=bfloat16"]}
+    out = tmp_path / ("hub" if command == "hub" else "m.pth")
+    with pytest.raises(UserError, match=r"n\.pth: blocks\.1\.att\.key\.weight has 1 values"):
+        export_(command, f"--model={tmp_path}/n.pth", f"--out={out}", *more.get(command, []))
+    assert not out.exists()
+
+
 # ----------------------------------------------------------------------------------------------
 # folders and shards
 
@@ -203,7 +324,35 @@ def test_shards_work_wherever_a_file_does(names, seven, tmp_path):
     export_("convert", f"--model={folder}", f"--out={tmp_path}/b.pth")
     assert torch.equal(logits(RWKV.from_pretrained(tmp_path / "b.pth")), logits(seven))
     (folder / "model-00002-of-00002.safetensors").unlink()
-    refused(r"00002-of-00002\.safetensors does not exist; .* 00002 files", folder)
+    refused(r"00002-of-00002\.safetensors does not exist; .* 2 files", folder)
+
+
+def test_pytorchs_own_shards_are_read(seven, tmp_path):
+    """pytorch_model.bin, whole or in shards."""
+    weights = seven.state_dict()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    torch.save(weights, tmp_path / "one/pytorch_model.bin")
+    for number in (1, 2):
+        some = {name: weights[name].clone() for name in list(weights)[number - 1 :: 2]}
+        torch.save(some, tmp_path / f"two/pytorch_model-0000{number}-of-00002.bin")
+    for path in ("one", "two", "two/pytorch_model-00002-of-00002.bin"):
+        assert torch.equal(logits(RWKV.from_pretrained(tmp_path / path)), logits(seven))
+
+
+def test_the_index_says_which_files_are_the_shards(seven, tmp_path):
+    """What else lies in the folder, of an older upload, is not read."""
+    folder = shards(dict(seven.state_dict()), tmp_path / "hub")
+    save_file({"x": torch.zeros(1)}, folder / "model-00001-of-00001.safetensors")
+    assert torch.equal(logits(RWKV.from_pretrained(folder)), logits(seven))
+    for file in folder.glob("model-*"):
+        file.unlink()
+    refused(r"model-00001-of-00002\.safetensors does not exist; .* 2 files", folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text("[1]")
+    refused(r"index\.json has no weight_map", folder)
+    index.unlink()
+    refused(r"index\.json does not exist", index)
 
 
 def test_a_hub_folder_works_wherever_a_file_does(seven, tmp_path):
