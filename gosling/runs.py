@@ -450,10 +450,10 @@ def stopped(cfg, done, max_steps):
 
 
 def finished(cfg, metrics, max_steps, *files):
-    """The closing line; files: what to look at besides metrics.png."""
+    """The closing line; files: what to look at besides metrics.png, by patterns."""
     out = Path(cfg.out_dir)
     if metrics.first_step >= max_steps:
         print0(f"{out} is already at step {metrics.first_step}; a larger --max_steps goes on")
         return
-    names = ", ".join(f"{out}/{file}" for file in (*files, "metrics.png"))
-    print0(f"done in {duration(time.monotonic() - metrics.start)}: {names}")
+    paths = [str(path) for pattern in (*files, "metrics.png") for path in sorted(out.glob(pattern))]
+    print0(f"done in {duration(time.monotonic() - metrics.start)}: {', '.join(paths)}")

@@ -36,7 +36,12 @@ class TokenFile:
         self.prefix = re.sub(r"\.(bin|idx)$", "", str(prefix))
         binary, index = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
         for path in (binary, index):
-            check(path.is_file(), f"{path} does not exist; a token file is {binary} and {index}")
+            if not path.is_file():
+                out = re.sub("_(train|val)$", "", self.prefix)
+                raise UserError(
+                    f"{path} does not exist; `python prepare.py INPUT --out={out}` makes it of "
+                    "text files, folders, .jsonl, or the word stdlib for this Python's sources"
+                )
         head = np.fromfile(index, np.uint8, HEADER.size).tobytes()
         magic, version, code, n, m = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
         is_ours = magic == MAGIC and version == 1
