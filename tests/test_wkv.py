@@ -247,7 +247,7 @@ def test_cpp_is_a_good_op(version, built):
     op = getattr(torch.ops.gosling, f"wkv{version}_cpu").default
     torch.library.opcheck(op, (*args, False))
     torch.library.opcheck(op, (*[x.requires_grad_(x.is_floating_point()) for x in args], True))
-    with pytest.raises(RuntimeError, match="must rise from 0 to 80"):
+    with pytest.raises(ValueError, match="must rise from 0 to 80"):
         op(*args[:-1], torch.tensor([0, 90, 80], dtype=torch.int32), False)
 
 
@@ -283,9 +283,10 @@ def test_training_builds_and_sampling_does_not(nothing_built, monkeypatch, capfd
             r"compiling the recurrence, once\ncompiled in \d+ s; kept as .*so\n", out
         ), out
     (path,) = nothing_built.glob("*.so")
-    monkeypatch.setattr(
-        wkv_cuda.native.subprocess, "run", None
-    )  # what is there is taken, by sampling too
+    assert {file.suffix for file in nothing_built.iterdir()} == {".so", ".sum", ".lock"}
+    # What is there is taken, by sampling too.
+    monkeypatch.setattr(wkv_cuda.native.subprocess, "run", None)
+    monkeypatch.setattr(wkv_cuda.native.subprocess, "Popen", None)
     assert wkv_cuda._fastest(frozen, frozen[0]) == wkv_cuda._fastest(xs, frozen[0]) == "cpu"
     assert wkv_cuda._fastest([x[:, :1] for x in frozen], frozen[0]) == "naive"
     with pytest.raises(ValueError, match="float64"):

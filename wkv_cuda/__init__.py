@@ -65,7 +65,10 @@ def _check(inputs, state, cu_seqlens):
                 f"{tuple(shape)} on {r.device} like r"
             )
     if cu_seqlens is not None:
-        cu_seqlens = torch.as_tensor(cu_seqlens).flatten().to("cpu", torch.int64)
+        cu_seqlens = torch.as_tensor(cu_seqlens)
+        if cu_seqlens.is_floating_point() and cu_seqlens.numel():  # an empty list is, too
+            raise ValueError(f"cu_seqlens wants integers; got {cu_seqlens.dtype}")
+        cu_seqlens = cu_seqlens.flatten().to("cpu", torch.int64)
         ends = cu_seqlens.tolist()
         rising = len(ends) > 1 and ends == sorted(ends) and (ends[0], ends[-1]) == (0, T)
         if B != 1 or not rising:
@@ -82,6 +85,8 @@ def _check(inputs, state, cu_seqlens):
             f"state is {tuple(state.shape)} on {state.device}, expected [sequences, H, N, N] = "
             f"{(B, H, N, N)} on {r.device}"
         )
+    if not state.is_floating_point():
+        raise ValueError(f"state is {state.dtype}, expected floats")
     return state.to(dtype), cu_seqlens
 
 

@@ -8,6 +8,7 @@ Head sizes 16, 32, … 128, fp32 and bf16. State and arithmetic are fp32. The nu
 
 import ctypes
 import functools
+import itertools
 import os
 import platform
 import shutil
@@ -19,6 +20,8 @@ import torch
 from . import native
 
 DEVICE, HEAD_SIZES, DTYPES = "cpu", tuple(range(16, 129, 16)), (torch.float32, torch.bfloat16)
+LOGW_DTYPES, FLOATS = (torch.float32,), (torch.float32,)
+CPU = torch.device("cpu")
 NAMES = ("wkv_cpu.cpp", "step_cpu.cpp", "train_cpu.cpp", "cpu.h")
 SOURCES = [Path(__file__).parent / name for name in NAMES]
 # Contraction to fused multiply-adds is the only licence with the arithmetic: nothing is reordered.
@@ -62,45 +65,81 @@ def launch(function, *args):
     tensors = [None if x is None else x.contiguous() for x in tensors]
     version, is_backward = function[3], function.endswith("backward")
     if library.wkv_cpu(int(version), is_backward, pointers(tensors), integers(numbers)):
-        raise RuntimeError(f"wkv{version}: cu_seqlens must rise from 0 to {args[0].shape[0]}")
+        raise ValueError(f"wkv{version}: cu_seqlens must rise from 0 to {args[0].shape[0]}")
+
+
+def weight_shapes(version, sizes):
+    """The shapes of a network's parameters, in the order in which step_cpu.cpp takes them."""
+    c = sizes
+    C, F, V = c.n_embd, c.dim_ffn, c.vocab_size
+    vector, square, norm, heads = (1, 1, C), (C, C), [(C,)] * 2, (C // c.head_size, c.head_size)
+    if version == 7:
+        attention = [vector] * 6
+        for rank in (c.decay_rank, c.iclr_rank, c.value_rank):
+            attention += [vector, (C, rank), (rank, C)]
+        attention += [(C, c.gate_rank), (c.gate_rank, C), vector, vector, heads, *[square] * 4]
+        ffn = [vector, (F, C), (C, F)]
+    else:
+        attention = [vector] * 6
+        attention += [(C, 5 * c.mix_rank), (5, c.mix_rank, C)]
+        attention += [vector, (C, c.decay_rank), (c.decay_rank, C), heads, *[square] * 5]
+        ffn = [vector, vector, (F, C), (C, F), square]
+    layers = [*norm, *norm, *attention, *norm, *ffn] * c.n_layer
+    return [(V, C), *norm, *layers, *norm, (V, C)]
 
 
 def stepper(version, weights, sizes):
     """step(ids [M] int64, state, written in place) -> logits [M, V] in float32.
 
-    None if there is no library yet. weights: all of the network's parameters in their order, of one
-    dtype of DTYPES; sizes: those of a model's config.
+    None if there is no library yet, or it does not take weights like these. weights: all of the
+    network's parameters in their order, of one dtype of DTYPES; sizes: those of a model's config.
+    ValueError for weights of other shapes; step raises it for ids or a state that do not fit.
     """
-    c, dtype = sizes, weights[0].dtype
+    if version not in (6, 7):
+        raise ValueError(f"there is no RWKV-{version} in C++, but 6 and 7")
+    # The memory of these lives as long as `step` does, also when the model gets other weights.
+    c, weights = sizes, [w.detach() for w in weights]
+    pairs = itertools.zip_longest((tuple(w.shape) for w in weights), weight_shapes(version, c))
+    for i, (shape, expected) in enumerate(pairs):
+        if shape != expected:
+            raise ValueError(f"weight {i} is {shape}, expected {expected} in an RWKV-{version}")
+    dtype = weights[0].dtype
     library, _ = _load(build=False)
     ranks = (c.decay_rank, c.iclr_rank, c.value_rank, c.gate_rank, c.mix_rank)
     fits_vectors = not any(n % 16 for n in (c.n_embd, c.dim_ffn, *ranks))
-    fits_weights = all(w.dtype == dtype in DTYPES and w.is_contiguous() for w in weights)
+    fits_weights = all(is_plain(w) and w.dtype == dtype in DTYPES for w in weights)
     if library is None or c.head_size not in HEAD_SIZES or not (fits_vectors and fits_weights):
         return None
     weight_pointers = pointers(weights)
+    L, C, N, V = c.n_layer, c.n_embd, c.head_size, c.vocab_size
+    dims, is_half = (L, C, N, c.dim_ffn, V), dtype == torch.bfloat16
 
     def step(ids, state):
-        if ids.dim() != 1 or ids.dtype != torch.int64:
-            raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}, expected int64 [M]")
-        M, N = len(ids), c.head_size
-        wkv, shifts = state["wkv"], [state["att_shift"], state["ffn_shift"]]
-        if (
-            wkv.shape != (c.n_layer, M, c.n_embd // N, N, N)
-            or wkv.dtype != torch.float32
-            or any(x.shape != (c.n_layer, M, c.n_embd) or x.dtype != dtype for x in shifts)
-            or not all(x.is_contiguous() for x in (wkv, *shifts))
-        ):
-            raise ValueError(f"the state is not one of {M} sequences in {dtype}, contiguous")
-        dims = (M, c.n_layer, c.n_embd, N, c.dim_ffn, c.vocab_size, torch.get_num_threads())
-        numbers = integers((version, dtype == torch.bfloat16, *dims, *ranks))
-        ids, logits = ids.contiguous(), torch.empty(M, c.vocab_size)
-        io = pointers((ids, wkv, *shifts, logits))
+        if ids.dim() != 1 or ids.dtype != torch.int64 or not ids.is_cpu:
+            raise ValueError(
+                f"ids are {ids.dtype} {tuple(ids.shape)} on {ids.device}, expected int64 [M]"
+            )
+        M = len(ids)
+        wkv, att_shift, ffn_shift = state["wkv"], state["att_shift"], state["ffn_shift"]
+        if wkv.shape != (L, M, C // N, N, N) or wkv.dtype != torch.float32 or not is_plain(wkv):
+            raise ValueError(f"the state is not one of {M} sequences in float32, contiguous")
+        for x in (att_shift, ffn_shift):
+            if x.shape != (L, M, C) or x.dtype != dtype or not is_plain(x):
+                raise ValueError(f"the state is not one of {M} sequences in {dtype}, contiguous")
+        numbers = integers((version, is_half, M, *dims, torch.get_num_threads(), *ranks))
+        ids, logits = ids.contiguous(), torch.empty(M, V)
+        io = pointers((ids, wkv, att_shift, ffn_shift, logits))
         if library.rwkv_step(numbers, weight_pointers, io):
-            raise ValueError(f"ids must be from 0 to {c.vocab_size - 1}")
+            raise ValueError(f"ids must be from 0 to {V - 1}")
         return logits
 
+    step.weights = weights
     return step
+
+
+def is_plain(x):
+    """Whether a tensor's numbers lie on a CPU, one after the other, as PyTorch's own class."""
+    return type(x) is torch.Tensor and x.is_cpu and x.is_contiguous()
 
 
 def fits(x):
@@ -108,37 +147,31 @@ def fits(x):
 
     It must be float32 on a CPU, with content (bench/memory.py's have none).
     """
-    return (
-        type(x) is torch.Tensor
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.is_contiguous()
-        and _load(build=False)[0] is not None
-    )
-
-
-def check_like(x, others, shape):
-    """ValueError for the first that is not of this shape, or not of x's dtype and device."""
-    for other in others:
-        if other.shape != shape or other.dtype != x.dtype or other.device != x.device:
-            raise ValueError(
-                f"mix: {other.dtype} {tuple(other.shape)} on {other.device}, expected {x.dtype} "
-                f"{tuple(shape)} on {x.device}"
-            )
+    return is_plain(x) and x.dtype == torch.float32 and _load(build=False)[0] is not None
 
 
 def mix(x, x_prev, weights, grads=()):
     """x, x_prev [.., C], weights [C] each -> [x + (x_prev - x) m for m in weights].
 
-    With `grads`, those of these results: -> the gradients of x, x_prev and each m.
+    All float32 on a CPU. With `grads`, those of these results: -> the gradients of x, x_prev and
+    each m. ValueError for what does not fit.
     """
-    check_like(x, (x_prev, *grads), x.shape)
-    check_like(x, [m.flatten() for m in weights], x.shape[-1:])
+    library = _load(build=False)[0]
+    C = x.shape[-1] if x.dim() else 0
+    if library is None:
+        raise ValueError("mix: the C++ is not built; ask fits(x) first")
+    if C == 0 or x.numel() // C >= 2**31 or len(grads) not in (0, len(weights)):
+        counts = f"{len(weights)} weights and {len(grads)} gradients"
+        raise ValueError(f"mix: x is {tuple(x.shape)}, with {counts}; expected [.., C] and as many")
+    for name, tensors in (("x", (x, x_prev)), ("a gradient", grads)):
+        for other in tensors:
+            native.check(f"mix: {name}", other, x.shape, FLOATS, CPU)
+    for m in weights:
+        native.check("mix: a weight", m.flatten(), (C,), FLOATS, CPU)
     out = native.empty_like((x, x_prev, *weights) if grads else [x] * len(weights))
     io = [t.contiguous() for t in (x, x_prev, *weights, *grads)] + out
-    C, threads = x.shape[-1], torch.get_num_threads()
-    sizes = integers((x.numel() // C, C, len(weights), threads))
-    _load(build=False)[0].mix(bool(grads), sizes, pointers(io))
+    sizes = integers((x.numel() // C, C, len(weights), torch.get_num_threads()))
+    library.mix(bool(grads), sizes, pointers(io))
     return out
 
 
@@ -146,30 +179,47 @@ def score_rows(z, targets, temperature, scores=None, grads=None, l2wrap=0.0):
     """Rows of logits z [M, V] -> (logps, entropy, hits, lse) of the targets [M], each [M].
 
     Given these `scores` and `grads` (d loss / d logps, and / d entropy or None): z becomes d loss /
-    d z. None, and z as it was, if that is not to be had.
+    d z; that needs lse of the scores, and entropy for a d entropy. None, and z as it was, if that
+    is not to be had. ValueError for what does not fit, IndexError for a target that is none of V.
     """
     if not fits(z):
         return None
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets are {targets.dtype}, expected int64")
-    per_row = [targets, *(scores or ()), *(grads or ())]
-    if any(x is not None and x.shape != z.shape[:1] for x in per_row):
-        shapes = [None if x is None else tuple(x.shape) for x in per_row]
-        raise ValueError(f"{len(z)} rows of logits, but targets and scores of {shapes}")
+    if z.dim() != 2 or (scores is None) != (grads is None):
+        raise ValueError(f"z is {tuple(z.shape)}, expected [M, V]; scores and grads go together")
+    rows = z.shape[:1]
+    native.check("targets", targets, rows, (torch.int64,), CPU)
     if scores is None:
         logps, entropy, lse = (z.new_empty(len(z)) for _ in range(3))
         hits = z.new_empty(len(z), dtype=torch.bool)
-        scores = (logps, entropy, hits, lse)
-    io = (z, targets, *scores, *(grads or (None, None)))
-    io = [x if x is None else x.contiguous() for x in io]
+        scores, grads, is_backward = (logps, entropy, hits, lse), (None, None), False
+    else:
+        check_scores(scores, grads, rows)
+        is_backward = True
+    io = [x if x is None else x.contiguous() for x in (z, targets, *scores, *grads)]
     sizes = integers((*z.shape, torch.get_num_threads()))
     floats = ctypes.c_float(temperature), ctypes.c_float(l2wrap)
-    if _load(build=False)[0].score_rows(grads is not None, sizes, *floats, pointers(io)):
+    if _load(build=False)[0].score_rows(is_backward, sizes, *floats, pointers(io)):
         raise IndexError(f"targets must be from 0 to {z.shape[1] - 1}")
     return scores
 
 
-_ops = {version: native.register(f"wkv{version}_cpu", version, launch) for version in (6, 7)}
+def check_scores(scores, grads, rows):
+    """ValueError for what the backward of score_rows cannot read, `rows` (M,)."""
+    _, entropy, _, lse = scores
+    dlogps, dentropy = grads
+    needed = {"lse": lse, "dlogps": dlogps}
+    if dentropy is not None:
+        needed |= {"entropy": entropy, "dentropy": dentropy}
+    for name, x in needed.items():
+        if x is None:
+            raise ValueError(f"{name} is None, expected torch.float32 {tuple(rows)}")
+        native.check(name, x, rows, FLOATS, CPU)
+
+
+_ops = {
+    version: native.register(f"wkv{version}_cpu", version, sys.modules[__name__])
+    for version in (6, 7)
+}
 
 
 @torch.compiler.assume_constant_result
@@ -181,14 +231,17 @@ def unavailable(build=True):
 @functools.cache
 def _place():
     """(Where the library is or will be, the command that builds it); (None, what is missing)."""
-    cxx = (os.environ.get("CXX") or "c++").split()
+    cxx = os.environ.get("CXX", "").split() or ["c++"]
     if shutil.which(cxx[0]) is None:
         remedy = "apt install g++, xcode-select --install, or set CXX"
         return None, f"no C++ compiler: {cxx[0]} is not on PATH ({remedy})"
     command = [*cxx, *FLAGS]
     # The compiler's own macros tell its version and every instruction set of this processor.
     macros = [*cxx, FLAGS[0], "-dM", "-E", "-x", "c++", os.devnull]
-    return native.place("cpu", command, SOURCES, macros), command
+    try:
+        return native.place("cpu", command, SOURCES, macros), command
+    except OSError as error:
+        return None, str(error)
 
 
 _answer = []  # of _load, once it is final

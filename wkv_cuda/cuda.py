@@ -7,6 +7,7 @@ with the sequential kernels (cuda_seq.py), which take everything else.
 """
 
 import functools
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,13 @@ import torch.nn.functional as F
 from . import chunked, cuda_seq, native
 
 DEVICE, HEAD_SIZES, DTYPES = "cuda", (64,), (torch.bfloat16,)
+LOGW_DTYPES = (torch.float32, torch.bfloat16)
 SAVED_STATE = 64 * 64 + 8  # halves: STATE in chunk.cuh
 
 
 def wkv(version, inputs, state, cu_seqlens):
     """log w in fp32 or bf16; WKV-7 counts one below -14 as -14, a factor of 1e-6."""
-    return native.run(
-        _ops[version], inputs, state, cu_seqlens, logw_dtypes=(torch.float32, torch.bfloat16)
-    )
+    return native.run(_ops[version], inputs, state, cu_seqlens, LOGW_DTYPES)
 
 
 @torch.compiler.assume_constant_result
@@ -78,12 +78,11 @@ def span(S, H, total):
 
 
 def keep(r, state, save):
-    """The state at every chunk's start in fp16, and what passes from span to span."""
+    """(shape, dtype) of the state at every chunk's start, and of what passes from span to span."""
     (S, H, N, _), total = state.shape, len(r)
     slots, tokens = total // native.CHUNK + S if save else 0, span(S, H, total)
     spans = total // tokens + S if tokens else 0
-    saved_states = r.new_empty(slots, H, SAVED_STATE, dtype=torch.float16)
-    return saved_states, state.new_empty(spans, H, 2, N, N)
+    return [((slots, H, SAVED_STATE), torch.float16), ((spans, H, 2, N, N), torch.float32)]
 
 
 def scratch(state, kept):
@@ -99,6 +98,6 @@ def launch(function, *args):
 
 
 _ops = {
-    version: native.register(f"wkv{version}_chunk", version, launch, keep, scratch)
+    version: native.register(f"wkv{version}_chunk", version, sys.modules[__name__], keep, scratch)
     for version in (6, 7)
 }

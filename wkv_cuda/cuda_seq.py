@@ -8,6 +8,7 @@ and those of cuda.py in one library.
 import ctypes
 import functools
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from . import native
 
 DEVICE, HEAD_SIZES, DTYPES = "cuda", (64,), tuple(native.DTYPES)
+LOGW_DTYPES = (torch.float32,)
 NAMES = ("wkv6.cu", "wkv7.cu", "wkv6_chunk.cu", "wkv7_chunk.cu", "wkv.cuh", "chunk.cuh")
 SOURCES = [Path(__file__).parent / name for name in NAMES]
 # --threads=0: as many as there are cores
@@ -44,7 +46,10 @@ def library():
     capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
     cards = sorted({f"{major}{minor}" for major, minor in capabilities})
     command = [nvcc, *FLAGS, *(f"-gencode=arch=compute_{card},code=sm_{card}" for card in cards)]
-    path = native.place("cuda", command, SOURCES, [nvcc, "--version"])
+    try:
+        path = native.place("cuda", command, SOURCES, [nvcc, "--version"])
+    except OSError as error:
+        return None, str(error)
     found, missing = native.load(path, command, SOURCES)
     if found and (error := found.wkv_probe()):
         return None, (
@@ -82,6 +87,6 @@ def scratch(state, kept):
 
 
 _ops = {
-    version: native.register(f"wkv{version}", version, launch, scratch=scratch)
+    version: native.register(f"wkv{version}", version, sys.modules[__name__], scratch=scratch)
     for version in (6, 7)
 }

@@ -12,14 +12,15 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from . import cpu
+from . import cpu, native
 
 
 def linear(x, w):
-    """x [..., in], w [out, in] -> x w' [..., out]"""
+    """x [..., in], w [out, in] -> x w' [..., out]; an error if they do not fit."""
     # Small products gain nothing, and oneDNN keeps code for every shape that it has seen.
     is_large = x.dtype == w.dtype == torch.float32 and w.numel() >= 2**16
     if is_large and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        native.check("w", w, (*w.shape[:1], *x.shape[-1:]), cpu.FLOATS, x.device)
         return OneDNN.apply(x, w)
     return F.linear(x, w)
 
@@ -48,10 +49,18 @@ class OneDNN(torch.autograd.Function):
 
 
 def mix(x, x_prev, *weights):
-    """x and the token before, x_prev [B, T, C]; weights [1, 1, C] -> [x + (x_prev - x) m, ...]"""
+    """x and the token before, x_prev [B, T, C]; weights [1, 1, C] -> [x + (x_prev - x) m, ...]
+
+    ValueError for shapes that do not fit: PyTorch would repeat what is too short.
+    """
     weights = [m.to(x.dtype) for m in weights]
     if cpu.fits(x):
         return Mix.apply(x, x_prev, *weights)  # one pass over memory, and one in backward
+    if x_prev.shape != x.shape or any(m.numel() != x.shape[-1] for m in weights):
+        shapes = [tuple(t.shape) for t in (x, x_prev, *weights)]
+        raise ValueError(
+            f"mix: x, x_prev and weights are {shapes}, expected [B, T, C] and [1, 1, C]"
+        )
     delta = x_prev - x
     return [torch.addcmul(x, delta, m) for m in weights]
 
@@ -79,7 +88,15 @@ def score_tokens(h, weight, targets, temperature=1.0, l2wrap=0.0):
     softmax(z) in nats, both float32, and hits = argmax(z) == targets. l2wrap (upstream's L2Wrap,
     1e-4) pulls the largest logit down by l2wrap * its value for each unit of d loss / d logps,
     which keeps logits from drifting in bfloat16; it changes the gradient and never the loss.
+    ValueError for shapes, or a dtype of the targets, that do not fit.
     """
+    fits = h.dim() == weight.dim() == 2 and h.shape[1] == weight.shape[1] and len(weight) > 0
+    if not fits or not h.is_floating_point() or weight.device != h.device:
+        raise ValueError(
+            f"h is {h.dtype} {tuple(h.shape)} and weight {tuple(weight.shape)} on {weight.device}, "
+            f"expected floats [M, C] and [V, C] on {h.device}"
+        )
+    native.check("targets", targets, h.shape[:1], (torch.int64,), h.device)
     return ScoreTokens.apply(h, weight, targets, temperature, l2wrap)
 
 
