@@ -34,7 +34,7 @@ from tqdm import tqdm
 from gosling.config import Decay, UserError, read_flags
 from gosling.data import read_examples, read_jsonl, read_preferences
 from gosling.data import render_chat as render_chat  # DESIGN.md: importable from here
-from gosling.files import read_text, write_json
+from gosling.files import first_line, read_text, write_json
 from gosling.rows import holds_rows
 from gosling.token_files import TokenFile, TokenFileWriter
 from gosling.tokenizer import load_tokenizer, train_bpe
@@ -93,7 +93,7 @@ def read_documents(files, skip_bad, skipped):
                     yield where, text
                 else:
                     skipped["empty documents"] += 1
-        except (OSError, ValueError) as e:  # ValueError: of np.load
+        except OSError as e:
             raise UserError(f"{path} cannot be read: {e}") from None
 
 
@@ -111,7 +111,7 @@ def read_file(path, named, skip_bad, skipped):
 
         yield from read_jsonl(path, shape, text_of, skipped if skip_bad else None)
     elif path.suffix == ".npy":
-        rows = np.atleast_2d(np.load(path, mmap_mode="r", allow_pickle=False))
+        rows = np.atleast_2d(read_array(path))
         for number, row in enumerate(rows):
             yield f"{path}, row {number}", " ".join(map(str, row.tolist()))
     else:
@@ -121,6 +121,19 @@ def read_file(path, named, skip_bad, skipped):
             skipped["files that are not UTF-8 text"] += 1
         else:
             yield str(path), text
+
+
+def read_array(path):
+    """A .npy file, by memory map."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as e:  # of many kinds: its header is read as Python
+        raise UserError(
+            f"{path} cannot be read: {first_line(e)}; save one with numpy.save"
+        ) from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} cannot be read: it is no .npy file; save one with numpy.save")
+    return array
 
 
 def choose_validation(cfg, files, skipped):

@@ -105,7 +105,11 @@ def load(cfg):
     if not cfg.tokenizer and (Path(origin).parent / tokenizer).is_file():
         tokenizer = str(Path(origin).parent / tokenizer)
     device, dtype = pick_device(cfg)
-    model, tokenizer, _ = engine.load(path, device, dtype, tokenizer, cfg.another_base)
+    try:
+        model, tokenizer, _ = engine.load(path, device, dtype, tokenizer, cfg.another_base)
+    except UserError as e:
+        said_by = f"{origin}, which says what it was tuned on: " if about else ""
+        raise UserError(f"{said_by}{e}") from e
     states = dict.fromkeys(names)
     for name, about in described.items():
         state, _ = weights.read_state(name, model.config)
@@ -233,8 +237,8 @@ def keep_or_compare(cfg, about, n_done):
     for key, value in before.items():
         if key in about and value != about[key]:
             raise UserError(
-                f"{cfg.out} was made with {key}={value}, and this is {key}={about[key]}; give "
-                f"another file to write, or the settings in {path}"
+                f"{cfg.out} was made with {key}={value!r:.200}, and this is {key}={about[key]}; "
+                f"give another file to write, or the settings in {path}"
             )
 
 

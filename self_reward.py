@@ -62,7 +62,7 @@ import train_dpo
 import train_reward
 import train_sft
 import train_state
-from gosling import config, engine, files, runs, user_code
+from gosling import config, engine, files, runs, schemas, user_code
 from gosling.batch import evaluate
 from gosling.config import Share, UserError, load_config, print0, show
 from gosling.data import read_examples, read_jsonl, read_prompts, read_replies
@@ -229,14 +229,16 @@ def judge_metrics(scores, labels):
 # files: lines that a restart goes on from
 
 
-def append_blocks(path, total, block, make, run, check_rows=None):
+def append_blocks(path, total, block, make, run, kind=dict, check_rows=None):
     """Write `total` lines to `path`, dicts, a block at a time -> all of them.
 
     make(i, j) gives lines i to j; the processes take blocks in turn. A restart drops half a line
     and goes on; the blocks are always the same, so the numbers are too. check_rows: called with
-    what there is after each block.
+    what there is after each block. kind: of a line, see files.checked.
     """
-    rows = runs.gather(files.whole_lines(path) if run.main else [])
+    rows = runs.gather(files.whole_lines(path, kind) if run.main else [])
+    if len(rows) > total:
+        raise UserError(f"{path} has {len(rows)} lines, expected {total}; remove it, run again")
     start = total if len(rows) >= total else len(rows) // block * block
     title = f"{path.parent.name}/{path.stem}"
     hidden = None if run.main else True  # None: hidden unless on a terminal
@@ -260,6 +262,17 @@ def append_blocks(path, total, block, make, run, check_rows=None):
             if check_rows:
                 check_rows(rows)
     return rows
+
+
+def check_numbers(path, rows, n, prompts=None):
+    """UserError unless line i is of prompt i // n, which it has if given, and candidate i % n."""
+    for i, row in enumerate(rows):
+        is_there = (row["number"], row["candidate"]) == (i // n, i % n)
+        if not is_there or (prompts and row["prompt"] != prompts[i // n]):
+            raise UserError(
+                f"{path}:{i + 1} is not candidate {i % n} of prompt {i // n}; put the prompts back "
+                "that it is of, or remove it and run again"
+            )
 
 
 def write(path, value, run):
@@ -414,7 +427,8 @@ def candidates(cfg, folder, run, replies=""):
         ]
 
     path, total = folder / "candidates.jsonl", len(prompts) * n
-    answers = append_blocks(path, total, cfg.block * n, make, run)
+    answers = append_blocks(path, total, cfg.block * n, make, run, schemas.Candidate)
+    check_numbers(path, answers, n, [row["prompt"] for _, row in prompts])
     return [row for _, row in prompts], answers
 
 
@@ -447,7 +461,10 @@ def judgements(cfg, folder, rows, answers, judge, run):
         )
 
     n_lines = cfg.block * cfg.num_candidates
-    return append_blocks(path, len(answers), n_lines, make, run, stop_if_none)
+    kind = schemas.Judgement
+    judged = append_blocks(path, len(answers), n_lines, make, run, kind, stop_if_none)
+    check_numbers(path, judged, cfg.num_candidates)
+    return judged
 
 
 def labels_of(cfg, answers):
@@ -611,8 +628,8 @@ def write_report(out, history):
             lines += ["", f"## {row['stage']}: dropped {row['dropped'] or 'none'}"]
         path = out / row["stage"] / "pairs.jsonl"
         if path.exists():
-            for _, pair in itertools.islice(read_jsonl(path, "pairs"), 12):
-                lines += ["", *describe_pair(pair)]
+            for where, pair in itertools.islice(read_jsonl(path, "pairs"), 12):
+                lines += ["", *describe_pair(files.checked(pair, schemas.Pair, where))]
     with files.atomic_write(out / "report.md") as tmp:
         tmp.write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot_report(out / "report.png", rows)
@@ -620,7 +637,9 @@ def write_report(out, history):
 
 def describe_pair(pair):
     """A row of pairs.jsonl -> lines of Markdown."""
-    prompt = pair["prompt"] if isinstance(pair["prompt"], str) else pair["prompt"][-1]["content"]
+    prompt = pair["prompt"]
+    if isinstance(prompt, list):
+        prompt = str(prompt[-1].get("content", prompt[-1].get("value")))
     texts, lines = {"prompt": prompt, **{n: pair[n] for n in ("chosen", "rejected")}}, []
     for name, text in texts.items():
         score = cell(pair.get(f"{name}_score"))
@@ -736,7 +755,7 @@ def main(cfg):
             done_path = folder / "done.json"
             if done_path.exists():
                 print0(f"{folder} is complete")
-                done = files.read_json(done_path)
+                done = files.read_json(done_path, schemas.Done)
             else:
                 if kind == "start":
                     done = {"init_from": cfg.init_from}

@@ -30,9 +30,10 @@ from dataclasses import dataclass
 import tyro
 from pydantic import NonNegativeInt
 
-from gosling.config import Share, print0, read_flags
+from gosling.config import Share, UserError, print0, read_flags
 from gosling.data import read_jsonl, render_chat
-from gosling.files import write_jsonl
+from gosling.files import checked, write_jsonl
+from gosling.schemas import Sampled
 
 LETTERS = "abcdefghijkl"
 # Skills in which a small model slips, so that every method has something to mend. "count a in
@@ -77,7 +78,7 @@ def solve(task):
             return word.replace(old, "")
         case ["rotate", word]:
             return word[1:] + word[:1]
-    raise ValueError(f"{task!r} is not a task")
+    raise ValueError(f"{task!r:.60} is not a task")
 
 
 def check(task, text):
@@ -205,13 +206,22 @@ class PairsConfig:
     val: Share = 0.1  # share of the prompts that goes to _val.jsonl
 
 
+def answers_of(row):
+    """A row of `sample.py batch` -> (the row, its different answers); UserError if it is none."""
+    checked(row, Sampled, "the row")
+    try:
+        solve(row["prompt"][-1]["content"])
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    texts = [c["text"] if isinstance(c, dict) else c for c in row["completions"]]
+    return row, list(dict.fromkeys(texts))
+
+
 def pairs(cfg):
     """Preferences for DPO and reward models: of each prompt's answers a right and a wrong one."""
     rng, rows = random.Random(0), []
     shape = '{"prompt", "skill", "completions"}, as `python sample.py batch` writes it'
-    for _, row in read_jsonl(cfg.samples, shape):
-        texts = [c["text"] if isinstance(c, dict) else c for c in row["completions"]]
-        texts = list(dict.fromkeys(texts))
+    for _, (row, texts) in read_jsonl(cfg.samples, shape, answers_of):
         right = [text for text in texts if is_right(row, text)]
         wrong = [text for text in texts if text.strip() and not is_right(row, text)]
         if right and wrong:

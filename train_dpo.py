@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.nn.utils import clip_grad_norm_
 
-from gosling import files, runs, tune, weights
+from gosling import files, last, runs, tune, weights
 from gosling.batch import fork, score_forks
 from gosling.config import Decay, UserError, load_config, print0
 from gosling.data import read_preferences
@@ -292,7 +292,7 @@ def cached_reference(name, model, pairs, batches, cfg, run):
     path = Path(f"{name}.ref.pt")
     if name.startswith("hf:"):
         path = Path(cfg.out_dir) / f"{re.sub('[:/]', '-', name)}.ref.pt"
-    saved = files.load_torch(path) if run.main and path.exists() else {}
+    saved = read_reference(path, fingerprint, len(pairs)) if run.main and path.exists() else {}
     same = runs.all_sum(saved.get("fingerprint") == fingerprint)[0]  # rank 0's file decides
     if same:
         print0(f"reference: {path}")
@@ -307,6 +307,19 @@ def cached_reference(name, model, pairs, batches, cfg, run):
         except UserError as e:
             print0(f"reference: not kept, {e}")
     return logps
+
+
+def read_reference(path, fingerprint, n_pairs):
+    """<name>.ref.pt -> its dict; UserError unless it is one, and whole where it is of our data."""
+    saved = files.load_torch(path)
+    is_dict = isinstance(saved, dict) and isinstance(saved.get("fingerprint"), str)
+    logps = saved.get("logps") if is_dict else None
+    is_good = is_dict and isinstance(logps, torch.Tensor) and logps.layout == torch.strided
+    if is_good and saved["fingerprint"] == fingerprint:
+        is_good = logps.shape == (n_pairs, 2) and last.are_numbers(logps)
+    if not is_good:
+        raise UserError(f"{path} does not hold a number per answer; remove it: it is made again")
+    return saved
 
 
 def make_references(model, tokenizer, pairs, val_pairs, cfg, run):

@@ -497,6 +497,8 @@ def main(cfg):
         resumed = runs.resume(cfg, model, opt, same)
         first_step, best_loss = resumed.get("step", 0), resumed.get("best_loss", math.inf)
         cursor, groups = resumed.get("cursor", 0), resumed.get("groups", [])
+        n_groups = cfg.global_bsz * cfg.steps_per_generation
+        rollouts.check_resumed(groups, n_groups, cfg, model.config.vocab_size)
         metrics = runs.open_run(cfg, run, model, tokenizer, first_step, max_steps)
 
         # ---- before the first step

@@ -147,7 +147,7 @@ def evaluate(model, file, cfg, run):
         nll -= model(x, targets=y)[0].logps.sum().item()
     nll, n_tokens = runs.all_sum(nll, len(share) * length)
     values = {"val_loss": nll / n_tokens}
-    if about.get("bytes"):
+    if about.get("bytes") and about.get("tokens"):
         values["val_bpb"] = values["val_loss"] / math.log(2) * about["tokens"] / about["bytes"]
     return values
 

@@ -215,8 +215,8 @@ def draw_rewards(cfg, run, best, worst):
 COMPLETIONS = '{"prompt", "completion"} or {"prompt", "completions": [...]}'
 
 
-def render_completions(row, tokenizer):
-    """A row of COMPLETIONS, of sample.py batch or of preferences -> (prompt_ids, [answer_ids])"""
+def answers_of(row):
+    """[text or messages] of a row of COMPLETIONS, of sample.py batch or of preferences."""
     texts = row.get("completions") or row.get("responses")
     if not texts:
         texts = [row[key] for key in ("completion", "chosen", "rejected") if key in row]
@@ -228,12 +228,15 @@ def render_completions(row, tokenizer):
     for text in texts:
         is_sampled = isinstance(text, dict) and "text" in text  # of sample.py batch
         answers.append(text["text"] if is_sampled else text)
-    return render_answers(row.get("prompt"), answers, tokenizer)
+    return answers
 
 
 @torch.no_grad()
 def write_scores(cfg, run):
-    """Each row of cfg.score with its answers' "scores", as <name>.scored.jsonl beside it."""
+    """Each row of cfg.score with its answers' "scores", as <name>.scored.jsonl beside it.
+
+    An answer that is empty has no score: None.
+    """
     if not cfg.init_from:
         raise UserError("which reward model? --init_from=FILE, as train_reward.py wrote it")
     model, tokenizer, _ = engine.load(
@@ -246,12 +249,16 @@ def write_scores(cfg, run):
         )
 
     def render(row):
-        return row, render_completions(row, tokenizer)
+        answers = answers_of(row)
+        is_empty = [isinstance(answer, str) and not answer.strip() for answer in answers]
+        there = [answer for answer, empty in zip(answers, is_empty, strict=True) if not empty]
+        group = render_answers(row.get("prompt"), there, tokenizer) if there else None
+        return row, is_empty, group
 
     scored = []
-    for _, (row, group) in read_rows(cfg.score, COMPLETIONS, render, cfg.skip_bad):
-        (scores,) = score_answers(model, [group], run.device)
-        scored.append({**row, "scores": scores.tolist()})
+    for _, (row, is_empty, group) in read_rows(cfg.score, COMPLETIONS, render, cfg.skip_bad):
+        scores = iter(score_answers(model, [group], run.device)[0].tolist() if group else ())
+        scored.append({**row, "scores": [None if empty else next(scores) for empty in is_empty]})
     out = Path(cfg.score).with_suffix(".scored.jsonl")
     write_jsonl(out, scored)
     print0(f"{out}: {len(scored):,} rows scored")

@@ -136,7 +136,7 @@ def read_message(message, speaker):
     role = role_of(message)
     if role is None:
         roles = "system, user, assistant or tool"
-        raise BadRow(f"expected a role of {roles}, got {speaker!r}", "an unknown role")
+        raise BadRow(f"expected a role of {roles}, got {speaker!r:.60}", "an unknown role")
     check_keys(message, role, speaker)
     trained = all(message.get(key) in (None, 1) for key in FLAGS)
     content = message.get("value") if message.get("content") is None else message["content"]
@@ -154,13 +154,13 @@ def check_keys(message, role, speaker):
     """BadRow for a key that means something which is not understood where it stands."""
     for key, owner in OWNERS.items():
         if message.get(key) not in NOTHING and role != owner:
-            raise BadRow(f'"{key}" in a message of {speaker!r} is not understood', f'"{key}"')
+            raise BadRow(f'"{key}" in a message of {speaker!r:.60} is not understood', f'"{key}"')
     for key in FLAGS:
         flag = message.get(key)
         if flag not in (None, 0, 1):
             raise BadRow(f'"{key}" is {flag!r:.60}; expected 0 or 1', f'"{key}"')
         if flag and role != "assistant":
-            raise BadRow(f'"{key}" in a message of {speaker!r}; only replies train', f'"{key}"')
+            raise BadRow(f'"{key}" in a message of {speaker!r:.60}; only replies train', f'"{key}"')
 
 
 def read_text(content):
@@ -216,7 +216,7 @@ def from_json(value, what):
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRow(f"{what} are not JSON: {value!r:.60}", f"{what} that are not JSON") from None
 
 

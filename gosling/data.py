@@ -542,7 +542,10 @@ def render_preference(row, tokenizer):
 
 
 def all_finite(values):
-    return all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+    """Whether they are numbers, finite and such that a tensor holds them."""
+    if not all(isinstance(x, (int, float)) for x in values):
+        return False
+    return all(math.isfinite(x) if isinstance(x, float) else abs(x) < 2**63 for x in values)
 
 
 def teaches_nothing(row, preference, ctx_len):

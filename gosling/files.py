@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import gc
 import hashlib
 import json
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pydantic
 import torch
 
 from gosling.config import UserError, print0
@@ -195,10 +197,9 @@ def load_torch(path, device="cpu"):
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
     try:
-        damaged = damaged_record(path)
-        if damaged:
-            words = f"{damaged} is not what was written, its checksum is another"
-            raise UserError(f"{path} cannot be read as a PyTorch file of tensors: {words}")
+        damage = damage_of(path)
+        if damage:
+            raise UserError(f"{path} cannot be read as a PyTorch file of tensors: {damage}")
         return torch.load(path, map_location=device, weights_only=True)
     except UserError:
         raise
@@ -230,17 +231,26 @@ def looks_like(path):
     return ""
 
 
-def damaged_record(path):
-    """The first record of a .pth, a zip file, whose checksum is wrong; None if all are right.
+def first_line(error):
+    """What an exception of a library's says, in a few words."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
-    Where all are wrong the file was written without checksums, and is read as it is.
+
+def damage_of(path):
+    """What is wrong with the records of a .pth, a zip file, in words; "" if nothing is.
+
+    Where no checksum is right the file was written without them, and is read as it is.
     """
     if not zipfile.is_zipfile(path):  # PyTorch's old format has none
-        return None
+        return ""
     with zipfile.ZipFile(path) as archive:
         records = [record for record in archive.infolist() if record.file_size]
+        if sum(record.file_size for record in records) > Path(path).stat().st_size:
+            return "its records are packed, which PyTorch never does, and may take all memory"
         wrong = [record.filename for record in records if not is_whole(archive, record)]
-    return wrong[0] if 0 < len(wrong) < len(records) else None
+    if 0 < len(wrong) < len(records):
+        return f"{wrong[0]} is not what was written, its checksum is another"
+    return ""
 
 
 def is_whole(archive, record):
@@ -267,14 +277,51 @@ def read_text(path, errors="strict"):
         ) from None
 
 
-def read_json(path):
-    """A JSON file -> its value; {} if there is no such file."""
+def read_json(path, kind=dict):
+    """A JSON file -> its value, which is as `kind` says; {} if there is no such file."""
     if not Path(path).is_file():
         return {}
     try:
-        return json.loads(read_text(path))
-    except ValueError:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is not JSON; mend or remove it") from None
+    return checked(value, kind, path)
+
+
+def checked(value, kind, where):
+    """The value that a file holds at `where`. kind: a class of schemas.py, or a type.
+
+    UserError names the first place that is not as the kind says.
+    """
+    try:
+        validator(kind).validate_python(value)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply; mend or remove it") from None
+    except pydantic.ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        place, found = [], value
+        for key in first["loc"]:  # it has the names of types, too
+            with contextlib.suppress(KeyError, IndexError, TypeError):
+                found = found[key]
+                place.append(str(key))
+        if first["type"] == "missing":
+            problem = f"{'.'.join([*place, first['loc'][-1]])} is missing"
+        else:
+            expected = re.sub("Input should be|Value error,", "expected", first["msg"], count=1)
+            expected = expected.replace("expected expected", "expected")
+            shown = found.shape if isinstance(found, torch.Tensor) else found
+            shown = " ".join(repr(shown).split())
+            problem = f"{'.'.join(place) or 'it'} is {shown:.60}; {expected:.120}"
+        raise UserError(f"{where}: {problem}; mend or remove it") from None
+    return value
+
+
+@functools.cache
+def validator(kind):
+    """What checks values of a kind; strictly, so that no text passes for a number."""
+    if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
+        return pydantic.TypeAdapter(kind)
+    return pydantic.TypeAdapter(kind, config=pydantic.ConfigDict(strict=True))
 
 
 def write_json(path, value):
@@ -292,18 +339,21 @@ def write_jsonl(path, rows):
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def whole_lines(path):
+def whole_lines(path, kind=dict):
     """The rows of a JSONL file that lines are appended to, [] if it is not there yet.
 
-    A kill can tear the last line: what follows the last line's end is cut off the file.
+    A kill can tear the last line: what follows the last line's end is cut off the file. kind: of
+    each row, see `checked`.
     """
     if not Path(path).exists():
         return []
     *lines, torn = Path(path).read_bytes().split(b"\n")
     try:
         rows = [json.loads(line) for line in lines]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is not JSON Lines; mend or remove it") from None
+    for number, row in enumerate(rows, 1):
+        checked(row, kind, f"{path}:{number}")
     if torn:
         os.truncate(path, sum(len(line) + 1 for line in lines))
     return rows

@@ -10,6 +10,7 @@ import torch
 
 from gosling.config import UserError
 from gosling.files import read_json
+from gosling.schemas import Adapter
 from model import RWKV, RWKVConfig
 
 # model-00001-of-00002.safetensors
@@ -133,7 +134,7 @@ def from_fla(theirs, config_file):
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             raise UserError(
-                f"{config_file}: {key} is {config.get(key)!r}, expected {value!r}: "
+                f"{config_file}: {key} is {config.get(key)!r:.60}, expected {value!r}: "
                 "a folder of fla's RWKV-7, as export.py hub writes it"
             )
     layers, weights = {name.split(".")[2] for name in theirs if name.startswith("model.l")}, {}
@@ -163,7 +164,7 @@ def peft_settings(path):
     UserError for a kind of adapter that W + scale B A is not.
     """
     file = folder_of(path) / "adapter_config.json"
-    config = read_json(file)
+    config = read_json(file, Adapter)
     if not config:
         return {}
     start = config.get("init_lora_weights", True)
@@ -178,8 +179,8 @@ def peft_settings(path):
     for key, is_refused in refused.items():
         if is_refused:
             raise UserError(
-                f"{file}: {key} is {config[key]!r}, which is not read; merge it with PEFT's own "
-                "merge_and_unload, and give that file"
+                f"{file}: {key} is {config[key]!r:.60}, which is not read; merge it with PEFT's "
+                "own merge_and_unload, and give that file"
             )
     about = {"alpha": config.get("lora_alpha"), "rslora": bool(config.get("use_rslora"))}
     about["model"] = config.get("base_model_name_or_path")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gosling.config import UserError, config_dict, print0
 from gosling.files import atomic_write, figure, primitive, read_json, whole_lines, write_json
+from gosling.schemas import Measured, RunNotes
 
 
 class Metrics:
@@ -29,7 +30,7 @@ class Metrics:
 
     def read(self):
         """The rows so far."""
-        return whole_lines(self.path)
+        return whole_lines(self.path, Measured)
 
     def log(self, step, **values):
         """One JSON line {"step": …, "time": seconds, name: number, …}."""
@@ -123,7 +124,10 @@ def make_logger(cfg):
 def settings_of(cfg):
     """What wandb.init and swanlab.init both take."""
     path = Path(cfg.out_dir) / "run.json"
-    notes = {"id": secrets.token_hex(11)[:21], **read_json(path)}  # swanlab wants 21 characters
+    notes = {
+        "id": secrets.token_hex(11)[:21],
+        **read_json(path, RunNotes),
+    }  # swanlab wants 21 characters
     write_json(path, notes)
     settings = {"project": "gosling", "config": config_dict(cfg)}
     return {**settings, "id": notes["id"], "resume": "allow"}

@@ -178,6 +178,22 @@ def are_different(rewards):
     return len({reward for reward in map(float, rewards) if not math.isnan(reward)}) > 1
 
 
+def check_resumed(groups, n, cfg, vocab_size):
+    """UserError unless the groups in last.pt are `n`, or none, as this run samples them."""
+    completions = completions_of(groups)
+    ids = [i for answered in groups for i in answered["ids"]]
+    ids += [i for completion in completions for i in completion["tokens"]]
+    is_whole = (
+        len(groups) in (0, n) and len({"old" in completion for completion in completions}) < 2
+    )
+    sizes = {len(group["completions"]) for group in groups}
+    if not is_whole or sizes - {cfg.num_generations} or max(ids, default=0) >= vocab_size:
+        raise UserError(
+            f"{Path(cfg.out_dir) / 'last.pt'}: groups are not {n} of {cfg.num_generations} "
+            "completions each, of the model's ids; start a new run with --init_from"
+        )
+
+
 def completions_of(groups):
     return [completion for group in groups for completion in group["completions"]]
 

@@ -109,15 +109,15 @@ def pick_row(line, shapes, pick):
             json.dumps(row, ensure_ascii=False, default=str).encode()
         if isinstance(row, dict):
             return pick(row) if pick else row
-    except (json.JSONDecodeError, RecursionError) as e:
-        expected = f"expected an object a line, or in a .json file an array of them: {shapes}"
-        raise BadRow(f"not JSON ({e}); {expected}", "not JSON") from None
     except UnicodeError as e:  # also of half a surrogate pair, which nothing can encode
         remedy = "convert the file to UTF-8"
         if isinstance(e, UnicodeEncodeError):
             remedy = f"take {ascii(e.object[e.start : e.start + 1])}, half of a character, out"
         words = f"not UTF-8 text ({e.reason}); {remedy}; expected {shapes}"
         raise BadRow(words, "not UTF-8 text") from None
+    except (ValueError, RecursionError) as e:  # ValueError: also of a number of 5,000 digits
+        expected = f"expected an object a line, or in a .json file an array of them: {shapes}"
+        raise BadRow(f"not JSON ({e}); {expected}", "not JSON") from None
     raise BadRow(
         f"expected a JSON object, got {row!r:.60}; an array of them lies in a .json file: {shapes}",
         "no JSON object",

@@ -19,7 +19,8 @@ import torch
 
 from gosling import files
 from gosling.config import UserError, config_dict, print0, show
-from gosling.files import load_torch, primitive, read_json, save_torch, write_json
+from gosling.files import primitive, read_json, save_torch, write_json
+from gosling.last import check_last, checked_optimizer, read_last
 from gosling.metrics import Metrics, duration
 from gosling.processes import (
     Run,
@@ -32,6 +33,7 @@ from gosling.processes import (
     processes,
     wrap,
 )
+from gosling.schemas import RunNotes
 from gosling.user_code import call, catch_signals, received
 
 # What a loop also calls by `runs.`, from other rooms.
@@ -239,8 +241,7 @@ def resume(cfg, model, opt, same):
             "without --resume"
         )
     last, trained = read_last(path), trained_parameters(model)
-    if "same" not in last:
-        raise UserError(f"{path} was written by an older version; start a new run from its weights")
+    check_last(last, path)
     # A setting that this version has and the one that wrote the file had not is passed over.
     before = {**same, **last["same"], **shapes(last["model"])}
     today = {**same, **shapes(trained)}
@@ -250,28 +251,17 @@ def resume(cfg, model, opt, same):
                 "none" if v in (None, "") else v for v in (before.get(key), today.get(key))
             )
             raise UserError(
-                f"{path}: {key} was {was}, is {is_now}; resume with the data and settings it was "
-                "made with, or start a new run with --init_from in another --out_dir"
+                f"{path}: {key} was {was!s:.300}, is {is_now!s:.300}; resume with the data and "
+                "settings it was made with, or start a new run with --init_from in another "
+                "--out_dir"
             )
+    optimizer = checked_optimizer(last.get("optimizer"), opt, path)
     for name, p in trained.items():
         p.copy_(last["model"][name])
-    opt.load_state_dict(last["optimizer"])
+    opt.load_state_dict(optimizer)
     torch.set_rng_state(last["rng"])
     print0(f"resumed {path} at step {last['step']}")
     return last
-
-
-def read_last(path):
-    """last.pt, or if it is damaged the one before it."""
-    try:
-        return load_torch(path)
-    except UserError as e:
-        previous = path.with_name("last.previous.pt")
-        if not previous.exists():
-            raise
-        last = load_torch(previous)
-        print0(f"{e}; going on from {previous} instead")
-        return last
 
 
 def shapes(tensors):
@@ -368,7 +358,7 @@ def prune(path, keep, out_dir=None):
     path, out = Path(path), Path(out_dir or Path(path).parent)
     if not keep or not NUMBERED.fullmatch(path.name):
         return
-    notes, alike = read_json(out / "run.json"), []
+    notes, alike = read_json(out / "run.json", RunNotes), []
     written = {*notes.get("checkpoints", []), path.relative_to(out).as_posix()}
     kind, number, _ = NUMBERED.fullmatch(path.name).groups()
     for name in written:

@@ -17,7 +17,8 @@ import numpy as np
 
 from gosling.config import UserError
 from gosling.files import atomic_write, read_json
-from gosling.tokenizer import agree, check_digest, load_tokenizer, recorded_tokenizer
+from gosling.schemas import Sidecar
+from gosling.tokenizer import agree, load_tokenizer, noted_tokenizer, recorded_tokenizer
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, documents, documents + 1
@@ -59,7 +60,7 @@ class TokenFile:
         check(size == expected > 0, f"{binary} is cut off, or not of this index: {found}")
         self.check_documents(index)
         self.tokens = np.memmap(binary, self.dtype, "r")
-        self.meta = read_json(f"{self.prefix}.json")
+        self.meta = read_json(f"{self.prefix}.json", Sidecar)
 
     def check_documents(self, index):
         """UserError unless every document begins where the one before it ends."""
@@ -88,11 +89,9 @@ class TokenFile:
 
         UserError if its file was changed since.
         """
-        if "tokenizer" not in self.meta:
+        if not self.meta.get("tokenizer"):
             return None
-        tokenizer = load_tokenizer(self.meta["tokenizer"], Path(self.prefix).parent)
-        check_digest(tokenizer, self.meta.get("tokenizer_digest"), f"{self.prefix}.json")
-        return tokenizer
+        return noted_tokenizer(self.meta, f"{self.prefix}.json")
 
     def check_vocab(self, vocab_size):
         """UserError if an id is not below vocab_size, with that id and where it is.

@@ -18,11 +18,15 @@ import pyrwkv_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gosling.config import UserError
-from gosling.files import atomic_write, read_json, read_text
+from gosling.files import atomic_write, checked, read_json, read_text
 from gosling.hub import folder_of
+from gosling.schemas import RunConfig
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
-WORLD_LINE = re.compile(r"(\d+) (b?['\"].*['\"]) (\d+)")  # id, literal, length in bytes
+# id, literal, length in bytes
+LITERAL = r"""b?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+WORLD_LINE = re.compile(rf"([0-9]{{1,9}}) ({LITERAL}) ([0-9]{{1,9}})")
+MOST_INTEGERS = 2**20  # the largest MAX of integers:MAX, whose tokens are all held in memory
 
 
 class BaseTokenizer:
@@ -270,7 +274,7 @@ def parse_world_line(line, where):
         token = token.encode() if isinstance(token, str) else token
         if 0 < len(token) == int(found[3]):
             return int(found[1]), token
-    except (TypeError, ValueError, SyntaxError):  # TypeError: no match, so that found is None
+    except (TypeError, ValueError, SyntaxError, MemoryError):  # TypeError: found is None
         pass
     raise UserError(f"{where}: expected `id 'token' bytelength`, got {line[:60]!r}")
 
@@ -293,15 +297,17 @@ def load_tokenizer(name_or_path, folder="", end_token=""):
         tokenizer.encode = encode_bytes  # the same, faster
         return tokenizer
     if re.fullmatch("integers:[0-9]+", name):  # id = value + 1
+        if len(name) > 20 or int(name[9:]) > MOST_INTEGERS:
+            raise UserError(f"tokenizer {name:.60}: integers go up to {MOST_INTEGERS:,}")
         tokens = {i + 1: b"%d" % i for i in range(int(name[9:]) + 1)}
         return VocabTokenizer(tokens, name, words=True)
     if path.is_dir():  # of a run, whose config.json names the tokenizer, or with a file in it
         return tokenizer_in(path)
     if not path.is_file():
         raise UserError(
-            f"tokenizer '{path}': no such name or file; choose world, bytes, integers:MAX "
-            "(integers:359), a vocab file, a tokenizer.json, a folder with one, or to prepare data "
-            "bpe:SIZE (bpe:4096)"
+            f"tokenizer {str(path)!r:.300}: no such name or file; choose world, bytes, "
+            "integers:MAX (integers:359), a vocab file, a tokenizer.json, a folder with one, or to "
+            "prepare data bpe:SIZE (bpe:4096)"
         )
     text = read_text(path)
     if path.suffix == ".json":
@@ -316,13 +322,34 @@ def load_tokenizer(name_or_path, folder="", end_token=""):
 
 def tokenizer_in(folder):
     """The tokenizer that a folder's config.json names, or whose file lies in it."""
-    config = read_json(folder / "config.json")
-    config = config if isinstance(config, dict) else {}  # another program's
+    config = run_config(folder)
     file = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.txt"
-    named = config.get("tokenizer")
-    tokenizer = load_tokenizer(named if isinstance(named, str) and named else file, folder)
-    check_digest(tokenizer, config.get("tokenizer_digest"), folder / "config.json")
+    if not config.get("tokenizer"):
+        return load_tokenizer(file, folder)
+    return noted_tokenizer(config, folder / "config.json")
+
+
+def run_config(folder):
+    """What config.json of a run's folder says; {} of none, and of another program's."""
+    config = read_json(folder / "config.json", object)
+    is_ours = isinstance(config, dict) and isinstance(config.get("tokenizer"), str)
+    return checked(config, RunConfig, folder / "config.json") if is_ours else {}
+
+
+def noted_tokenizer(note, where):
+    """The tokenizer that a JSON file, `where`, names, a file from its folder on; UserError if that
+    was changed since."""
+    tokenizer = named_in(where, note["tokenizer"], Path(where).parent)
+    check_digest(tokenizer, note.get("tokenizer_digest"), where)
     return tokenizer
+
+
+def named_in(where, name, folder=""):
+    """load_tokenizer of a name that stands in a file, `where`, which an error names, too."""
+    try:
+        return load_tokenizer(name, folder)
+    except UserError as e:
+        raise UserError(f"{where} names a tokenizer: {e}") from e
 
 
 def check_digest(tokenizer, expected, where):
@@ -375,9 +402,9 @@ def recorded_tokenizer(weights, vocab_size, name="", about=None):
         return None
     folder, described = folder_of(weights), str((about or {}).get("tokenizer", ""))
     if described:
-        return load_tokenizer(folder / described if (folder / described).is_file() else described)
-    config = read_json(folder / "config.json")
-    is_named = isinstance(config, dict) and isinstance(config.get("tokenizer"), str)
+        file = folder / described
+        return named_in(weights, file if file.is_file() else described)
+    is_named = run_config(folder).get("tokenizer")
     has_file = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
     if is_named or (has_file and (folder / "config.json").is_file()):
         return tokenizer_in(folder)

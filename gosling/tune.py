@@ -339,8 +339,11 @@ def load_tuned(model, path):
     if model.tune == "state":
         state, about = read_state(path, model.config)
         model.tuned[0].load(state)
-        if model.score is not None and "score" in about:
-            model.score.weight[0] = torch.tensor(about["score"])
+        if model.score is not None and about.get("score"):
+            score, n_embd = about["score"], model.config.n_embd
+            if len(score) != n_embd:
+                raise UserError(f"{path}: score has {len(score)} numbers, the model's is {n_embd}")
+            model.score.weight[0] = torch.tensor(score)
         return
     saved = read_weights(path)
     check_numbers(saved, path)
@@ -420,7 +423,10 @@ def load_model(path, device="cpu", dtype=torch.float32, another_base=False):
     else:
         state, about = read_state(path)
     base = base_of(path, about)
-    model = from_pretrained(base, device, dtype)
+    try:
+        model = from_pretrained(base, device, dtype)
+    except UserError as e:
+        raise UserError(f"{path} was trained on {base}: {e}") from e
     check_base(path, about, model, base, another_base)
     if "score.weight" in weights or about.pop("score", None):
         model.add_score()

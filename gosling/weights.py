@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from gosling import hub
 from gosling.config import UserError
-from gosling.files import atomic_write, load_torch, looks_like, read_json, save_torch
+from gosling.files import (
+    atomic_write,
+    checked,
+    first_line,
+    load_torch,
+    looks_like,
+    read_json,
+    save_torch,
+)
+from gosling.schemas import About, State
 from model import NEVER_TRAINED, RWKV, RWKVConfig
 
 # ----------------------------------------------------------------------------------------------
@@ -43,11 +52,12 @@ def read_tensors(file):
     if is_safetensors(file):
         try:
             weights = load_file(file)
-            with safe_open(file, "pt") as f:
-                metadata = f.metadata() or {}
-        except (SafetensorError, OSError) as e:
+        except UNREADABLE as e:
             reason = looks_like(file) if Path(file).is_file() else ""
-            raise UserError(f"{file} cannot be read as safetensors: {reason or e}") from e
+            reason = reason or first_line(e)
+            raise UserError(f"{file} cannot be read as safetensors: {reason}") from e
+        check_tensors(weights, file)
+        metadata = metadata_of(file)
         if metadata.pop("crc32", None) not in (None, checksum(weights, metadata)):
             raise UserError(
                 f"{file} is damaged: it is not what was written (if you have changed it, take "
@@ -61,7 +71,31 @@ def read_tensors(file):
             f"{file} is not a file of weights (a flat dict of tensors); "
             "last.pt is for resuming, rwkv-*.pth holds weights"
         )
+    check_tensors(weights, file)
     return weights
+
+
+def check_tensors(weights, file):
+    """UserError for a name that no weights have, or a tensor whose numbers are not in the file."""
+    for name, w in weights.items():
+        if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
+            raise UserError(f"{file} has a tensor of the name {name!r:.60}, which no weights have")
+        is_dense = w.layout == torch.strided and w.device.type == "cpu"
+        if not is_dense or w.untyped_storage().nbytes() < w.nbytes:
+            kind = f"{str(w.dtype)[6:]} {list(w.shape)}, {w.layout} on {w.device}"
+            raise UserError(f"{file}: {name} ({kind}) does not have all its numbers in the file")
+
+
+UNREADABLE = (SafetensorError, OSError, ValueError, KeyError)  # of the library, for such files
+
+
+def metadata_of(file):
+    """{str: str} that a .safetensors has beside its tensors."""
+    try:
+        with safe_open(file, "pt") as f:
+            return f.metadata() or {}
+    except UNREADABLE as e:
+        raise UserError(f"{file} cannot be read as safetensors ({first_line(e)})") from e
 
 
 def checksum(weights, metadata):
@@ -88,9 +122,9 @@ def read_metadata(path):
     """
     about, file = {}, hub.files_of(path)[0]
     if is_safetensors(file):
-        with safe_open(file, "pt") as f:
-            about = f.metadata() or {}
+        about = metadata_of(file)
     about.pop("crc32", None)  # of that file alone, see checksum
+    checked(about, About, f"what {path} says of itself")
     return about if "alpha" in about else {**about, **hub.peft_settings(file)}
 
 
@@ -143,8 +177,7 @@ def config_of(weights, path="the file"):
         raise UserError(
             f"{path} is an RWKV-{kind}: DeepEmbed ({deep[0]}) is not supported; give a plain RWKV-7"
         )
-    in_blocks = [name for name in weights if re.match(r"blocks\.\d+\.", name)]
-    n_layer = 1 + max(int(name.split(".")[1]) for name in in_blocks)
+    n_layer = count_layers(weights, path)
     heads = "blocks.0.att.r_k" if is_v7 else "blocks.0.att.time_faaaa"
     values = f"blocks.{min(1, n_layer - 1)}.att.v1"  # layer 0's may be missing
     places = {  # size: (tensor, axis, the tensor's number of dimensions)
@@ -180,6 +213,20 @@ def config_of(weights, path="the file"):
             f"but the width is {sizes['n_embd']}"
         )
     return RWKVConfig("x070" if is_v7 else "x060", n_layer, **sizes)
+
+
+def count_layers(weights, path):
+    """How many layers the names have; UserError if their numbers do not begin at 0, one by one."""
+    found = {
+        match[1] for match in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if match
+    }
+    missing = [i for i in range(len(found)) if str(i) not in found]
+    if missing:
+        raise UserError(
+            f"{path}: {len(found)} layers have tensors, but none is number {missing[0]}; "
+            "is this a whole, unmodified model file?"
+        )
+    return len(found)
 
 
 def empty_network(config, with_score=False):
@@ -356,7 +403,7 @@ def base_of(path, about):
     base, folder = str(about.get("model", "")), hub.folder_of(path)
     place = folder / base
     for candidate in (place, folder / Path(base).name):
-        if base and candidate.exists():
+        if base and (candidate.is_file() or candidate.is_dir()):
             return str(candidate)
     if base:
         reason = f"{place}, which {path} was trained on, is not there"
@@ -435,6 +482,8 @@ def read_state(path, config=None):
         if found != expected:
             raise UserError(f"{path} is a state of another model: {found}; this one has {expected}")
     about = state_description(path)
+    for key in ("att_shift", "ffn_shift"):
+        check_shift(about.get(key), (L, H * N), f"{path}: {key}")
     layers = [weights[name].float() for name in state_names(L)]
     state = {"wkv": torch.stack(layers)[:, None]}
     for key in ("att_shift", "ffn_shift"):
@@ -450,7 +499,21 @@ def read_state(path, config=None):
 
 def state_description(path):
     """What a state's file says of itself, in a .json beside it or inside a .st; {} if nothing."""
-    return read_json(Path(path).with_suffix(".json")) or read_metadata(path)
+    return read_json(Path(path).with_suffix(".json"), State) or checked(
+        read_metadata(path), State, path
+    )
+
+
+def check_shift(rows, shape, where):
+    """UserError unless it is None or a list of lists of these sizes."""
+    n_layer, width = shape
+    if rows is None or (len(rows) == n_layer and all(len(row) == width for row in rows)):
+        return
+    found = [len(row) for row in rows[:3]]
+    raise UserError(
+        f"{where} has {len(rows)} rows of {found} … numbers; the state has {n_layer} layers of "
+        f"width {width}; put the .json back that was written with it"
+    )
 
 
 def state_sizes(weights, path):

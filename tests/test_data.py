@@ -569,3 +569,42 @@ def test_columns_that_a_prompt_would_lose_are_named(tmp_path):
         write(path, {"prompt": HI, **column})
         with pytest.raises(UserError, match='p.jsonl:1: "(system|tools)" beside prompt'):
             read_prompts(path, BYTES)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ('{"prompt": ' + "9" * 5000 + "}", "a.jsonl:1: not JSON .*4300 digits"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1' + "0" * 400 + "}",
+            "a number as",
+        ),
+        (
+            '{"prompt": "a", "responses": ["b", "c"], "scores": [1, 1' + "0" * 400 + "]}",
+            "go in pairs",
+        ),
+        (
+            json.dumps(
+                {"prompt": "a", "chosen": [{"role": "x" * 5000, "content": "b"}], "rejected": "c"}
+            ),
+            "got 'x{59}; bad rows",
+        ),
+        (
+            json.dumps(
+                {
+                    "prompt": "a",
+                    "chosen": [{"role": "assistant", "tool_calls": "[" * 100_000}],
+                    "rejected": "c",
+                }
+            ),
+            "calls are not JSON",
+        ),
+    ],
+)
+def test_numbers_and_nesting_beyond_python_are_lines_with_their_place(row, words, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(row + "\n")
+    with pytest.raises(
+        UserError, match=f"a.jsonl:1: .*{words}" if "a.jsonl" not in words else words
+    ):
+        read_preferences(path, BYTES, 64)

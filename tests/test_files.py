@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from gosling import files
+from gosling import files, schemas
 from gosling.config import UserError
 
 
@@ -163,3 +164,47 @@ def test_a_name_that_is_not_utf8_goes_through_json(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     files.write_json(tmp_path / "a.json", {"out_dir": name})
     assert files.read_json(tmp_path / "a.json") == {"out_dir": name}
+
+
+class Kind(schemas.Note):
+    step: int
+    names: list[str] = []
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[1]", "a.json: it is .1.; expected a valid dictionary or instance of Kind"),
+        ("{}", "a.json: step is missing"),
+        ('{"step": "3"}', "a.json: step is '3'; expected a valid integer"),
+        ('{"step": 3, "names": ["a", 5]}', "a.json: names.1 is 5; expected a valid string"),
+        ("[" * 100_000, "a.json is not JSON"),
+        ("9" * 5000, "a.json is not JSON"),
+    ],
+)
+def test_a_json_file_of_another_kind_is_refused_by_the_place(text, words, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=f"{words}.*mend or remove it"):
+        files.read_json(tmp_path / "a.json", Kind)
+
+
+def test_lines_of_another_kind_are_refused_by_the_number(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"step": 1}\n{"step": null}\n')
+    with pytest.raises(UserError, match="a.jsonl:2: step is None; expected a valid integer"):
+        files.whole_lines(path, Kind)
+    path.write_text('{"step": 1}\n5\n')
+    with pytest.raises(UserError, match="a.jsonl:2: it is 5; expected a valid dict"):
+        files.whole_lines(path)
+
+
+def test_a_pth_whose_records_are_packed_is_refused_before_they_take_memory(tmp_path):
+    torch.save({"a": torch.zeros(2**20)}, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as whole,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    with pytest.raises(UserError, match="b.pth cannot be read .*its records are packed"):
+        files.load_torch(tmp_path / "b.pth")

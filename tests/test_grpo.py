@@ -1,6 +1,7 @@
 """train_grpo.py and config/rewards.py: losses and advantages by hand, gradients, what it learns,
 the same numbers however it is run."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -1393,3 +1394,24 @@ def test_a_reward_that_hangs_is_ended_and_the_run_goes_on(how, base, tmp_path):
         for name in ("run", "whole")
     )
     assert all(torch.equal(ended[name], whole[name]) for name in whole)
+
+
+def test_groups_in_last_pt_that_no_run_sampled_are_refused(base, tmp_path):
+    cfg = tiny(base, tmp_path / "run", steps_per_generation=2, max_steps=1)
+    train_grpo.main(cfg)
+    path, cfg = tmp_path / "run/last.pt", dataclasses.replace(cfg, resume=True, max_steps=2)
+    whole = torch.load(path, weights_only=True)
+    for change, words in (
+        (lambda groups: groups.pop(), "groups are not 8 of 4 completions each"),
+        (lambda groups: groups[0]["completions"].pop(), "as many numbers as completions"),
+        (lambda groups: groups[0].update(ids=[999]), "of the model's ids"),
+        (lambda groups: groups[0].update(ids="x"), "groups.0.ids is 'x'; expected a valid list"),
+        (lambda groups: groups[0]["completions"][0].pop("old"), "groups are not 8 of 4"),
+        (lambda groups: groups[0]["completions"][0].update(mask=[1]), "as many numbers as tokens"),
+        (lambda groups: groups[0].pop("advantages"), "groups.0.advantages is missing"),
+    ):
+        last = copy.deepcopy(whole)
+        change(last["groups"])
+        torch.save(last, path)
+        with pytest.raises(UserError, match=f"last.pt: .*{words}"):
+            train_grpo.main(cfg)

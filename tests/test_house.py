@@ -5,7 +5,7 @@ import ast
 import pytest
 from helpers import ROOT
 
-FOLDERS = ("", "gosling", "wkv_cuda", "config", "runs", "bench", "tests")
+FOLDERS = ("", "gosling", "wkv_cuda", "config", "runs", "bench", "tests", "tests/campaign")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 LONGEST = {"self_reward.py": 800, "train_grpo.py": 700}  # lines; others: 600
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

@@ -269,7 +269,7 @@ def test_loading_peaks_below_1_6_times_the_model(suffix, dtype, tmp_path):
     code = f"""
 import re, torch
 from model import RWKV
-import safetensors.torch
+import gosling.weights, safetensors.torch
 def peak():  # VmHWM, not ru_maxrss: the latter starts at the parent's
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 torch.zeros(10) @ torch.zeros(10)

@@ -849,3 +849,31 @@ def test_replies_of_every_conversation(tmp_path):
     with pytest.raises(UserError, match="p.jsonl:1: expected a conversation"):
         read_replies(path, load_tokenizer("bytes"))
     assert len(read_replies(path, load_tokenizer("bytes"), skip_bad=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "about, words",
+    [
+        ([1], "t.json: it is .1.; expected a valid dictionary"),
+        ({"tokenizer": 5}, "t.json: tokenizer is 5; expected the name of a file"),
+        ({"tokenizer": "bytes", "vocab_size": "x"}, "t.json: vocab_size is 'x'; expected a valid"),
+        ({"tokenizer": "bytes", "tokens": 10**400}, "t.json: tokens is 1000.*less than 92"),
+        ({"tokenizer": "none"}, "t.json names a tokenizer: tokenizer '.*none': no such name"),
+    ],
+)
+def test_a_sidecar_of_another_kind_is_refused(about, words, tmp_path):
+    with TokenFileWriter(tmp_path / "t", np.uint16) as writer:
+        writer.add([1, 2, 0])
+    (tmp_path / "t.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=words):
+        TokenFile(tmp_path / "t").tokenizer()
+
+
+def test_an_array_that_is_none_is_a_line_with_its_name(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(5))
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:60], whole.replace(b"shape", b"sha(e"), whole.replace(b"}", b"(")):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="a.npy cannot be read: "):
+            run(path, f"--out={tmp_path / 'p'}", "--tokenizer=integers:9")

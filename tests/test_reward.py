@@ -284,6 +284,16 @@ def test_score_names_the_row_that_it_cannot_read(base, tmp_path):
                 Config(score=str(tmp_path / "in.jsonl"), init_from=path, device="cpu")
             )
         assert not (tmp_path / "in.scored.jsonl").exists()
+    some = [{"text": "d"}, {"text": ""}, {"text": "e"}]  # as sample.py batch writes them
+    write(
+        tmp_path / "b.jsonl",
+        {"prompt": "q: ", "completions": some},
+        {"prompt": "q", "completion": " "},
+    )
+    train_reward.main(Config(score=str(tmp_path / "b.jsonl"), init_from=path, device="cpu"))
+    lines = (tmp_path / "b.scored.jsonl").read_text().splitlines()
+    first, second = (json.loads(line)["scores"] for line in lines)
+    assert [score is None for score in first] == [False, True, False] and second == [None]
     cfg = Config(score=str(tmp_path / "in.jsonl"), init_from=path, device="cpu", skip_bad=True)
     train_reward.main(cfg)  # --skip_bad leaves such rows out
     assert (tmp_path / "in.scored.jsonl").read_text().count("scores") == 1

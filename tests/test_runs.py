@@ -408,3 +408,80 @@ def test_a_folder_that_vanished_is_described_again(tmp_path):
         runs.save_last(cfg, run, model, opt, runs.identity(cfg, model), step=1)
     assert (tmp_path / "run/config.json").read_bytes() == before
     assert resume(settings(tmp_path, resume=True), model)["step"] == 1
+
+
+def odd(last, place, value):
+    """last.pt with something else at a place, a tuple of keys; None: without it."""
+    *keys, key = place
+    inside = last
+    for k in keys:
+        inside = inside[k]
+    if value is None:
+        del inside[key]
+    else:
+        inside[key] = value
+
+
+ADAM = ("optimizer", "state", 0)
+
+
+@pytest.mark.parametrize(
+    "place, value, words",
+    [
+        (("step",), None, "step is missing"),
+        (("step",), "3", "step is '3'; expected a valid integer"),
+        (("step",), -1, "step is -1; expected greater"),
+        (("best_loss",), [1], "best_loss is .1.; expected a valid number"),
+        (("groups",), [{"ids": [1]}], "groups.0.number is missing"),
+        (("same", "lr"), torch.zeros(3), "same is .*; expected numbers, text, lists and dicts"),
+        (("model",), None, "model is no dict"),
+        (("model", "emb.weight"), 5, "model.emb.weight has no numbers"),
+        (("rng",), torch.zeros(3), "rng is no state of random numbers"),
+        (("rng",), torch.zeros(5056, dtype=torch.uint8), "rng is no state of random numbers"),
+        (("optimizer",), None, "optimizer: it is None; expected a valid dictionary"),
+        (("optimizer", "param_groups"), [], "param_groups are of another network"),
+        (("optimizer", "param_groups", 0, "betas"), "x", "param_groups.0.betas is of other"),
+        ((*ADAM, "exp_avg"), torch.zeros(3), "optimizer.state.0.exp_avg is not of its parameter"),
+        ((*ADAM, "exp_avg"), None, "optimizer.state.0 is not of AdamW"),
+        ((*ADAM, "step"), torch.zeros(2), "optimizer.state.0.step is not of its parameter"),
+        ((*ADAM, "step"), 7, "optimizer.state.0.step is not of its parameter"),
+    ],
+)
+def test_a_last_pt_that_no_run_wrote_is_refused_by_the_place(place, value, words, tmp_path):
+    model, cfg = random_model("x070", n_layer=1, n_embd=64), settings(tmp_path)
+    opt = runs.make_optimizer(model, cfg, ONE_CPU)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    opt.step()
+    same = runs.identity(cfg, model)
+    runs.save_last(cfg, ONE_CPU, model, opt, same, step=2, best_loss=1.0, groups=[])
+    cfg.resume, path = True, tmp_path / "run/last.pt"
+    assert runs.resume(cfg, model, opt, same)["step"] == 2
+    last = torch.load(path, weights_only=True)
+    odd(last, place, value)
+    torch.save(last, path)
+    with pytest.raises(UserError, match=f"last.pt.*{words}"):
+        runs.resume(cfg, model, opt, same)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("5", "it is 5; expected a valid dict"),
+        ('{"loss": 1}', "step is missing"),
+        ('{"step": "1"}', "step is '1'; expected a valid integer"),
+        ('{"step": 1, "loss": "x"}', "loss is 'x'; expected a valid number"),
+        ('{"step": 1, "loss": {"a": 1}}', "loss is .'a': 1.; expected a valid number"),
+    ],
+)
+def test_a_line_of_metrics_that_no_run_wrote_is_refused(line, words, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 1.5}}\n{line}\n')
+    with pytest.raises(UserError, match=f"metrics.jsonl:2: {words}"):
+        runs.Metrics(Settings(out_dir=str(tmp_path)), ONE_CPU, first_step=1)
+
+
+@pytest.mark.parametrize("notes", ["x", {"checkpoints": "a"}, {"checkpoints": ["a.pth"]}])
+def test_notes_of_a_run_that_no_run_wrote_are_refused(notes, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(notes))
+    with pytest.raises(UserError, match="run.json: .*; mend or remove it"):
+        runs.prune(tmp_path / "rwkv-1.pth", 2)

@@ -946,3 +946,19 @@ def test_half_a_character_in_any_column_is_a_line_with_its_place(saved, tmp_path
         helpers.write(rows, {"prompt": "a"}, bad)
         with pytest.raises(UserError, match="in.jsonl:2: not UTF-8 text"):
             sample.read_prompts(rows, load_tokenizer("bytes"))
+
+
+def test_a_note_or_an_output_that_batch_did_not_write_is_refused(saved, tmp_path):
+    rows, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    helpers.write(rows, {"prompt": "1"}, {"prompt": "2"})
+    flags = [str(rows), str(out), f"--model={saved}", "--tokenizer=bytes", "--device=cpu"]
+    cfg = read_flags(sample.BatchConfig, [*flags, "--max_new_tokens=2"])
+    sample.batch(cfg)
+    for note in ("x", [1], 5):
+        (tmp_path / "out.jsonl.json").write_text(json.dumps(note))
+        with pytest.raises(UserError, match="out.jsonl.json: it is .*; expected a valid dict"):
+            sample.batch(cfg)
+    for line in ("5", '{"a": ' * 100_000):
+        out.write_text(line + "\n")
+        with pytest.raises(UserError, match="out.jsonl(:1: it is 5| is not JSON Lines)"):
+            sample.batch(cfg)

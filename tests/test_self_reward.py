@@ -19,7 +19,7 @@ from helpers import ROOT, write
 import self_reward
 import train_dpo
 import train_sft
-from gosling import engine
+from gosling import engine, schemas
 from gosling.config import UserError, load_config
 from gosling.judge import Judge, make_eft, render, rubric
 from gosling.runs import Run
@@ -830,3 +830,67 @@ def test_killed_at_ten_random_moments_it_ends_where_it_would(base, tmp_path):
     print(f"{n_kills} kills")
     assert n_kills >= 5
     same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+SCORED = {"number": 0, "candidate": 0, "score": 1.5, "parsed": 1}
+SAID = {"number": 0, "candidate": 0, "prompt": "p", "text": "t", "tokens": 3}
+
+
+@pytest.mark.parametrize(
+    "kind, row, change, words",
+    [
+        (schemas.Candidate, SAID, {"text": 5}, "c.jsonl:2: text is 5; expected a valid string"),
+        (schemas.Candidate, SAID, {"text": "\ud800"}, "c.jsonl:2: text is '.*'; expected whole"),
+        (schemas.Candidate, SAID, {"tokens": -1}, "c.jsonl:2: tokens is -1; expected"),
+        (schemas.Judgement, SCORED, {"score": "x"}, "c.jsonl:2: score is 'x'; expected a valid"),
+        (schemas.Judgement, SCORED, {}, "c.jsonl has 2 lines, expected 1"),
+    ],
+)
+def test_lines_that_no_stage_wrote_are_refused(kind, row, change, words, tmp_path):
+    path, total = tmp_path / "c.jsonl", 4 if change else 1
+    write(path, row, {**row, **change})
+    with pytest.raises(UserError, match=words):
+        self_reward.append_blocks(path, total, 1, None, RUN, kind)
+
+
+def test_lines_of_other_prompts_are_refused():
+    rows = [{**SAID, "candidate": k} for k in range(2)]
+    self_reward.check_numbers("c.jsonl", rows, 2, ["p"])
+    with pytest.raises(UserError, match="c.jsonl:1 is not candidate 0 of prompt 0"):
+        self_reward.check_numbers("c.jsonl", rows, 2, ["another"])
+    with pytest.raises(UserError, match="c.jsonl:2 is not candidate 1 of prompt 0"):
+        self_reward.check_numbers("c.jsonl", [rows[0], rows[0]], 2)
+
+
+@pytest.mark.parametrize(
+    "done, words",
+    [
+        ("x", "done.json: it is 'x'; expected a valid dictionary"),
+        ({"init_from": "a.pth"}, "done.json: stage is missing"),
+        ({"stage": "../../x"}, "done.json: stage is '../../x'"),
+        ({"stage": "00-start", "report": [1]}, "done.json: report is .1.; expected a valid dict"),
+        ({"stage": "00-start", "value": "x"}, "done.json: value is 'x'; expected a valid number"),
+    ],
+)
+def test_a_done_json_that_no_stage_wrote_is_refused(done, words, base, tmp_path):
+    cfg = tiny(base, tmp_path / "run", self_reward.sft(data=str(base / "chats.jsonl")))
+    folder = tmp_path / "run/00-start"
+    folder.mkdir(parents=True)
+    (folder / "done.json").write_text(json.dumps(done))
+    with pytest.raises(UserError, match=words):
+        self_reward.main(cfg)
+    (folder / "done.json").unlink()
+    write(folder / "stage.json", [1])
+    with pytest.raises(UserError, match="stage.json: it is .1.; expected a valid dictionary"):
+        self_reward.main(cfg)
+
+
+@pytest.mark.parametrize("change", [{"prompt": []}, {"chosen": None}, {"chosen_score": "x"}])
+def test_a_pair_that_no_stage_wrote_is_refused(change, tmp_path):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": 1.5}
+    (tmp_path / "01-dpo").mkdir()
+    write(tmp_path / "01-dpo/pairs.jsonl", pair)
+    self_reward.write_report(tmp_path, [{"stage": "01-dpo", "dropped": {}}])
+    write(tmp_path / "01-dpo/pairs.jsonl", pair, pair | change)
+    with pytest.raises(UserError, match=f"pairs.jsonl:2: {next(iter(change))} is "):
+        self_reward.write_report(tmp_path, [{"stage": "01-dpo", "dropped": {}}])

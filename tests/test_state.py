@@ -31,7 +31,7 @@ from gosling.config import UserError
 from gosling.data import read_examples
 from gosling.engine import generate, prefill
 from gosling.tokenizer import load_tokenizer
-from gosling.tune import load_to_tune, save_state, task_states
+from gosling.tune import load_model, load_to_tune, save_state, task_states
 from gosling.weights import fingerprint, read_state, write_state
 from model import RWKV, RWKVConfig
 from train_state import Config
@@ -618,3 +618,37 @@ def test_help_shows_every_field():
     assert done.returncode == 0
     assert all(f"--{name}" in done.stdout for name in Config.__dataclass_fields__)
     assert (ROOT / "config/state_tiny.py").exists()
+
+
+@pytest.mark.parametrize(
+    "about, words",
+    [
+        ([], None),  # nothing is said
+        ("x", "s.json: it is 'x'; expected a valid dictionary"),
+        ({"tokenizer": [1]}, "s.json: tokenizer is .1.; expected the name of a file"),
+        ({"att_shift": "x"}, "s.json: att_shift is 'x'; expected a valid list"),
+        ({"att_shift": [[0.5]]}, "s.pth: att_shift has 1 rows of .1. … numbers; the state has 2"),
+        ({"score": [float("nan")]}, "s.json: score.0 is nan; expected a finite number"),
+    ],
+)
+def test_what_a_state_says_of_itself_is_looked_at(about, words, tmp_path):
+    model = random_model("x070", n_layer=2, n_embd=64)
+    _, state = prefill(model, [[4, 5]])
+    write_state(state, tmp_path / "s.pth")
+    (tmp_path / "s.json").write_text(json.dumps(about))
+    if words is None:
+        about = {}
+        (tmp_path / "s.json").write_text("{}")
+        assert read_state(tmp_path / "s.pth")[1] == about
+        return
+    with pytest.raises(UserError, match=words):
+        read_state(tmp_path / "s.pth")
+
+
+def test_a_score_of_another_width_is_refused(tmp_path):
+    model = random_model("x070", n_layer=2, n_embd=64)
+    model.save_pretrained(tmp_path / "m.pth")
+    _, state = prefill(model, [[4, 5]])
+    write_state(state, tmp_path / "s.pth", model="m.pth", score=[1.0, 2.0])
+    with pytest.raises(UserError, match="s.pth: score has 2 numbers, the model's is 64"):
+        load_model(tmp_path / "s.pth")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import tasks
+from gosling.config import UserError
 
 ROOT = Path(tasks.__file__).parent
 
@@ -299,3 +300,22 @@ def test_exact_match_asks_the_held_out_tasks(monkeypatch, capsys):
     asked.clear()
     tasks.exact_match(None, tokenizer, skills=[tasks.UNSEEN], rows=20)
     assert {task.split()[0] for task in asked} == {tasks.UNSEEN}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"completions": None}, "completions is None; expected a valid list"),
+        ({"completions": [{"text": 5}]}, "completions.0.* is .*5.*; expected a valid"),
+        ({"prompt": []}, "prompt is ..; List should have at least 1 item"),
+        ({"prompt": [{"content": 5}]}, "prompt.0.content is 5; expected a valid string"),
+        ({"prompt": [{"content": "hello"}]}, "'hello' is not a task"),
+        ({"skill": 1}, "skill is 1; expected a valid string"),
+    ],
+)
+def test_rows_that_are_no_samples_are_lines_with_their_place(change, words, tmp_path):
+    row = {"prompt": [{"role": "user", "content": "upper abc"}], "skill": "upper"}
+    row["completions"] = [{"text": "ABC"}, "abc"]
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | change) + "\n")
+    with pytest.raises(UserError, match=f"a.jsonl:2: .*{words}"):
+        tasks.pairs(tasks.PairsConfig(str(tmp_path / "a.jsonl"), str(tmp_path / "p")))

@@ -571,3 +571,31 @@ def test_chat_errors(messages, message):
 def test_chat_think_needs_generation():
     with pytest.raises(UserError, match="generation_prompt"):
         render_chat(CHAT, load_tokenizer("bytes"), think="on")
+
+
+@pytest.mark.parametrize("name", ["integers:99999999999999", "integers:" + "9" * 5000])
+def test_integers_that_no_memory_holds_are_refused(name):
+    with pytest.raises(UserError, match="tokenizer integers:9.*: integers go up to 1,048,576"):
+        load_tokenizer(name)
+
+
+@pytest.mark.parametrize(
+    "line", ["2 'a', 'b' 2", "2 b'x', b'y' 2", "2 'a', " + "-" * 200_000 + "1 2", "2 'a' 'b' 2"]
+)
+def test_a_line_of_a_vocabulary_is_one_literal(line):
+    with pytest.raises(UserError, match="v.txt, line 2: expected `id 'token' bytelength`"):
+        parse_vocab(f"1 'z' 1\n{line}\n", "v.txt")
+
+
+@pytest.mark.parametrize(
+    "tokenizer, words",
+    [
+        ("a" * 5000, "config.json: tokenizer is 'aaa.*; expected the name of a file"),
+        ("none", "config.json names a tokenizer: tokenizer '.*none': no such name or file"),
+        ("integers:99999999999999", "config.json names a tokenizer: .*integers go up to"),
+    ],
+)
+def test_a_config_that_names_no_tokenizer_is_named(tokenizer, words, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"tokenizer": tokenizer}))
+    with pytest.raises(UserError, match=words):
+        tokenizer_of(tmp_path / "rwkv-final.pth", 257)

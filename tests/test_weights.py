@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 import sample
+from gosling import engine
 from gosling.config import UserError
 from gosling.runs import Run
 from gosling.tokenizer import load_tokenizer, tokenizer_of
@@ -217,7 +218,9 @@ def without(weights, part):
             lambda w: without(w, "head.weight"), "head.weight is missing", id="a tied head"
         ),
         pytest.param(
-            lambda w: without(w, "blocks.1."), "blocks.1.att.v1 is missing", id="a layer missing"
+            lambda w: without(w, "blocks.1."),
+            "2 layers have .*none is number 1",
+            id="a layer missing",
         ),
         pytest.param(
             lambda w: {n: x.to(torch.complex64) for n, x in w.items()},
@@ -350,7 +353,7 @@ def test_the_index_says_which_files_are_the_shards(seven, tmp_path):
     refused(r"model-00001-of-00002\.safetensors does not exist; .* 2 files", folder)
     index = folder / "model.safetensors.index.json"
     index.write_text("[1]")
-    refused(r"index\.json has no weight_map", folder)
+    refused(r"index\.json: it is \[1\]; expected a valid dictionary", folder)
     index.unlink()
     refused(r"index\.json does not exist", index)
 
@@ -580,3 +583,59 @@ def test_a_base_is_found_from_a_folder_behind_a_link(seven, tmp_path):
     for folder in ("out", "disk/deep/run"):
         model, _ = load_model(tmp_path / folder / path.name)
         assert torch.equal(logits(model), logits(seven))
+
+
+SPARSE, CLAIMED = torch.zeros(320, 128).to_sparse(), torch.zeros(1).expand(320, 10**12)
+
+
+@pytest.mark.parametrize(
+    "name, w, words",
+    [
+        ("emb.weight", SPARSE, r"emb.weight .float32 .320, 128.*sparse.* does not have all its"),
+        ("emb.weight", CLAIMED, "emb.weight .*does not have all its numbers in the file"),
+        (5, torch.zeros(1), "has a tensor of the name 5, which no weights have"),
+        ("x" * 10_000, torch.zeros(1), "has a tensor of the name 'xxx"),
+        ("blocks.3000000.ffn.x_k", torch.zeros(1), "4 layers have tensors, but none is number 3"),
+        ("blocks.-1.ffn.x_k", torch.zeros(1), "1 tensors are missing, misshapen or extra"),
+    ],
+)
+def test_tensors_that_are_not_what_they_say_are_refused_at_once(name, w, words, tmp_path):
+    weights = {**random_model("x070").state_dict(), name: w}
+    torch.save(weights, tmp_path / "m.pth")
+    with pytest.raises(UserError, match=f"m.pth.*{words}"):
+        RWKV.from_pretrained(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize(
+    "about, words",
+    [
+        ({"alpha": "high"}, "alpha is 'high'; expected a number above 0"),
+        ({"alpha": "1e400"}, "alpha is '1e400'; expected a number above 0"),
+        ({"model": "a" * 5000}, "model is 'aaa.*expected the name of a file"),
+        ({"tokenizer": "integers:99999999999999"}, "names a tokenizer: .*integers go up to"),
+    ],
+)
+def test_what_an_adapter_says_of_itself_is_looked_at(about, words, seven, tmp_path):
+    path, _ = adapter(seven, tmp_path, r=4)
+    said = {**read_metadata(path), "model": "m.pth", "tokenizer": "bytes"}
+    seven.save_pretrained(tmp_path / "m.pth")
+    save_file(load_file(path), path, {**said, **about})
+    with pytest.raises(UserError, match=f"{path.name}.*{words}"):
+        engine.load(path, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ([1], "it is .1.; expected a valid dictionary"),
+        ({"lora_alpha": "12"}, "lora_alpha is '12'; expected a valid number"),
+        ({"use_rslora": [1]}, "use_rslora is .1.; expected a valid boolean"),
+        ({"base_model_name_or_path": 7}, "base_model_name_or_path is 7; expected the name"),
+    ],
+)
+def test_settings_of_peft_are_of_their_kinds(settings, words, seven, tmp_path):
+    path, _ = adapter(seven, tmp_path, r=4)
+    folder = peft(path, tmp_path / "theirs")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"adapter_config.json: {words}"):
+        load_model(folder)

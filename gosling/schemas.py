@@ -1,0 +1,250 @@
+"""What the JSON files that are read back hold: a class for each kind, for files.checked.
+
+Keys that a class does not name may hold anything. Numbers are of the right kind from the start,
+so that no text stands for one.
+"""
+
+import math
+import typing
+from pathlib import PurePath
+
+import pydantic
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat
+
+
+def check_path(text):
+    """ValueError for what no file system has as a name. Half characters are in some names."""
+    is_good = isinstance(text, str) and len(text) < 4000 and min(text, default=" ") >= " "
+    if not is_good or any(
+        len(part.encode("utf-8", "replace")) > 255 for part in PurePath(text).parts
+    ):
+        raise ValueError("expected the name of a file")
+    return text
+
+
+def check_text(text):
+    """ValueError for half a character, which no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("expected whole characters") from None
+    return text
+
+
+def check_number(text):
+    """ValueError for text that is no finite number above 0."""
+    try:
+        is_good = len(text) < 40 and math.isfinite(float(text)) and float(text) > 0
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise ValueError("expected a number above 0")
+    return text
+
+
+def check_plain(value):
+    """ValueError for what `primitive` of files.py does not make: no number, text, list or dict."""
+    inside = value if isinstance(value, (list, tuple)) else ()
+    for item in value.values() if isinstance(value, dict) else inside:
+        check_plain(item)
+    if not isinstance(value, (str, int, float, list, tuple, dict, type(None))):
+        raise ValueError("expected numbers, text, lists and dicts")
+    return value
+
+
+Count = typing.Annotated[int, Field(ge=0, lt=2**63)]
+Text = typing.Annotated[str, pydantic.AfterValidator(check_text)]
+FileName = typing.Annotated[object, pydantic.AfterValidator(check_path)]
+NumberInText = typing.Annotated[str, pydantic.AfterValidator(check_number)]
+# Written by this repository's runs, see runs.NUMBERED.
+Checkpoint = typing.Annotated[
+    str, Field(pattern=r"^(.*/)?(rwkv|lora|state)-[0-9]{1,18}\.(pth|safetensors)$", max_length=4000)
+]
+
+
+class Note(pydantic.BaseModel):
+    """An object of JSON."""
+
+    model_config = pydantic.ConfigDict(extra="allow", strict=True)
+
+
+class Sidecar(Note):
+    """<prefix>.json beside a token file."""
+
+    tokenizer: FileName | None = None
+    tokenizer_digest: str | None = None
+    vocab_size: Count = 1
+    documents: Count = 0
+    tokens: Count = 0
+    bytes: Count = 0
+
+
+class RunConfig(Note):
+    """config.json of a run's folder; another program's may lie there, too."""
+
+    tokenizer: FileName | None = None
+    tokenizer_digest: str | None = None
+
+
+class RunNotes(Note):
+    """run.json: which run of wandb or swanlab it is, and the checkpoints that it wrote."""
+
+    id: typing.Annotated[str, Field(max_length=128)] = ""
+    checkpoints: list[Checkpoint] = []
+
+
+class Adapter(Note):
+    """adapter_config.json of PEFT."""
+
+    peft_type: str | None = None
+    lora_alpha: PositiveFloat | None = None
+    use_rslora: bool | None = None
+    init_lora_weights: bool | str | None = None
+    base_model_name_or_path: FileName | None = None
+
+
+class About(Note):
+    """What a .safetensors says of itself: text alone."""
+
+    alpha: NumberInText = "1"
+    model: FileName = ""
+    tokenizer: FileName = ""
+
+
+class State(Note):
+    """The .json of a tuned state."""
+
+    model: FileName = ""
+    fingerprint: str | None = None
+    tokenizer: FileName = ""
+    score: list[FiniteFloat] | None = None
+    att_shift: list[list[float]] | None = None
+    ffn_shift: list[list[float]] | None = None
+
+
+class Measured(Note):
+    """A line of metrics.jsonl: the step, and a number under each name."""
+
+    __pydantic_extra__: dict[str, float | bool | None]
+    step: NonNegativeInt
+
+
+class Message(Note):
+    content: Text
+
+
+class Candidate(Note):
+    """A line of candidates.jsonl, of self_reward.py."""
+
+    number: NonNegativeInt
+    candidate: NonNegativeInt
+    prompt: Text | list[dict]
+    text: Text
+    tokens: NonNegativeInt
+
+
+class Judgement(Note):
+    """A line of scores.jsonl."""
+
+    number: NonNegativeInt
+    candidate: NonNegativeInt
+    score: FiniteFloat | None
+    parsed: FiniteFloat
+    said: list[Text] = []
+
+
+class Pair(Note):
+    """A line of pairs.jsonl."""
+
+    prompt: Text | typing.Annotated[list[dict], Field(min_length=1)]
+    chosen: Text
+    rejected: Text
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+
+
+class Answer(Note):
+    text: Text
+
+
+class Sampled(Note):
+    """A row of tasks.py with its completions, as sample.py batch writes it."""
+
+    prompt: typing.Annotated[list[Message], Field(min_length=1)]
+    completions: list[Answer | Text]
+    skill: Text
+
+
+class Report(Note):
+    """What a stage says of itself in done.json."""
+
+    __pydantic_extra__: dict[str, float | None]
+    dropped: dict[Text, int] = {}
+
+
+class Done(Note):
+    """done.json of a stage."""
+
+    stage: typing.Annotated[str, Field(pattern="^[0-9]{2,4}-[a-z_]+$")]
+    init_from: FileName = ""
+    judge_model: FileName = ""
+    undone: FileName = ""
+    report: Report = Report()
+    value: FiniteFloat | None = None
+    tokens: float | None = None
+    kl: float | None = None
+
+
+class Completion(Note):
+    """One of a group's answers, in last.pt of train_grpo.py."""
+
+    tokens: list[NonNegativeInt]
+    mask: list[float | bool]
+    logprobs: list[float] | None
+    old: list[float] | None = None
+    text: str
+    finish_reason: str
+
+    @pydantic.model_validator(mode="after")
+    def check_lengths(self):
+        for numbers in (self.mask, self.logprobs or None, self.old):
+            if numbers is not None and len(numbers) != len(self.tokens):
+                raise ValueError("expected as many numbers as tokens")
+        return self
+
+
+class Group(Note):
+    """A prompt and its answers, sampled and rewarded, that are still to be trained on."""
+
+    number: NonNegativeInt
+    ids: list[NonNegativeInt]
+    completions: list[Completion]
+    reward: list[float]
+    rewards: dict[str, list[float | None]]
+    advantages: list[FiniteFloat]
+
+    @pydantic.model_validator(mode="after")
+    def check_lengths(self):
+        for numbers in (self.reward, self.advantages, *self.rewards.values()):
+            if len(numbers) != len(self.completions):
+                raise ValueError("expected as many numbers as completions")
+        return self
+
+
+class Optimizer(Note):
+    """optimizer of last.pt; the tensors are looked at in last.py."""
+
+    state: dict[int, dict[str, object]]
+    param_groups: typing.Annotated[list[dict[str, object]], pydantic.AfterValidator(check_plain)]
+
+
+class Last(Note):
+    """last.pt without its tensors."""
+
+    step: NonNegativeInt
+    same: typing.Annotated[dict[str, object], pydantic.AfterValidator(check_plain)]
+    best_loss: float = math.inf
+    best_losses: dict[str, float] = {}
+    waited: NonNegativeInt = 0
+    cursor: NonNegativeInt = 0
+    groups: list[Group] = []
