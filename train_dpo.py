@@ -292,13 +292,11 @@ def cached_reference(name, model, pairs, batches, cfg, run):
     path = Path(f"{name}.ref.pt")
     if name.startswith("hf:"):
         path = Path(cfg.out_dir) / f"{re.sub('[:/]', '-', name)}.ref.pt"
-    saved = read_reference(path, fingerprint, len(pairs)) if run.main and path.exists() else {}
-    same = runs.all_sum(saved.get("fingerprint") == fingerprint)[0]  # rank 0's file decides
-    if same:
+    kept = read_reference(path, fingerprint) if run.main and path.exists() else None
+    if runs.all_sum(kept is not None)[0]:  # rank 0's file decides
         print0(f"reference: {path}")
-        logps = saved["logps"] if run.main else torch.zeros(len(pairs), 2)
-        return runs.all_reduce(logps).cpu()
-    again = " again: it is of other data, weights or batches" if saved else ""
+        return runs.all_reduce(torch.zeros(len(pairs), 2) if kept is None else kept).cpu()
+    again = " again: it is of other data, weights or batches" if path.exists() else ""
     print0(f"reference: computing {path}{again}")
     logps = reference_logps(model, pairs, batches, cfg, run)
     if run.main:
@@ -309,17 +307,13 @@ def cached_reference(name, model, pairs, batches, cfg, run):
     return logps
 
 
-def read_reference(path, fingerprint, n_pairs):
-    """<name>.ref.pt -> its dict; UserError unless it is one, and whole where it is of our data."""
+def read_reference(path, fingerprint):
+    """[N, 2] of <name>.ref.pt; None of other data or weights. UserError for other files."""
     saved = files.load_torch(path)
-    is_dict = isinstance(saved, dict) and isinstance(saved.get("fingerprint"), str)
-    logps = saved.get("logps") if is_dict else None
-    is_good = is_dict and isinstance(logps, torch.Tensor) and logps.layout == torch.strided
-    if is_good and saved["fingerprint"] == fingerprint:
-        is_good = logps.shape == (n_pairs, 2) and last.are_numbers(logps)
-    if not is_good:
+    logps = saved.get("logps") if isinstance(saved, dict) else None
+    if not last.are_numbers(logps) or logps.dim() != 2 or logps.shape[1] != 2:
         raise UserError(f"{path} does not hold a number per answer; remove it: it is made again")
-    return saved
+    return logps if saved.get("fingerprint") == fingerprint else None
 
 
 def make_references(model, tokenizer, pairs, val_pairs, cfg, run):
