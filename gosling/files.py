@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import functools
 import gc
+import glob
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ def atomic_write(path):
     tmp = path.with_name(f".{path.name}.{os.getpid()}.gosling.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_half_written(path.parent, path.name)
         yield tmp
         put_in_place(tmp, path)
     except (OSError, RuntimeError) as e:
@@ -93,9 +95,13 @@ def seen_from(path, folder):
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
-def remove_half_written(folder):
-    """Delete what atomic_write left in a folder when its process died, and nothing else there."""
-    for tmp in Path(folder).glob(".*.gosling.tmp"):
+def remove_half_written(folder, name=None):
+    """Delete what atomic_write left in a folder when its process died, and nothing else there.
+
+    name: of the one file that was to be written; None = of all.
+    """
+    start = "*" if name is None else glob.escape(name)
+    for tmp in Path(folder).glob(f".{start}.*.gosling.tmp"):
         written_by = re.fullmatch(r"\..+\.(\d+)\.gosling\.tmp", tmp.name)
         if written_by and not is_running(int(written_by[1])):
             tmp.unlink(missing_ok=True)

@@ -42,6 +42,17 @@ def test_atomic_write_keeps_the_old_file_on_any_failure(tmp_path):
         tmp.write_text("under a file")
 
 
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    pid = subprocess.Popen([sys.executable, "-c", ""])
+    pid.wait()
+    left, others = tmp_path / f".a[1].json.{pid.pid}.gosling.tmp", tmp_path / ".b.json.1.tmp"
+    alive = tmp_path / f".a[1].json.{os.getppid()}.gosling.tmp"
+    for path in (left, others, alive):
+        path.write_text("half")
+    files.write_json(tmp_path / "a[1].json", {})
+    assert [path.exists() for path in (left, others, alive)] == [False, True, True]
+
+
 def test_a_checkpoint_of_pickled_classes_is_refused(tmp_path):
     torch.save({"cfg": Pickled()}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="x.pt cannot be read"):
