@@ -354,15 +354,20 @@ def whole_lines(path, kind=dict):
     if not Path(path).exists():
         return []
     *lines, torn = Path(path).read_bytes().split(b"\n")
-    try:
-        rows = [json.loads(line) for line in lines]
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is not JSON Lines; mend or remove it") from None
-    for number, row in enumerate(rows, 1):
-        checked(row, kind, f"{path}:{number}")
+    rows = list(each_row(path, lines, kind))
     if torn:
         os.truncate(path, sum(len(line) + 1 for line in lines))
     return rows
+
+
+def each_row(path, lines, kind=dict):
+    """The row of each of the lines of a JSONL file; UserError names the first that is none."""
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{path} is not JSON Lines; mend or remove it") from None
+        yield checked(row, kind, f"{path}:{number}")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,15 @@ import time
 from pathlib import Path
 
 from gosling.config import UserError, config_dict, print0
-from gosling.files import atomic_write, figure, primitive, read_json, whole_lines, write_json
+from gosling.files import (
+    atomic_write,
+    each_row,
+    figure,
+    primitive,
+    read_json,
+    whole_lines,
+    write_json,
+)
 from gosling.schemas import Measured, RunNotes
 
 
@@ -70,15 +78,18 @@ class Metrics:
 
     def plot(self, *names):
         """metrics.png: the named series over steps."""
-        if not self.active:
+        if not self.active or not self.path.exists():
             return
-        rows = self.read()
+        points = {name: [] for name in names}
+        with open(self.path, "rb") as f:
+            for row in each_row(self.path, f, Measured):  # one by one: a long run has many
+                for name in points.keys() & row.keys():
+                    points[name].append((row["step"], row[name]))
         with figure(self.path.with_name("metrics.png")) as ax:
-            for name in names:
-                points = [(row["step"], row[name]) for row in rows if name in row]
-                if points:
-                    marker = "." if len(points) < 30 else None
-                    ax.plot(*zip(*points, strict=True), label=name, marker=marker)
+            for name, series in points.items():
+                if series:
+                    marker = "." if len(series) < 30 else None
+                    ax.plot(*zip(*series, strict=True), label=name, marker=marker)
             ax.set_xlabel("step")
             ax.grid(alpha=0.3)
             ax.legend()
