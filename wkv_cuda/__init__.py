@@ -80,13 +80,12 @@ def _check(inputs, state, cu_seqlens):
     dtype = torch.promote_types(r.dtype, torch.float32)
     if state is None:
         return r.new_zeros(B, H, N, N, dtype=dtype), cu_seqlens
-    if state.shape != (B, H, N, N) or state.device != r.device:
+    shape = (B, H, N, N)
+    if state.shape != shape or state.device != r.device or not state.is_floating_point():
         raise ValueError(
-            f"state is {tuple(state.shape)} on {state.device}, expected [sequences, H, N, N] = "
-            f"{(B, H, N, N)} on {r.device}"
+            f"state is {state.dtype} {tuple(state.shape)} on {state.device}, expected floats "
+            f"[sequences, H, N, N] = {shape} on {r.device}"
         )
-    if not state.is_floating_point():
-        raise ValueError(f"state is {state.dtype}, expected floats")
     return state.to(dtype), cu_seqlens
 
 
