@@ -288,11 +288,10 @@ def cached_reference(name, model, pairs, batches, cfg, run):
             if ".lora_" in key or key.startswith("tuned."):
                 digest.update(p.detach().float().cpu().numpy().tobytes())
     fingerprint = digest.hexdigest()
-
     path = Path(f"{name}.ref.pt")
     if name.startswith("hf:"):
         path = Path(cfg.out_dir) / f"{re.sub('[:/]', '-', name)}.ref.pt"
-    kept = read_reference(path, fingerprint) if run.main and path.exists() else None
+    kept = read_reference(path, fingerprint, len(pairs)) if run.main and path.exists() else None
     if runs.all_sum(kept is not None)[0]:  # rank 0's file decides
         print0(f"reference: {path}")
         return runs.all_reduce(torch.zeros(len(pairs), 2) if kept is None else kept).cpu()
@@ -307,13 +306,14 @@ def cached_reference(name, model, pairs, batches, cfg, run):
     return logps
 
 
-def read_reference(path, fingerprint):
+def read_reference(path, fingerprint, n_pairs):
     """[N, 2] of <name>.ref.pt; None of other data or weights. UserError for other files."""
     saved = files.load_torch(path)
     logps = saved.get("logps") if isinstance(saved, dict) else None
     if not last.are_numbers(logps) or logps.dim() != 2 or logps.shape[1] != 2:
         raise UserError(f"{path} does not hold a number per answer; remove it: it is made again")
-    return logps if saved.get("fingerprint") == fingerprint else None
+    is_ours = saved.get("fingerprint") == fingerprint and len(logps) == n_pairs
+    return logps if is_ours else None
 
 
 def make_references(model, tokenizer, pairs, val_pairs, cfg, run):

@@ -524,8 +524,9 @@ def test_bad_input(over, words, base, tmp_path):
 def test_a_kept_reference_that_is_none_is_refused(kept, tmp_path):
     path = tmp_path / "a.ref.pt"
     torch.save({"fingerprint": "", "logps": torch.ones(2, 2)}, path)
-    assert torch.equal(train_dpo.read_reference(path, ""), torch.ones(2, 2))
-    assert train_dpo.read_reference(path, "of other data") is None
+    assert torch.equal(train_dpo.read_reference(path, "", 2), torch.ones(2, 2))
+    assert train_dpo.read_reference(path, "of other data", 2) is None
+    assert train_dpo.read_reference(path, "", 3) is None
     torch.save(kept, path)
     with pytest.raises(UserError, match="a.ref.pt does not hold a number per answer; remove it"):
-        train_dpo.read_reference(path, "")
+        train_dpo.read_reference(path, "", 2)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+os.environ["OMP_NUM_THREADS"] = "1"  # a forked process waits for ever for its parent's threads
 
 from targets import TARGETS
 
