@@ -10,9 +10,12 @@ my_tasks/ holds YAML files of your own. A context is read once for all of its ch
 has no window: however long a text is, nothing of it is cut.
 """
 
+import contextlib
 import difflib
 import json
+import math
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +26,7 @@ from tqdm import tqdm
 
 from gosling import engine
 from gosling.batch import fork, score_forks
-from gosling.config import UserError, read_flags
+from gosling.config import UserError, failure, read_flags
 from gosling.data import render_chat
 from gosling.files import write_json
 from gosling.processes import pick_device
@@ -78,27 +81,52 @@ LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens
 def sampling_of(kwargs):
     """A task's generation_kwargs -> keywords of `generate`, as the harness's adapters read them.
 
-    Numbers may be text. Without do_sample a temperature above 0 samples, without both it is greedy.
+    Numbers may be text. Without do_sample a temperature above 0 samples, without both it is greedy,
+    and then top_p, top_k and min_p play no part.
     """
     given = {key: value for key, value in kwargs.items() if value is not None}
     stop = given.pop("until", [])
-    limits = [given.pop(key) for key in LIMITS if key in given]
-    temperature = given.pop("temperature", None)
-    do_sample = given.pop("do_sample", float(temperature or 0) > 0)
-    if not do_sample:
-        temperature = 0
-    options = {
-        "max_new_tokens": int(float(limits[0])) if limits else 256,
-        "stop": [text for text in ([stop] if isinstance(stop, str) else stop) if text],
-        "temperature": 1.0 if temperature is None else float(temperature),
-        "top_p": min(float(given.pop("top_p", 1.0)), 1.0),
-        "top_k": max(int(float(given.pop("top_k", 0))), 0),  # -1 is all, too
-        "min_p": float(given.pop("min_p", 0.0)),
-        "repetition_penalty": float(given.pop("repetition_penalty", 1.0)),
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, (list, tuple)) or not all(isinstance(x or "", str) for x in stop):
+        raise UserError(f"generation_kwargs until={stop!r:.60}: expected text, or a list of texts")
+    limits = [(key, number_of(given, key, 0)) for key in LIMITS if key in given]
+    limit, max_new_tokens = limits[0] if limits else ("", 256)
+    if max_new_tokens < 1:
+        raise UserError(f"generation_kwargs {limit}={max_new_tokens:g}: expected 1 or more")
+    is_hot = "temperature" in given
+    temperature = number_of(given, "temperature", 1.0)
+    do_sample = str(given.pop("do_sample", is_hot and temperature > 0)).lower()
+    if do_sample not in ("true", "false", "1", "0"):
+        raise UserError(f"generation_kwargs do_sample={do_sample!r:.60}: expected true or false")
+    choice = {
+        "temperature": temperature,
+        "top_p": min(number_of(given, "top_p", 1.0), 1.0),
+        "top_k": max(int(number_of(given, "top_k", 0)), 0),  # -1 is all, too
+        "min_p": number_of(given, "min_p", 0.0),
     }
+    if do_sample in ("false", "0"):
+        choice = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    repetition_penalty = number_of(given, "repetition_penalty", 1.0)
     if given:
         print(f"note: generation_kwargs {', '.join(given)} are not used", file=sys.stderr)
-    return options
+    return {
+        **choice,
+        "max_new_tokens": int(max_new_tokens),
+        "stop": [text for text in stop if text],
+        "repetition_penalty": repetition_penalty,
+    }
+
+
+def number_of(given, key, default):
+    """Take a number, which may be text, out of generation_kwargs; UserError for what is none."""
+    value = given.pop(key, default)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"generation_kwargs {key}={value!r:.60}: expected a number")
+    return number
 
 
 def answer(model, tokenizer, texts, kwargs):
@@ -210,6 +238,24 @@ def find_tasks(names, manager):
     return list(dict.fromkeys(found))
 
 
+@contextlib.contextmanager
+def harness_errors(tasks):
+    """UserError for what the harness raises: a task's file or data. What we raise goes through."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        frames = traceback.extract_tb(e.__traceback__)[2:]  # without this one and main's
+        here = adapter.__code__.co_filename
+        if any(frame.filename == here for frame in frames):  # it came by way of our adapter
+            raise
+        raise UserError(
+            f"--tasks: the harness cannot run {', '.join(tasks)}: {failure(e)}; look at its .yaml "
+            "and data, and at --num_fewshot"
+        ) from e
+
+
 def main(cfg):
     if cfg.limit and cfg.limit > 1 and cfg.limit % 1:
         raise UserError(f"limit={cfg.limit}: expected a whole number, or a share below 1")
@@ -223,15 +269,16 @@ def main(cfg):
     manager = lm_eval.tasks.TaskManager(include_path=cfg.include_path)
     tasks = find_tasks(cfg.tasks, manager)
     model, tokenizer, _ = engine.load(cfg.model, *pick_device(cfg), cfg.tokenizer, cfg.another_base)
-    results = lm_eval.simple_evaluate(
-        adapter(model, tokenizer),
-        tasks=tasks,
-        num_fewshot=cfg.num_fewshot,
-        limit=cfg.limit,
-        task_manager=manager,
-        apply_chat_template=cfg.apply_chat_template,
-        system_instruction=cfg.system_instruction,
-    )
+    with harness_errors(tasks):
+        results = lm_eval.simple_evaluate(
+            adapter(model, tokenizer),
+            tasks=tasks,
+            num_fewshot=cfg.num_fewshot,
+            limit=cfg.limit,
+            task_manager=manager,
+            apply_chat_template=cfg.apply_chat_template,
+            system_instruction=cfg.system_instruction,
+        )
     print(lm_eval.utils.make_table(results))
     if cfg.out:
         scores = {key: value for key, value in results.items() if key != "samples"}

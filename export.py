@@ -28,6 +28,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from pydantic import PositiveFloat
 
 from gosling.config import UserError, read_flags
 from gosling.files import write_json
@@ -127,7 +128,7 @@ def total(weights):
 class MergeConfig(Config):
     adapter: str = ""  # a LoRA, gosling's or RWKV-PEFT's; its extra tensors replace the base's
     state: str = ""  # a tuned state, .pth; goes into the file as it is, for engines of RWKV-6
-    alpha: float | None = None  # LoRA: that it was trained with; empty = what its .safetensors says
+    alpha: PositiveFloat | None = None  # LoRA: it trained with; none = as its .safetensors says
     rslora: bool = False  # LoRA: its scale is alpha / sqrt(r); a .safetensors says it
     another_base: bool = False  # --model is not what it was trained on, and that is meant
 

@@ -31,7 +31,7 @@ import tyro
 from pydantic import PositiveInt
 from tqdm import tqdm
 
-from gosling.config import Decay, UserError, read_flags
+from gosling.config import Decay, Seed, UserError, read_flags
 from gosling.data import read_examples, read_jsonl, read_preferences
 from gosling.data import render_chat as render_chat  # DESIGN.md: importable from here
 from gosling.files import first_line, read_text, write_json
@@ -49,7 +49,7 @@ class Config:
     tokenizer: str = "world"  # world, bytes, integers:MAX, bpe:SIZE, a vocab file, tokenizer.json
     end_token: str = ""  # of a tokenizer.json: the token that ends a document; empty = as it says
     val: Decay = 0.01  # share of the documents for validation, at least one; 0: no such file
-    seed: int = 0  # which documents those are
+    seed: Seed = 0  # which documents those are
     skip_bad: bool = False  # leave out and count JSONL lines that cannot be read
 
 

@@ -64,7 +64,7 @@ import train_sft
 import train_state
 from gosling import config, engine, files, runs, schemas, user_code
 from gosling.batch import evaluate
-from gosling.config import Share, UserError, load_config, print0, show
+from gosling.config import Seed, Share, UserError, load_config, print0, show
 from gosling.data import read_examples, read_jsonl, read_prompts, read_replies
 from gosling.judge import Judge, make_eft, parse_score, rubric
 from gosling.rewards import call_reward, columns_of
@@ -91,7 +91,7 @@ class Config:
     # run
     out_dir: str = "out/self_reward"  # folder for checkpoints, last.pt, config.json and metrics
     fresh: bool = False  # start over: delete what was written in out_dir, and nothing else
-    seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
+    seed: Seed = 42  # of the data order, of sampling, and of what begins at random
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
@@ -422,6 +422,7 @@ def candidates(cfg, folder, run, replies=""):
                 "text": completion.text,
                 "tokens": len(completion.tokens),
                 "finish_reason": completion.finish_reason,
+                **({"ids": completion.tokens} if cfg.reward else {}),
             }
             for k, completion in enumerate(completions, i)
         ]
@@ -443,6 +444,8 @@ def judgements(cfg, folder, rows, answers, judge, run):
             judged = judge(prompts, texts, range(i, j))
         else:
             columns = columns_of([rows[answer["number"]] for answer in answers[i:j]])
+            if all("ids" in answer for answer in answers[i:j]):  # an older file has none
+                columns["completion_ids"] = [answer["ids"] for answer in answers[i:j]]
             scores = call_reward(judge, prompts, texts, columns, cfg.reward_seconds)
             judged = [{"score": score, "parsed": int(score is not None)} for score in scores]
         return [

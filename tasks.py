@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import tyro
 from pydantic import NonNegativeInt
 
-from gosling.config import Share, UserError, print0, read_flags
+from gosling.config import Seed, Share, UserError, print0, read_flags
 from gosling.data import read_jsonl, render_chat
 from gosling.files import checked, write_jsonl
 from gosling.schemas import Sampled
@@ -46,7 +46,7 @@ ALL_SKILLS = (*SKILLS, UNSEEN)
 @dataclass
 class Config:
     out: str = "data/tasks"  # prefix of the files
-    seed: int = 0  # another seed, other tasks; what is held out stays held out
+    seed: Seed = 0  # another seed, other tasks; what is held out stays held out
     text_tokens: NonNegativeInt = 2_700_000  # of pretraining text: bytes, one end token a document
     sft: NonNegativeInt = 500  # rows with an answer
     prompts: NonNegativeInt = 6_400  # new tasks

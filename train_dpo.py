@@ -51,7 +51,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from gosling import files, last, runs, tune, weights
 from gosling.batch import fork, score_forks
-from gosling.config import Decay, UserError, load_config, print0
+from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.data import read_preferences
 from gosling.engine import load_second
 from gosling.tokenizer import tokenizer_of
@@ -85,7 +85,7 @@ class Config:
     # run
     out_dir: str = "out/dpo"  # folder for checkpoints, last.pt, config.json and metrics
     resume: bool | Literal["auto"] = False  # go on from out_dir/last.pt; auto: if there is one
-    seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
+    seed: Seed = 42  # of the data order, of sampling, and of what begins at random
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
@@ -278,8 +278,7 @@ def reference_logps(model, pairs, batches, cfg, run):
 
 
 def cached_reference(name, model, pairs, batches, cfg, run):
-    """reference_logps, kept as <name>.ref.pt and taken from there while data, tokenizer, weights
-    and company are the same."""
+    """reference_logps, kept as <name>.ref.pt while data, weights and company are the same."""
     layout = f"{batches} {cfg.chunk_len} {run.world} {run.dtype}"
     described = f"{pairs} {layout} {weights.fingerprint(model)}"
     digest = hashlib.blake2b(described.encode(), digest_size=16)
@@ -469,6 +468,7 @@ def main(cfg):
                     runs.save_last(cfg, run, model, opt, same, **at)
                     metrics.plot("loss", "val_loss", "rewards/accuracies", "val_rewards/accuracies")
                 if out_of_patience:
+                    print0(f"stopped early: {waited} validations without a higher {cfg.watch}")
                     break
                 if stop and done < max_steps:
                     runs.stopped(cfg, done, max_steps)

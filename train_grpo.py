@@ -57,12 +57,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gosling import rollouts, runs, tune
 from gosling.batch import fork, score_forks
-from gosling.config import Decay, UserError, load_config, print0
+from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.data import read_prompts
 from gosling.engine import load_second
 from gosling.rewards import reward_functions
 from gosling.rollouts import Sampler, are_different, completions_of, roll_out
 from gosling.tokenizer import tokenizer_of
+
+Functions = tyro.conf.Fixed[Callable | list[Callable] | None]
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Config:
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the data
     init_from: str = ""  # weights to start from (.pth, .safetensors)
     # rewards
-    reward: tyro.conf.Fixed[Callable | list | None] = None  # of your own, as the docstring says
+    reward: Functions = None  # of your own, as the docstring says
     reward_seconds: PositiveFloat | None = None  # longest call of a reward …; none = no limit
     reward_model: str = ""  # a file of train_reward.py, as one more reward
     reward_weights: tuple[float, ...] = ()  # in the rewards' order, the model's last; none = 1 each
@@ -116,7 +118,7 @@ class Config:
     # run
     out_dir: str = "out/grpo"  # folder for checkpoints, last.pt, config.json and metrics
     resume: bool | Literal["auto"] = False  # go on from out_dir/last.pt; auto: if there is one
-    seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
+    seed: Seed = 42  # of the data order, of sampling, and of what begins at random
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
@@ -414,6 +416,11 @@ def check_settings(cfg):
         raise UserError(
             f"reward_weights has {len(cfg.reward_weights)} numbers for {len(names)} rewards: "
             f"{', '.join(names)}"
+        )
+    if cfg.max_completion_length >= cfg.ctx_len:
+        raise UserError(
+            f"max_completion_length={cfg.max_completion_length} leaves no prompt any room in "
+            f"ctx_len={cfg.ctx_len}; raise ctx_len, or lower it"
         )
     if cfg.reference == "off" and cfg.tune == "full":
         raise UserError(

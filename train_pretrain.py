@@ -31,7 +31,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch.nn.utils import clip_grad_norm_
 
 from gosling import runs, tune
-from gosling.config import Decay, UserError, load_config, print0
+from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.token_files import TokenFile, tokenizer_of_data
 from model import RWKV, RWKVConfig
 
@@ -51,7 +51,7 @@ class Config:
     # run
     out_dir: str = "out/pretrain"  # folder for checkpoints, last.pt, config.json and metrics
     resume: bool | Literal["auto"] = False  # go on from out_dir/last.pt; auto: if there is one
-    seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
+    seed: Seed = 42  # of the data order, of sampling, and of what begins at random
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another

@@ -42,7 +42,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from gosling import engine, runs, tune
 from gosling.batch import score_answers
-from gosling.config import Decay, UserError, load_config, print0
+from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.data import read_preferences, render_answers
 from gosling.files import figure, write_jsonl
 from gosling.rows import read_rows
@@ -74,7 +74,7 @@ class Config:
     # run
     out_dir: str = "out/reward"  # folder for checkpoints, last.pt, config.json and metrics
     resume: bool | Literal["auto"] = False  # go on from out_dir/last.pt; auto: if there is one
-    seed: NonNegativeInt = 42  # of the data order, of sampling, and of what begins at random
+    seed: Seed = 42  # of the data order, of sampling, and of what begins at random
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another

@@ -5,10 +5,13 @@ text. Ranges stand in the types, which are pydantic's: `lr: PositiveFloat = 1e-5
 flags and --help.
 """
 
+import __future__
+
 import dataclasses
 import difflib
 import functools
 import os
+import re
 import runpy
 import signal
 import sys
@@ -22,6 +25,7 @@ import pydantic
 
 Decay = typing.Annotated[float, pydantic.Field(ge=0, lt=1)]  # of a running mean
 Share = typing.Annotated[float, pydantic.Field(ge=0, le=1)]
+Seed = typing.Annotated[int, pydantic.Field(ge=0, lt=2**62)]  # PyTorch takes 64 bits
 PRIMITIVES = (int, float, str, bool, type(None))
 
 
@@ -61,19 +65,27 @@ def show(value):
         return f"{show(value.func)}({', '.join(bound)})"
     if type(value).__repr__ is object.__repr__:
         return getattr(value, "__name__", type(value).__name__)
-    return getattr(value, "__name__", None) or str(value)
+    text = getattr(value, "__name__", None) or re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
+    return " ".join(text.split()) if callable(value) else text  # of a module: many lines
 
 
 def show_bound(value):
     """What a functools.partial holds: small values as they are, others by their kind."""
     if callable(value):
         return show(value)
-    return repr(value) if isinstance(value, PRIMITIVES) else type(value).__name__
+    if isinstance(value, PRIMITIVES):
+        return repr(value)
+    is_list = isinstance(value, (list, tuple)) and all(isinstance(x, PRIMITIVES) for x in value)
+    return repr(value) if is_list and len(repr(value)) < 100 else type(value).__name__
 
 
 def failure(error):
     """An exception of the user's code in a line: its kind, its words, and where it was raised."""
-    text = f"{type(error).__name__}: {error}"
+    try:
+        words = " ".join(str(error).split())
+    except Exception as e:  # it cannot say what it is
+        words = f"its text cannot be had, {type(e).__name__}"
+    text = f"{type(error).__name__}: {words}"
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is our call
     library = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
     places = [frame for frame in frames if not frame.filename.startswith(library)]
@@ -100,8 +112,13 @@ def load_config(cls, argv=None):
     from_files = {}
     for path in argv[:n_files]:
         from_files.update(read_config_file(path, cls))
-    cfg = read_flags(cls, argv[n_files:], default=cls(**from_files))
+    before = cls(**from_files)
+    cfg = read_flags(cls, argv[n_files:], default=before)
     print0("config: " + " ".join(argv or ["defaults"]))
+    for key in ("stop", "judge_template", "judge_cue"):
+        value = getattr(cfg, key, "")
+        if value != getattr(before, key, "") and "\\n" in "".join(value):
+            print0(f"--{key}: \\n is a backslash and an n; in a config file it is a line end")
     return cfg
 
 
@@ -132,7 +149,7 @@ def read_config_file(path, cls):
     fields = {field.name for field in dataclasses.fields(cls)}
     values, found = {}, run_config_file(path)
     for key, value in found.items():
-        if key.startswith("_") or isinstance(value, types.ModuleType):
+        if key.startswith("_") or isinstance(value, (types.ModuleType, __future__._Feature)):
             continue
         if key in fields:
             values[key] = value
@@ -215,7 +232,7 @@ def spell_out_booleans(args, cls):
 def one_line_errors(kind, error, traceback):
     """sys.excepthook: a UserError is one line on stderr; anything else keeps its traceback."""
     if issubclass(kind, UserError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
     else:

@@ -7,7 +7,6 @@ import array
 import collections
 import copy
 import itertools
-import math
 import os
 import re
 import typing
@@ -482,8 +481,12 @@ def join(before, answer):
             f"an answer's last message is the {turns[-1]['role']}'s; expected the assistant's",
             "no answer at the end",
         )
-    is_there = turns[: len(before)] == before or (len(before) == 1 and before[0] in turns)
-    return turns if is_there else before + turns
+    if turns[: len(before)] == before or (len(before) == 1 and before[0] in turns):
+        return turns
+    for n in range(min(len(before), len(turns) - 1), 0, -1):
+        if turns[:n] == before[-n:]:  # it begins with the prompt's end, without its system turn
+            return before + turns[n:]
+    return before + turns
 
 
 def implicit_prompt(chosen, rejected):
@@ -542,10 +545,8 @@ def render_preference(row, tokenizer):
 
 
 def all_finite(values):
-    """Whether they are numbers, finite and such that a tensor holds them."""
-    if not all(isinstance(x, (int, float)) for x in values):
-        return False
-    return all(math.isfinite(x) if isinstance(x, float) else abs(x) < 2**63 for x in values)
+    """Whether they are numbers, finite and such that a float32 tensor holds them."""
+    return all(isinstance(x, (int, float)) and abs(x) < 3e38 for x in values)
 
 
 def teaches_nothing(row, preference, ctx_len):

@@ -182,6 +182,8 @@ def prefill(model, prompts, state=None):
     """
     check_ids(model, prompts)
     state = state or model.initial_state(len(prompts))
+    if not prompts:
+        return model.emb.weight.new_zeros(0, model.config.vocab_size), state
     logits, states = [], []
     for i, j in spans([len(ids) for ids in prompts], len(prompts)):
         ids, cu_seqlens = pack_ids(prompts[i:j], model.emb.weight.device)  # [1, T]

@@ -1,6 +1,7 @@
 """A model as a judge of answers: the text that it reads, the score that it gives, how it learns."""
 
 import itertools
+import math
 import os
 import random
 import re
@@ -16,6 +17,7 @@ from gosling.runs import chunks
 
 SCORE = re.compile(
     r"""
+    (?<! max\ ) (?<! maximum\ ) (?<! possible\ )   # "Max score: 5" is none
     (?: (?P<word> (?<![a-z]) (?: score | rating | 评分 | 得分 | 分数 ) s?
           # up to a colon, perhaps with a bracket: "Score (out of 5):"; or "score is", "score of"
           (?: [^\n\d:：﹕︓=(]{0,40} (?:\([^)\n]{0,40}\))? [^\n\d:：﹕︓=]{0,40} [:：﹕︓=]
@@ -37,9 +39,10 @@ SCORE = re.compile(
 # "I would rate this 4 out of 5.", but not "3 out of 5 facts are right"
 IN_PROSE = re.compile(
     r"""
-    (?<! [\w.,/+\-−] ) (?P<number> \d+ (?:[.,]\d+)? )
+    (?<! [\w.,/+\-−] ) (?P<number> \d+ (?:[.,]\d+)? ) (?: \s (?:stars|points) \b )?
     \s{0,3} (?: [/／] | out\ of ) \s{0,3} (?P<scale> \d+ )
-    (?: \s (?:stars|points) \b )? (?= \s*$ | [^\w\s/%] | \s (?:because|since|as|for) \b )
+    (?: \s (?:stars|points) \b )?
+    (?= \s*$ | [^\w\s/%] | \s (?:because|since|as|for|overall|in\ total) \b )
     """,
     re.I | re.M | re.X,
 )
@@ -90,8 +93,22 @@ def render(cfg, prompt, response):
     return environment.from_string(cfg.judge_template).render(fields)
 
 
+def check_scores(cfg):
+    """UserError for a range that holds no score, and for choices that are no texts with numbers."""
+    low, high = cfg.score_range
+    if not low < high:
+        raise UserError(f"score_range={cfg.score_range}: expected the lowest, then the highest")
+    for text, value in cfg.judge_choices.items():
+        is_number = isinstance(value, (int, float)) and math.isfinite(value)
+        if not isinstance(text, str) or not text or not is_number:
+            raise UserError(f"judge_choices: {text!r} is {value!r}; expected a text and its number")
+    if len(cfg.judge_choices) < 2:
+        raise UserError("judge_choices: expected two or more, such as {' 1': 1, ' 5': 5}")
+
+
 def rubric(cfg):
     """What every text of the judge begins with: the template up to its first field."""
+    check_scores(cfg)
     try:
         re.compile(cfg.score_pattern)
         texts = [render(cfg, "<prompt>", "<response>"), render(cfg, "[prompt]", "[response]")]

@@ -8,6 +8,7 @@ An async function is awaited. Without `**columns` it is given those columns alon
 import functools
 import inspect
 import math
+import sys
 import traceback
 import warnings
 
@@ -79,12 +80,19 @@ def call_reward(function, prompts, texts, columns, seconds=None):
             f"{len(texts)}, a number or None for each completion"
         )
     for text, reward in zip(texts, rewards, strict=True):
-        if reward is not None and (not isinstance(reward, (int, float)) or math.isinf(reward)):
+        if not is_reward(reward):
             raise UserError(
-                f"reward {name} gave {reward!r} for completion {text[:80]!r}; "
+                f"reward {name} gave {reward!r:.60} for completion {text[:80]!r}; "
                 "expected a finite number or None"
             )
     return [None if r is None or math.isnan(r) else float(r) for r in rewards]
+
+
+def is_reward(value):
+    """Whether it is None or a number that a float holds; NaN is one."""
+    return value is None or (
+        isinstance(value, (int, float)) and not abs(value) > sys.float_info.max
+    )
 
 
 def arguments(function, values):

@@ -141,6 +141,7 @@ class Candidate(Note):
     prompt: Text | list[dict]
     text: Text
     tokens: NonNegativeInt
+    ids: list[NonNegativeInt] = []
 
 
 class Judgement(Note):

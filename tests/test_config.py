@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pydantic
 import pytest
+import torch
 from helpers import ROOT
 from pydantic import NonNegativeInt, PositiveFloat
 
@@ -133,6 +135,79 @@ def test_a_function_is_shown_alike_in_every_process():
     assert config.show(bound) == "mine" and config.show((1, 2)) == "(1, 2)"
 
 
+@dataclass
+class WithAFunction:
+    function: object
+    other: object = None
+
+    def __call__(self):
+        return []
+
+
+def of_two_lines():
+    return torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (
+            WithAFunction(of_two_lines),
+            "WithAFunction(function=<function of_two_lines>, other=None)",
+        ),
+        (functools.partial(of_two_lines, words=["a", 1]), "of_two_lines(words=['a', 1])"),
+        (functools.partial(of_two_lines, words=["a"] * 99), "of_two_lines(words=list)"),
+        (functools.partial(of_two_lines, words=[of_two_lines]), "of_two_lines(words=list)"),
+        (of_two_lines(), "Sequential( (0): ReLU() (1): ReLU() )"),
+    ],
+    ids=["a dataclass with a function", "a list", "a long list", "functions", "a module"],
+)
+def test_no_address_and_no_line_end_is_in_what_stands_for_a_function(value, text):
+    assert config.show(value) == text
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ValueError("first\n  second\r\n\nthird"), "ValueError: first second third"),
+        (Speechless(), "Speechless: its text cannot be had, RuntimeError"),
+        (SystemExit("bye\nbye"), "SystemExit: bye bye"),
+    ],
+    ids=["several lines", "an error whose text cannot be had", "sys.exit with lines"],
+)
+def test_an_error_of_the_users_code_is_one_line_whatever_it_says(error, words, capsys):
+    assert config.failure(error) == words
+    config.one_line_errors(UserError, UserError(f"reward failed: {words}\nmore"), None)
+    assert capsys.readouterr().err == f"error: reward failed: {words} more\n"
+
+
+def test_a_config_may_begin_with_a_future_import(tmp_path):
+    assert load(tmp_path, a="from __future__ import annotations\nlr: float = 2.0").lr == 2.0
+
+
+@dataclass
+class WithTexts(Config):
+    stop: tuple[str, ...] = ("\n\nUser:",)  # texts that end
+    judge_cue: str = ""  # a text
+
+
+def test_a_line_end_that_a_shell_left_as_two_letters_is_said(capsys):
+    """Of flags alone: in a file Python has made it a line end."""
+    load_config(WithTexts, ["--judge_cue=a\\nb", "--stop", "x", "\\n"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == [
+        f"--{key}: \\n is a backslash and an n; in a config file it is a line end"
+        for key in ("stop", "judge_cue")
+    ]
+    load_config(WithTexts, ["--lr=1"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_a_number_of_numpys_becomes_one_of_pythons(tmp_path):
     """In the optimiser it would go to last.pt, which then could not be read."""
     cfg = load(tmp_path, a="import numpy as np\nlr = np.float32(0.5)\nname = np.str_('x')")
@@ -144,6 +219,33 @@ def test_ranges_hold_for_flags_and_for_a_config_made_in_python(tmp_path):
         load(tmp_path, "--lr=-1")
     with pytest.raises(UserError, match="lr=nan"), runs.processes(Config(lr=float("nan"))):
         pass
+
+
+FLAGS_OF = {
+    **dict.fromkeys(SCRIPTS, "Config"),
+    "sample": "BatchConfig",
+    "eval": "Config",
+    "prepare": "Config",
+    "tasks": "Config",
+    "export": "MergeConfig",
+}
+
+
+@pytest.mark.parametrize("script", FLAGS_OF)
+def test_every_number_has_its_range(script):
+    """None takes NaN or infinity, and those alone go below zero that have a largest size, too."""
+    cls = getattr(importlib.import_module(script), FLAGS_OF[script])
+    for name, validator in config.validators(cls).items():
+
+        def takes(value, validator=validator):
+            try:
+                return validator.validate_python(value) is not None
+            except pydantic.ValidationError:
+                return False
+
+        assert not takes(float("nan")) and not takes(float("inf")), name
+        assert not takes(-1) or not takes(-1e300), name
+        assert name != "seed" or (takes(2**61) and (script == "sample" or not takes(2**63)))
 
 
 def test_bad_flags_and_missing_files(tmp_path, capsys):

@@ -492,6 +492,14 @@ PIRATE = [{"role": "system", "content": "Pirate."}]
             {"prompt": PIRATE, "chosen": HI + YES, "rejected": HI + NO},
             "System: Pirate.\n\nUser: hi",
         ),
+        (  # the answers begin with the prompt's end, without its system turn
+            {"prompt": PIRATE + HI, "chosen": HI + YES, "rejected": HI + NO},
+            "System: Pirate.\n\nUser: hi",
+        ),
+        (
+            {"prompt": PIRATE + HI + YES + HI, "chosen": HI + YES, "rejected": YES + HI + NO},
+            "System: Pirate.\n\nUser: hi\n\nAssistant: arr\n\nUser: hi",
+        ),
         (
             {"system": "Pirate.", "chosen": HI + YES, "rejected": HI + NO},
             "System: Pirate.\n\nUser: hi",
@@ -528,6 +536,7 @@ def test_the_prompt_of_two_texts_is_their_common_words(tmp_path):
             "differ before",
         ),
         ({"chosen": HI + YES, "rejected": PIRATE + HI + NO}, "differ before"),
+        ({"prompt": HI + YES, "chosen": HI + YES, "rejected": HI + NO}, "differ before"),
         ({"chosen": YES, "rejected": NO}, '"prompt" is missing or empty'),
         ({"chosen": "blue", "rejected": "black"}, "'prompt' is missing"),
         ({"chosen": HI + YES, "rejected": HI + [{**NO[0], "content": ""}]}, "not an empty one"),
@@ -541,6 +550,7 @@ def test_the_prompt_of_two_texts_is_their_common_words(tmp_path):
         ),
         ({"prompt": HI, "chosen": "a", "rejected": "b", "margin": float("nan")}, "margin.*nan"),
         ({"prompt": HI, "chosen": "a", "rejected": "b", "margin": float("inf")}, "margin.*inf"),
+        ({"prompt": HI, "chosen": "a", "rejected": "b", "margin": 1e300}, "margin.*1e.300"),
         ({"prompt": HI, "completion": "b", "label": True}, "'chosen' is missing"),
     ],
 )

@@ -458,6 +458,22 @@ def test_stops_early_and_goes_back_to_the_best(tune, file, base, tmp_path):
     assert torch.equal(final, best) and not torch.equal(final, later)
 
 
+def test_a_run_that_stops_early_says_so_also_without_a_best(base, tmp_path, capsys):
+    """A watched number that is NaN is never higher."""
+    cfg = tiny(
+        base,
+        tmp_path / "run",
+        eval_fn=lambda model, tokenizer: {"mine": math.nan},
+        watch="mine",
+        patience=2,
+        eval_every=1,
+        max_steps=9,
+    )
+    train_dpo.main(cfg)
+    assert "stopped early: 2 validations without a higher mine" in capsys.readouterr().out
+    assert rows(tmp_path / "run")[-1]["step"] == 2
+
+
 def test_the_nll_term_lifts_the_chosen_answer(base, tmp_path):
     """One pair, 200 steps: with the term the chosen log-probability rises; without, it is
     logged."""

@@ -155,6 +155,10 @@ def test_a_greedy_continuation_is_seen(files):
         ({"do_sample": False, "temperature": 0.7}, dict(temperature=0.0)),
         ({"do_sample": True, "top_k": -1, "top_p": 1}, dict(top_k=0, top_p=1.0)),
         ({"do_sample": True, "top_k": "40", "min_p": 0.1}, dict(top_k=40, min_p=0.1)),
+        ({"do_sample": "false", "temperature": 0.7}, dict(temperature=0.0)),
+        ({"do_sample": "True"}, dict(temperature=1.0)),
+        ({"do_sample": 1, "temperature": "0.5"}, dict(temperature=0.5)),
+        ({"temperature": 0.0, "top_p": 0, "top_k": 5}, dict(temperature=0.0, top_p=1.0, top_k=0)),
     ],
 )
 def test_generation_kwargs_are_read_as_the_harness_does(kwargs, want):
@@ -162,6 +166,74 @@ def test_generation_kwargs_are_read_as_the_harness_does(kwargs, want):
 
     got = eval.sampling_of(kwargs)
     assert {key: got[key] for key in want} == want
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"max_gen_toks": "many"}, "max_gen_toks='many': expected a number"),
+        ({"max_tokens": 0}, "max_tokens=0: expected 1 or more"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens=nan: expected a number"),
+        ({"temperature": "hot"}, "temperature='hot': expected a number"),
+        ({"do_sample": True, "top_p": [0.9]}, "top_p=.0.9.: expected a number"),
+        ({"do_sample": "perhaps"}, "do_sample='perhaps': expected true or false"),
+        ({"until": 7}, "until=7: expected text"),
+        ({"until": ["a", 7]}, "until=.*7.: expected text"),
+    ],
+)
+def test_generation_kwargs_that_make_no_sense_are_named(kwargs, words):
+    import eval
+
+    with pytest.raises(UserError, match=f"generation_kwargs {words}"):
+        eval.sampling_of(kwargs)
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("{data}", "no.jsonl", "FileNotFoundError"),
+        ("{{{{question}}}}", "{{{{asked.of}}}}", "UndefinedError: 'asked' is undefined"),
+        ("test_split: test", "test_split: dev", "KeyError: 'dev'"),
+        ("exact_match", "no_such_metric", "KeyError"),
+    ],
+    ids=["no data", "a column that is not there", "no such split", "no such metric"],
+)
+def test_what_the_harness_makes_nothing_of_is_a_line_with_the_task(old, new, words, files):
+    import eval
+
+    folder, _, _ = files
+    text = (COMMON + "task: broken\n" + TASKS["write"].split("\n", 1)[1]).replace(old, new)
+    (folder / "broken.yaml").write_text(text.format(data=folder / "rows.jsonl"))
+    cfg = eval.Config(
+        model=str(folder / "m.pth"),
+        tasks=("broken",),
+        include_path=str(folder),
+        tokenizer="bytes",
+        device="cpu",
+    )
+    with pytest.raises(UserError, match=f"the harness cannot run broken: {words}") as e:
+        eval.main(cfg)
+    assert "\n" not in str(e.value)
+
+
+def test_an_error_of_our_own_keeps_its_traceback(files, monkeypatch):
+    import eval
+
+    def broken(*args):
+        raise KeyError("ours")
+
+    folder, _, _ = files
+    monkeypatch.setattr(eval, "score_continuations", broken)
+    with pytest.raises(KeyError, match="ours"):
+        eval.main(
+            eval.Config(
+                model=str(folder / "m.pth"),
+                tasks=("choose",),
+                include_path=str(folder),
+                tokenizer="bytes",
+                device="cpu",
+            )
+        )
 
 
 def test_generation_kwargs_act_and_what_is_unknown_is_said(files, capsys):

@@ -1338,7 +1338,6 @@ def test_bad_rewards(reward, words, base, tmp_path):
     [
         (dict(init_from=""), "which model"),
         (dict(data="no.jsonl"), "no.jsonl does not exist"),
-        (dict(ctx_len=6), "holds no prompts"),
         (dict(data="EMPTY"), 'EMPTY:2: "prompt" is missing or empty.*bad rows: 1 '),
         (dict(data="NOTHING"), "holds nothing|holds no prompts|is empty"),
         (dict(val_data="EMPTY"), "EMPTY:2: "),
@@ -1349,6 +1348,8 @@ def test_bad_rewards(reward, words, base, tmp_path):
         (dict(reward=None), "no reward: define"),
         (dict(reward_weights=(1.0, 2.0)), "reward_weights has 2 numbers for 1 rewards: spread"),
         (dict(loss_type="cispo"), "give it, about 5"),
+        (dict(reward=[5, spread]), "reward=.5, spread.: expected callable"),
+        (dict(max_completion_length=99, ctx_len=64), "leaves no prompt any room in ctx_len=64"),
         (dict(reward=[spread, spread]), "2 rewards, but only 1 names: spread"),
         (dict(temperature=0.0), "temperature=0.0: expected a number greater than 0"),
         (dict(steps_per_generation=0), "steps_per_generation=0"),

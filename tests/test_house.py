@@ -58,6 +58,37 @@ def test_what_is_packed_would_be_seen(code):
     assert len(compressed(ast.parse(code))) == 1
 
 
+def without_encoding(tree):
+    """Lines that read or write text in whatever encoding the locale has."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else None
+        if name in ("read_text", "write_text") and len(node.args) < 2:
+            found.append(node.lineno)
+        if isinstance(node.func, ast.Name) and node.func.id == "open":
+            mode = node.args[1] if len(node.args) > 1 else ast.Constant("r")
+            if not (isinstance(mode, ast.Constant) and "b" in mode.value):
+                found.append(node.lineno)
+    return found
+
+
+def test_text_files_are_utf8_in_any_locale():
+    found = [
+        (str(path.relative_to(ROOT)), line)
+        for path, tree in trees()
+        if path.parent.name in (ROOT.name, "gosling", "config", "runs")
+        for line in without_encoding(tree)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("code", ["open(p)", "open(p, 'a')", "p.read_text()", "p.write_text(x)"])
+def test_text_of_the_locales_encoding_would_be_seen(code):
+    assert without_encoding(ast.parse(code)) == [1]
+
+
 def test_a_file_is_read_in_a_sitting():
     for path in FILES:
         lines = path.read_text(encoding="utf-8").count("\n")

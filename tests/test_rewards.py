@@ -97,6 +97,7 @@ def test_numbers_of_any_kind_count(returned, expected):
         (np.ones((3, 1)), r"gave \[1.0\] for completion 'one'"),
         ([1, 2, "3"], "gave '3' for completion 'five5'"),
         ([1, 2, np.float32("inf")], "gave inf for completion 'five5'"),
+        ([1, 2, 10**400], "gave 1000.* for completion 'five5'; expected a finite number"),
         ([1, 2, object()], r"returned\[2\] is a object; expected numbers"),
         (None, "returned NoneType; expected a list of 3"),
     ],
@@ -249,6 +250,12 @@ def test_a_process_that_raises_is_named():
         ("So the score is $\\boxed{3.5}$ as it is short.", 3.5),
         ("\\boxed{9}", None),
         ("Points: 4", 4),
+        ("My score: 4\nMax score: 5", 4),
+        ("Score: 4\nMaximum points: 5", 4),
+        ("Score: 4 (best possible score: 5)", 4),
+        ("I rate it 4 out of 5 overall.", 4),
+        ("4 points out of 5", 4),
+        ("2 points out of 5 facts", None),
     ],
 )
 def test_scores_in_words_that_judges_use(text, score):

@@ -369,6 +369,12 @@ def test_extreme_settings_keep_probabilities_finite(model):
         assert c.tokens == [98] * 4 and np.isfinite(c.logprobs).all()
 
 
+def test_no_prompts_at_all_are_an_empty_batch(model):
+    logits, state = engine.prefill(model, [])
+    assert logits.shape == (0, model.config.vocab_size) and state["wkv"].shape[1] == 0
+    assert sample.generate(model, []) == sample.score_choices(model, [], []) == []
+
+
 def test_empty_choices_and_answers_score_0(model):
     choices = [[[], [7], []], [[5, 6]], [[]], [[2, 3, 4]]]
     filled = [[ids for ids in of_prompt if ids] for of_prompt in choices]

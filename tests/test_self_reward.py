@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, write
@@ -260,7 +261,7 @@ def tiny(base, out, *stages, **settings):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # What the scripted judge says of an answer, in turn.
@@ -565,6 +566,64 @@ def same_run(a, b):
         assert same_weights(path, b / path.relative_to(a)), path
 
 
+async def reward_of_ids(completion_ids, **columns):
+    return np.array([len(ids) + ids[0] / 1000 for ids in completion_ids], dtype=np.float32)
+
+
+class RewardOfAColumn:
+    def __call__(self, prompts, completions, column):
+        return [
+            torch.tensor(len(text) + n / 100) for text, n in zip(completions, column, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    "reward, known",
+    [(reward_of_ids, None), (RewardOfAColumn(), ["completion_ids"])],
+    ids=["async, of ids, an array", "an object, of a column, tensors"],
+)
+def test_a_reward_from_outside_is_called_as_grpo_calls_it(reward, known, base, tmp_path):
+    """With the ids that were sampled, end id included, and the columns that it names."""
+    stage = {"kind": "external_reward", "reward": reward}
+    cfg = tiny(base, tmp_path / "run", stage, max_prompts=6)
+    self_reward.main(cfg)
+    folder = tmp_path / "run/01-external_reward"
+    answers, scores = lines(folder / "candidates.jsonl"), lines(folder / "scores.jsonl")
+    for answer, score in zip(answers, scores, strict=True):
+        ids = answer["ids"]
+        assert len(ids) == answer["tokens"] and BYTES.decode(ids).startswith(answer["text"])
+        assert (ids[-1] == BYTES.end_id) == (len(ids) < 6 or answer["finish_reason"] == "stop")
+        if known is None:
+            assert score["score"] == pytest.approx(len(ids) + ids[0] / 1000, abs=1e-5)
+        else:
+            wanted = len(answer["text"]) + answer["number"] / 100
+            assert score["score"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_in_a_locale_that_is_not_utf8_its_files_are(base, tmp_path):
+    rows = [{"prompt": chat("说 你好 😀"), "answer": "好"}, {"prompt": chat("é"), "answer": "ê"}]
+    write(tmp_path / "p.jsonl", *rows)
+    (tmp_path / "config_é.py").write_text(
+        f"""from self_reward import external_reward
+init_from = {str(base / "sft/rwkv-final.pth")!r}
+prompts = {str(tmp_path / "p.jsonl")!r}
+max_completion_length, temperature, device = 6, 1.0, "cpu"
+def reward(completions, answer, **columns):
+    return [len(text) + ord(a) for text, a in zip(completions, answer)]
+stages = [external_reward(reward=reward, **{INNER!r})]
+""",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "self_reward.py", str(tmp_path / "config_é.py")]
+    command += [f"--out_dir={tmp_path / 'run'}"]
+    locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **locale}, check=True, timeout=120)
+    folder = tmp_path / "run/01-external_reward"
+    for name in ("candidates.jsonl", "pairs.jsonl"):
+        assert chat("说 你好 😀") in [row["prompt"] for row in lines(folder / name)], name
+    assert "说 你好 😀" in (tmp_path / "run/report.md").read_text(encoding="utf-8")
+
+
 def test_cut_off_anywhere_it_goes_on_where_it_stood(base, tmp_path, monkeypatch):
     stage = {"kind": "external_reward", "reward": letters}
     self_reward.main(tiny(base, tmp_path / "whole", stage))
@@ -751,6 +810,10 @@ def broken(prompts, completions, **columns):
         ([stage(judge_template="{prompt} {respons}")], {}, "KeyError"),
         ([stage(judge_template="{{ promt }}{{ response }}")], {}, "UndefinedError"),
         ([stage(score_pattern="(")], {}, "score_pattern: .*error"),
+        ([stage(score_range=(5, 0))], {}, "score_range=.*expected the lowest, then the highest"),
+        ([stage(judge_choices={" 1": "one", " 2": 2})], {}, "judge_choices: ' 1' is 'one'"),
+        ([stage(judge_choices={1: 1, 2: 2})], {}, "judge_choices: 1 is 1; expected a text"),
+        ([stage(judge_choices={" 1": 1})], {}, "judge_choices: expected two or more"),
         ([stage()], dict(recipe="x", stages={"a": [], "b": []}), "recipe=x: the config has a, b"),
         ([stage()], dict(prompts="no.jsonl"), "no.jsonl does not exist"),
         ([stage(first_prompt=20)], {}, "no prompts from number 20"),
