@@ -40,7 +40,7 @@ class Metrics:
         """The rows so far."""
         return whole_lines(self.path, Measured)
 
-    def log(self, step, **values):
+    def log(self, step, /, **values):
         """One JSON line {"step": …, "time": seconds, name: number, …}."""
         if not self.active:
             return
@@ -58,15 +58,17 @@ class Metrics:
     def begin(self, values):
         """The numbers from before the first step, {} for none; then the clock starts."""
         if values:
+            check_names(values)
             self.log(0, **values)
             print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
         self.start = time.monotonic()
 
-    def progress(self, done, max_steps, loss, lr, grad_norm, quiet=(), **values):
+    def progress(self, done, max_steps, loss, lr, grad_norm, quiet=(), /, **values):
         """log, and a line on the screen without what is in `quiet`.
 
         Tokens per second come from self.tokens, to which the loop adds.
         """
+        check_names(values)
         elapsed = max(time.monotonic() - self.start, 1e-9)
         speed, grad_norm = self.tokens / elapsed, float(grad_norm)
         left = elapsed / max(done - self.first_step, 1) * (max_steps - done)
@@ -93,6 +95,16 @@ class Metrics:
             ax.set_xlabel("step")
             ax.grid(alpha=0.3)
             ax.legend()
+
+
+def check_names(values):
+    """UserError if eval_fn gave a number a name that a line of metrics.jsonl has already."""
+    taken = {"step", "time", "loss", "lr", "grad_norm", "tokens_per_s"} & values.keys()
+    if taken:
+        raise UserError(
+            f"eval_fn returned {', '.join(sorted(taken))}, which the run's own numbers are called; "
+            "give it another name, such as eval_loss"
+        )
 
 
 def duration(seconds):

@@ -485,3 +485,11 @@ def test_notes_of_a_run_that_no_run_wrote_are_refused(notes, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(notes))
     with pytest.raises(UserError, match="run.json: .*; mend or remove it"):
         runs.prune(tmp_path / "rwkv-1.pth", 2)
+
+
+def test_a_number_of_eval_fn_may_not_be_called_as_one_of_the_runs(tmp_path):
+    (tmp_path / "run").mkdir()
+    metrics = runs.Metrics(settings(tmp_path), ONE_CPU)
+    metrics.progress(1, 2, 0.5, 1e-3, 1.0, **{"eval_loss": 2.0})
+    with pytest.raises(UserError, match="eval_fn returned loss, step, which the run's own"):
+        metrics.progress(2, 2, 0.5, 1e-3, 1.0, **{"loss": 2.0, "step": 1})
