@@ -319,6 +319,7 @@ def main(cfg):
     cfg = read_texts(cfg)
     model, tokenizer, states, path = load(cfg)
     options = options_of(cfg, tokenizer)
+    engine.complete(model, [], engine.Options(**options))  # a mistake comes before any output
     if cfg.prompts:
         prompts = read_prompts(cfg.prompts, tokenizer)
     else:

@@ -359,7 +359,8 @@ def main(cfg):
                     )
                 if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
                     means = dict(accuracy=n_right / cfg.global_bsz, margin=margin / cfg.global_bsz)
-                    metrics.progress(done, max_steps, loss, lr, grad_norm, **means, **values)
+                    values = {**means, **values}
+                    metrics.progress(done, max_steps, loss, lr, grad_norm, **values)
                 if checkpoint or stop:
                     runs.save_last(cfg, run, model, opt, same, step=done, best_loss=best_loss)
                     metrics.plot("loss", "val_loss", "accuracy", "val_accuracy")

@@ -15,7 +15,7 @@ import torch
 from gosling import files, runs
 from gosling.batch import score_answers
 from gosling.config import UserError, print0, show
-from gosling.engine import generate
+from gosling.engine import Completion, generate
 from gosling.files import primitive
 from gosling.rewards import call_reward, columns_of, reward_functions
 from gosling.user_code import call
@@ -88,6 +88,11 @@ def masks_of(prompts, completions, n, process, vocab_size, seconds=None):
     rows = [primitive(row, "the data's row") for _, row in prompts for _ in range(n)]  # copies
     masks = call(f"process: {name}", process, seconds, rows, completions)
     masks = primitive(masks, f"process: what {name} returned")
+    if len(completions) != len(before) or not all(map(is_completion, completions)):
+        raise UserError(
+            f"process: {name} left something else than the {len(before)} completions and their "
+            "texts; change texts and tokens, and no more"
+        )
     for i, (completion, tokens) in enumerate(zip(completions, before, strict=True)):
         completion.tokens = primitive(completion.tokens, f"process: tokens of completion {i}")
         if completion.tokens != tokens:
@@ -102,16 +107,23 @@ def masks_of(prompts, completions, n, process, vocab_size, seconds=None):
     masks = masks or [[1] * length for length in lengths]
     if 0 in lengths or not isinstance(masks, list) or not fit(masks, lengths):
         raise UserError(
-            "process: expected a mask for each completion, a number for each of its tokens, and "
-            "one token or more"
+            "process: expected a mask for each completion, 0 or 1 for each of its tokens, and one "
+            "token or more"
         )
     return masks
 
 
 def fit(masks, lengths):
-    """Whether there is a list of so many numbers for each length."""
-    of_numbers = [m for m in masks if isinstance(m, list) and all(map(runs.is_number, m))]
+    """Whether there is a list of so many 0 or 1 for each length."""
+    of_numbers = [m for m in masks if isinstance(m, list) and all(x in (0, 1) for x in m)]
     return [len(mask) for mask in of_numbers] == lengths and len(masks) == len(lengths)
+
+
+def is_completion(value):
+    """Whether a function of the user's left it a Completion with whole characters as its text."""
+    if not isinstance(value, Completion) or not isinstance(value.text, str):
+        return False
+    return value.text == value.text.encode("utf-8", "replace").decode()
 
 
 def make_groups(prompts, numbers, completions, masks):

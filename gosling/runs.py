@@ -395,6 +395,8 @@ def call_eval_fn(cfg, model, tokenizer):
         values = {"eval_fn": values} if isinstance(values, (int, float)) else values
         if not isinstance(values, dict) or not all(map(is_number, values.values())):
             error = [f"eval_fn: {name} returned {values!r:.200}; expected {{name: number}}"]
+        else:
+            values = {str(key): value for key, value in values.items()}
     except UserError as e:
         error = [str(e)]
     model.zero_grad()  # what it left there would be trained
@@ -404,7 +406,7 @@ def call_eval_fn(cfg, model, tokenizer):
 
 
 def is_number(value):
-    return isinstance(value, (int, float))
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 @contextlib.contextmanager

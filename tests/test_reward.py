@@ -299,6 +299,13 @@ def test_score_names_the_row_that_it_cannot_read(base, tmp_path):
     assert (tmp_path / "in.scored.jsonl").read_text().count("scores") == 1
 
 
+def test_an_eval_fn_may_call_its_number_accuracy(base, tmp_path):
+    """As the training's own is called, which it then stands for in that line."""
+    cfg = tiny(base, tmp_path / "run", max_steps=1, eval_fn=lambda *args: {"accuracy": 0.25})
+    train_reward.main(cfg)
+    assert [row["accuracy"] for row in rows(tmp_path / "run")] == [0.25, 0.25]
+
+
 def test_kwise_rows_and_regression_run(base, tmp_path):
     kwise = str(base / "kwise.jsonl")
     train_reward.main(tiny(base, tmp_path / "k", data=kwise, val_data=kwise, max_steps=40, lr=3e-3))

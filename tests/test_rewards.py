@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import functools
+import math
 import types
 
 import numpy as np
@@ -207,6 +208,8 @@ def test_what_process_gives_is_made_primitive():
         ([], None, "expected a mask for each completion"),
         ([1, 2, 3], [[1, 1, 1]], "expected a mask for each completion"),
         ([1, 2, 3], [[1, 1, 1], ["1"] * 3], "expected a mask for each completion"),
+        ([1, 2, 3], [[1, 1, 1], [0.5, 1, 1]], "0 or 1 for each of its tokens"),
+        ([1, 2, 3], [[1, 1, 1], [math.nan, 1, 1]], "0 or 1 for each of its tokens"),
         ([1, 2, 3], 5, "expected a mask for each completion"),
         ([1, 2, 3], [object()], r"what process returned\[0\] is a object"),
     ],
@@ -217,6 +220,22 @@ def test_what_process_may_not_give(tokens, masks, words):
         return masks
 
     with pytest.raises(UserError, match=words):
+        masks_of(process)
+
+
+@pytest.mark.parametrize("what", ["text is None", "half a character", "one fewer", "no completion"])
+def test_a_process_leaves_completions_with_their_texts(what):
+    def process(rows, completions):
+        if what == "text is None":
+            completions[0].text = None
+        elif what == "half a character":
+            completions[0].text += "\ud83d"
+        elif what == "one fewer":
+            completions.pop()
+        else:
+            completions[0] = "text"
+
+    with pytest.raises(UserError, match="process left something else than the 2 completions"):
         masks_of(process)
 
 

@@ -204,6 +204,8 @@ def test_a_new_run_leaves_foreign_files_and_has_a_list_of_its_own(tmp_path):
         (0.5, {"eval_fn": 0.5}),
         (None, {}),
         ({"a": np.float32(0.5), "b": torch.tensor([0.0, 1.0]).mean()}, {"a": 0.5, "b": 0.5}),
+        ({1: 0.5}, {"1": 0.5}),
+        ({"a": 10**400}, "returned {'a': 1000.*; expected {name: number}"),
         ({"a": np.arange(2)}, "returned {'a': .0, 1.}; expected {name: number}"),
         ({"a": None}, "returned {'a': None}; expected"),
         ({"a": object()}, r"what evaluate returned\['a'\] is a object"),
@@ -261,6 +263,15 @@ def test_loggers_go_on_in_the_same_run_and_each_folder_has_its_own(tmp_path, mon
             runs.Metrics(cfg, ONE_CPU, first_step=step)
         assert ids[0] == ids[2] != ids[1] and len(ids[0]) == 21
         ids.clear()
+
+
+def test_a_number_of_eval_fn_may_be_called_as_our_arguments_are(tmp_path):
+    metrics = runs.Metrics(settings(tmp_path), ONE_CPU)
+    with pytest.raises(UserError, match="eval_fn returned loss, which the run's own numbers are"):
+        metrics.begin({"loss": 1.0})
+    metrics.begin({"done": 1.0, "self": 2.0})
+    metrics.progress(1, 2, 0.5, 0.1, 1.0, **{"done": 1.0, "quiet": 2.0, "max_steps": 3.0})
+    assert [row["done"] for row in metrics.read()] == [1.0, 1.0]
 
 
 def test_metrics_are_written_as_plain_numbers(tmp_path):

@@ -779,12 +779,15 @@ def test_chat_reads_each_turn_once_and_equals_the_whole_rendering(model, monkeyp
         (["--model=SAVED"], "vocabulary of 257 and no config.json"),
         (["--model=SAVED", "--tokenizer=integers:500"], "502 ids.*only 257"),
         (["--model=SAVED", "--tokenizer=bytes", "--prompts=no.txt"], "no.txt cannot be read"),
+        (["--model=SAVED", "--tokenizer=bytes", "--prompt=a", "--temperature=1e30"], "expected 0"),
+        (["--model=SAVED", "--tokenizer=bytes", "--prompt=a", "--stop="], "stop='' is empty"),
     ],
 )
-def test_bad_input_is_one_line(flags, words, saved):
+def test_bad_input_is_one_line_before_any_output(flags, words, saved, capsys):
     flags = [f.replace("SAVED", str(saved)) for f in flags]
     with pytest.raises(UserError, match=words):
         sample.main(read_flags(sample.Config, [*flags, "--device=cpu"]))
+    assert capsys.readouterr().out == ""
 
 
 def test_batch_goes_on_where_it_was_killed(saved, tmp_path):
