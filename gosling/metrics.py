@@ -18,6 +18,8 @@ from gosling.files import (
 )
 from gosling.schemas import Measured, RunNotes
 
+OWN_NAMES = {"step", "time", "loss", "lr", "grad_norm", "tokens_per_s"}  # of every line
+
 
 class Metrics:
     """metrics.jsonl, metrics.png, and wandb, tensorboard or swanlab when asked for. Rank 0 writes.
@@ -58,7 +60,6 @@ class Metrics:
     def begin(self, values):
         """The numbers from before the first step, {} for none; then the clock starts."""
         if values:
-            check_names(values)
             self.log(0, **values)
             print0("before: " + " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
         self.start = time.monotonic()
@@ -68,7 +69,6 @@ class Metrics:
 
         Tokens per second come from self.tokens, to which the loop adds.
         """
-        check_names(values)
         elapsed = max(time.monotonic() - self.start, 1e-9)
         speed, grad_norm = self.tokens / elapsed, float(grad_norm)
         left = elapsed / max(done - self.first_step, 1) * (max_steps - done)
@@ -95,16 +95,6 @@ class Metrics:
             ax.set_xlabel("step")
             ax.grid(alpha=0.3)
             ax.legend()
-
-
-def check_names(values):
-    """UserError if eval_fn gave a number a name that a line of metrics.jsonl has already."""
-    taken = {"step", "time", "loss", "lr", "grad_norm", "tokens_per_s"} & values.keys()
-    if taken:
-        raise UserError(
-            f"eval_fn returned {', '.join(sorted(taken))}, which the run's own numbers are called; "
-            "give it another name, such as eval_loss"
-        )
 
 
 def duration(seconds):
@@ -147,10 +137,8 @@ def make_logger(cfg):
 def settings_of(cfg):
     """What wandb.init and swanlab.init both take."""
     path = Path(cfg.out_dir) / "run.json"
-    notes = {
-        "id": secrets.token_hex(11)[:21],
-        **read_json(path, RunNotes),
-    }  # swanlab wants 21 characters
+    new_id = secrets.token_hex(11)[:21]  # swanlab wants 21 characters
+    notes = {"id": new_id, **read_json(path, RunNotes)}
     write_json(path, notes)
     settings = {"project": "gosling", "config": config_dict(cfg)}
     return {**settings, "id": notes["id"], "resume": "allow"}

@@ -21,7 +21,7 @@ from gosling import files
 from gosling.config import UserError, config_dict, print0, show
 from gosling.files import primitive, read_json, save_torch, write_json
 from gosling.last import check_last, checked_optimizer, read_last
-from gosling.metrics import Metrics, duration
+from gosling.metrics import OWN_NAMES, Metrics, duration
 from gosling.processes import (
     Run,
     all_reduce,
@@ -175,25 +175,11 @@ def trained_parameters(model):
 
 
 # What may be otherwise on resume: it changes nothing, or only how long, where and how it is run.
-MAY_CHANGE = (
-    "out_dir",
-    "resume",
-    "device",
-    "hang_minutes",
-    "micro_bsz",
-    "packing",
-    "chunk_len",
-    "grad_cp",
-)
+# So are all settings of evaluation, eval_….
+MAY_CHANGE = ("out_dir", "resume", "device", "micro_bsz", "packing", "chunk_len", "grad_cp")
 MAY_CHANGE += ("gen_batch_size", "max_steps", "epochs", "patience", "save_every", "keep_last")
-MAY_CHANGE += (
-    "log",
-    "log_every",
-    "rollouts_every",
-    "val_data",
-    "watch",
-    "reward_seconds",
-)  # and all of eval_
+MAY_CHANGE += ("log", "log_every", "rollouts_every", "val_data", "watch")
+MAY_CHANGE += ("hang_minutes", "reward_seconds")
 
 NAME_FILES = ("data", "init_from", "adapter", "init_state", "tokenizer", "reference")
 NAME_FILES += ("reward_model",)
@@ -395,6 +381,9 @@ def call_eval_fn(cfg, model, tokenizer):
         values = {"eval_fn": values} if isinstance(values, (int, float)) else values
         if not isinstance(values, dict) or not all(map(is_number, values.values())):
             error = [f"eval_fn: {name} returned {values!r:.200}; expected {{name: number}}"]
+        elif OWN_NAMES & values.keys():
+            taken = ", ".join(sorted(OWN_NAMES & values.keys()))
+            error = [f"eval_fn: {name} returned {taken}, names of the run's own; give others"]
         else:
             values = {str(key): value for key, value in values.items()}
     except UserError as e:
