@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from pydantic import NonNegativeInt, PositiveFloat
-from tqdm import tqdm
-
 from gosling import engine
 from gosling.batch import fork, score_forks
 from gosling.config import UserError, failure, read_flags
 from gosling.data import render_chat
 from gosling.files import write_json
 from gosling.processes import pick_device
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat
+from tqdm import tqdm
 
 
 @dataclass

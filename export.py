@@ -26,10 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-import tyro
-from pydantic import PositiveFloat
-
 from gosling.config import UserError, read_flags
 from gosling.files import write_json
 from gosling.hub import FIXED, fla_name
@@ -56,6 +52,10 @@ from gosling.weights import (
 )
 from model import NEVER_TRAINED
 from wkv_cuda.fused import as_float32
+
+import torch
+import tyro
+from pydantic import PositiveFloat
 
 # ----------------------------------------------------------------------------------------------
 # reading, checking, writing

@@ -27,12 +27,12 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from wkv_cuda import fused, wkv6, wkv7
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from wkv_cuda import fused, wkv6, wkv7
 
 # The first layer has no layer below to take values from, so these never get a gradient.
 NEVER_TRAINED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")

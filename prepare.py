@@ -26,11 +26,6 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import tyro
-from pydantic import PositiveInt
-from tqdm import tqdm
-
 from gosling.config import Decay, Seed, UserError, read_flags
 from gosling.data import read_examples, read_jsonl, read_preferences
 from gosling.data import render_chat as render_chat  # DESIGN.md: importable from here
@@ -38,6 +33,11 @@ from gosling.files import first_line, read_text, write_json
 from gosling.rows import holds_rows
 from gosling.token_files import TokenFile, TokenFileWriter
 from gosling.tokenizer import load_tokenizer, train_bpe
+
+import numpy as np
+import tyro
+from pydantic import PositiveInt
+from tqdm import tqdm
 
 XZ_BYTES = 1 << 26  # of validation text, for `xz -9` to compare a model's bits per byte with
 

@@ -20,9 +20,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-import tyro
-from tqdm import tqdm
-
 from gosling import engine, weights
 from gosling.config import UserError, read_flags
 from gosling.data import read_jsonl, render_chat, render_prompt
@@ -30,6 +27,9 @@ from gosling.engine import TURNS, Completion, generate, score_choices, stream
 from gosling.files import digest, locked, read_json, read_text, seen_from, whole_lines, write_json
 from gosling.processes import pick_device
 from gosling.rows import holds_rows
+
+import tyro
+from tqdm import tqdm
 
 __all__ = ["generate", "score_choices"]  # imported from here by code outside this repository
 

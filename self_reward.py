@@ -54,10 +54,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import tyro
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from tqdm import tqdm
-
 import train_dpo
 import train_reward
 import train_sft
@@ -70,6 +66,10 @@ from gosling.judge import Judge, make_eft, parse_score, rubric
 from gosling.rewards import call_reward, columns_of
 from gosling.tune import load_model
 from gosling.weights import base_of
+
+import tyro
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from tqdm import tqdm
 
 __all__ = ["choose_pair", "parse_score"]  # imported from here by code outside this repository
 POINTS = {" 0": 0, " 1": 1, " 2": 2, " 3": 3, " 4": 4, " 5": 5}

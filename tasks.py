@@ -27,13 +27,13 @@ import sys
 import zlib
 from dataclasses import dataclass
 
-import tyro
-from pydantic import NonNegativeInt
-
 from gosling.config import Seed, Share, UserError, print0, read_flags
 from gosling.data import read_jsonl, render_chat
 from gosling.files import checked, write_jsonl
 from gosling.schemas import Sampled
+
+import tyro
+from pydantic import NonNegativeInt
 
 LETTERS = "abcdefghijkl"
 # Skills in which a small model slips, so that every method has something to mend. "count a in

@@ -44,17 +44,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn.utils import clip_grad_norm_
-
 from gosling import files, last, runs, tune, weights
 from gosling.batch import fork, score_forks
 from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.data import read_preferences
 from gosling.engine import load_second
 from gosling.tokenizer import tokenizer_of
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn.utils import clip_grad_norm_
 
 
 @dataclass

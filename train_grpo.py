@@ -49,12 +49,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-import tyro
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
-
 from gosling import rollouts, runs, tune
 from gosling.batch import fork, score_forks
 from gosling.config import Decay, Seed, UserError, load_config, print0
@@ -63,6 +57,12 @@ from gosling.engine import load_second
 from gosling.rewards import reward_functions
 from gosling.rollouts import Sampler, are_different, completions_of, roll_out
 from gosling.tokenizer import tokenizer_of
+
+import torch
+import tyro
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 
 Functions = tyro.conf.Fixed[Callable | list[Callable] | None]
 

@@ -25,15 +25,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn.utils import clip_grad_norm_
-
 from gosling import runs, tune
 from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.token_files import TokenFile, tokenizer_of_data
 from model import RWKV, RWKVConfig
+
+import numpy as np
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn.utils import clip_grad_norm_
 
 
 @dataclass

@@ -35,11 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn.utils import clip_grad_norm_
-
 from gosling import engine, runs, tune
 from gosling.batch import score_answers
 from gosling.config import Decay, Seed, UserError, load_config, print0
@@ -47,6 +42,11 @@ from gosling.data import read_preferences, render_answers
 from gosling.files import figure, write_jsonl
 from gosling.rows import read_rows
 from gosling.tokenizer import tokenizer_of
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn.utils import clip_grad_norm_
 
 
 @dataclass

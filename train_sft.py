@@ -26,9 +26,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn.utils import clip_grad_norm_
-
 from gosling import runs, tune
 from gosling.batch import evaluate, pack, pad
 from gosling.config import Decay, Seed, UserError, load_config, print0
@@ -36,6 +33,9 @@ from gosling.data import read_examples
 from gosling.engine import show_answers
 from gosling.tokenizer import tokenizer_of
 from model import pieces
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn.utils import clip_grad_norm_
 
 
 @dataclass

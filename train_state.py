@@ -30,10 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn.utils import clip_grad_norm_
-
 from gosling import runs, tune
 from gosling.batch import evaluate, pack
 from gosling.config import Decay, Seed, UserError, load_config, print0, show
@@ -43,6 +39,10 @@ from gosling.rows import ROWS, holds_rows
 from gosling.tokenizer import tokenizer_of
 from gosling.weights import check_base, fingerprint, from_pretrained, read_state
 from wkv_cuda import fused
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn.utils import clip_grad_norm_
 
 
 @dataclass

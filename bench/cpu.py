@@ -18,14 +18,14 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import timer
-import train_vs_gpt
-import wkv
-
 import model as network
 from gosling import config, engine
 from model import RWKV, RWKVConfig
 from wkv_cuda import fused
+
+import timer
+import train_vs_gpt
+import wkv
 
 
 @dataclass

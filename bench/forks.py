@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import timer
-
 from gosling import config
 from gosling.batch import fork, score_forks
 from model import RWKV, RWKVConfig
+
+import timer
 
 
 @dataclass

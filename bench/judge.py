@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import timer
-
 from gosling import config, engine
 from model import RWKV, RWKVConfig
+
+import timer
 
 
 @dataclass

@@ -30,12 +30,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import timer
-
 from gosling import config
 from gosling.batch import pack
 from model import RWKV, RWKVConfig
 from wkv_cuda import fused
+
+import timer
 
 MIB = 2**20
 SIZES = {

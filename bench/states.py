@@ -17,11 +17,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import timer
-
 import tasks
 from gosling import config, files
 from model import RWKV, RWKVConfig
+
+import timer
 
 
 @dataclass

@@ -5,10 +5,10 @@ import json
 import time
 from datetime import date
 
+from gosling import runs
+
 import numpy as np
 import torch
-
-from gosling import runs
 
 
 def interleaved(sides, rounds, clock=time.process_time, warm_ups=1):

@@ -20,10 +20,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import timer
-
 from gosling import config, runs
 from model import RWKV, RWKVConfig
+
+import timer
 
 
 @dataclass

@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import timer
-
 import wkv_cuda
 from gosling import config
+
+import timer
 
 
 @dataclass

@@ -3,11 +3,11 @@
 import itertools
 from typing import NamedTuple
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
 from gosling.runs import all_sum, chunks
 from model import TokenScores
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 def pack_ids(rows, device="cpu"):

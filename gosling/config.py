@@ -235,5 +235,7 @@ def one_line_errors(kind, error, traceback):
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
+    elif issubclass(kind, BrokenPipeError):  # what reads our output, as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     else:
         sys.__excepthook__(kind, error, traceback)

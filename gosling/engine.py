@@ -12,16 +12,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import numpy as np
-import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from tqdm import tqdm
-
 from gosling.batch import pack_ids
 from gosling.config import Share, UserError, check, print0
 from gosling.tokenizer import agree, recorded_tokenizer, tokenizer_of
 from gosling.tune import load_model
 from wkv_cuda import fused
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from tqdm import tqdm
 
 PREFILL = 4096  # prompt tokens read at a time, which bounds the memory of long and of many prompts
 LARGEST = 1e20  # penalties and biases; what they make of a logit stays a number in float32

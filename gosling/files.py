@@ -12,11 +12,11 @@ import re
 import zipfile
 from pathlib import Path
 
+from gosling.config import UserError, print0
+
 import numpy as np
 import pydantic
 import torch
-
-from gosling.config import UserError, print0
 
 try:
     import fcntl

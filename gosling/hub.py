@@ -6,12 +6,12 @@ read_weights of gosling/weights.py reads them through this; export.py writes a f
 import re
 from pathlib import Path
 
-import torch
-
 from gosling.config import UserError
 from gosling.files import read_json
 from gosling.schemas import Adapter
 from model import RWKV, RWKVConfig
+
+import torch
 
 # model-00001-of-00002.safetensors
 SHARD = re.compile(r"(.+-)(\d+)(-of-)(\d+)(\.safetensors|\.bin)")

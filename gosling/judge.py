@@ -7,13 +7,13 @@ import random
 import re
 import statistics
 
-import torch
-
 from gosling import engine
 from gosling.batch import score_answers
 from gosling.config import UserError
 from gosling.data import render_answer
 from gosling.runs import chunks
+
+import torch
 
 SCORE = re.compile(
     r"""

@@ -1,10 +1,10 @@
 """last.pt: read, and looked through before a run goes on from it."""
 
-import torch
-
 from gosling.config import UserError, print0
 from gosling.files import checked, load_torch
 from gosling.schemas import Last, Optimizer
+
+import torch
 
 
 def read_last(path):

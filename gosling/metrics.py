@@ -18,6 +18,7 @@ from gosling.files import (
 )
 from gosling.schemas import Measured, RunNotes
 
+MAX_POINTS = 350  # of a line of metrics.png
 OWN_NAMES = {"step", "time", "loss", "lr", "grad_norm", "tokens_per_s"}  # of every line
 
 
@@ -79,7 +80,7 @@ class Metrics:
         print0(line + "".join(shown))
 
     def plot(self, *names):
-        """metrics.png: the named series over steps."""
+        """metrics.png: the named series over steps, each of at most MAX_POINTS or so."""
         if not self.active or not self.path.exists():
             return
         points = {name: [] for name in names}
@@ -90,6 +91,8 @@ class Metrics:
         with figure(self.path.with_name("metrics.png")) as ax:
             for name, series in points.items():
                 if series:
+                    # The picture is 700 pixels wide, and drawing more than it shows costs memory.
+                    series = series[:: -(-len(series) // MAX_POINTS)] + series[-1:]
                     marker = "." if len(series) < 30 else None
                     ax.plot(*zip(*series, strict=True), label=name, marker=marker)
             ax.set_xlabel("step")

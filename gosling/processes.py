@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from gosling import config
 from gosling.config import UserError, print0
 from wkv_cuda import fused
+
+import torch
+import torch.distributed as dist
 
 START_MINUTES = 5  # until all processes must be there
 

@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from gosling import files, runs
 from gosling.batch import score_answers
 from gosling.config import UserError, print0, show
@@ -19,6 +17,8 @@ from gosling.engine import Completion, generate
 from gosling.files import primitive
 from gosling.rewards import call_reward, columns_of, reward_functions
 from gosling.user_code import call
+
+import torch
 
 
 @dataclass

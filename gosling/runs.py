@@ -14,9 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from gosling import files
 from gosling.config import UserError, config_dict, print0, show
 from gosling.files import primitive, read_json, save_torch, write_json
@@ -35,6 +32,9 @@ from gosling.processes import (
 )
 from gosling.schemas import RunNotes
 from gosling.user_code import call, catch_signals, received
+
+import numpy as np
+import torch
 
 # What a loop also calls by `runs.`, from other rooms.
 __all__ = ["Metrics", "Run", "all_reduce", "all_sum", "catch_signals", "cpu_name", "fast_dtype"]

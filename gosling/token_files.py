@@ -13,12 +13,12 @@ import struct
 from array import array
 from pathlib import Path
 
-import numpy as np
-
 from gosling.config import UserError
 from gosling.files import atomic_write, read_json
 from gosling.schemas import Sidecar
 from gosling.tokenizer import agree, load_tokenizer, noted_tokenizer, recorded_tokenizer
+
+import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, documents, documents + 1

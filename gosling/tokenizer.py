@@ -14,13 +14,13 @@ import json
 import re
 from pathlib import Path
 
-import pyrwkv_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from gosling.config import UserError
 from gosling.files import atomic_write, checked, read_json, read_text
 from gosling.hub import folder_of
 from gosling.schemas import RunConfig
+
+import pyrwkv_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 # id, literal, length in bytes

@@ -9,10 +9,6 @@ import math
 import re
 from pathlib import Path
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
 from gosling.config import UserError, print0
 from gosling.files import seen_from
 from gosling.runs import check_weights, prune
@@ -35,6 +31,10 @@ from gosling.weights import (
 from gosling.weights import fingerprint as fingerprint_of
 from model import NEVER_TRAINED, Linear
 from wkv_cuda import fused
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 
 class LoRALinear(Linear):

@@ -13,9 +13,9 @@ import select
 import signal
 import threading
 
-import torch
-
 from gosling.config import UserError, failure
+
+import torch
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if name in dir(signal)]
 

@@ -7,11 +7,6 @@ import re
 import zlib
 from pathlib import Path
 
-import torch
-import torch.nn as nn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-
 from gosling import hub
 from gosling.config import UserError
 from gosling.files import (
@@ -25,6 +20,11 @@ from gosling.files import (
 )
 from gosling.schemas import About, State
 from model import NEVER_TRAINED, RWKV, RWKVConfig
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 # ----------------------------------------------------------------------------------------------
 # files of tensors

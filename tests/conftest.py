@@ -87,6 +87,7 @@ def pytest_configure(config):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow proofs, and only them")
+    parser.addoption("--full", action="store_true", help="with --slow: whole campaigns, for hours")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 from gosling import config, runs
 from model import RWKV, RWKVConfig
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,20 +4,21 @@ import functools
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gosling import config, runs
+from gosling.config import UserError, load_config
+
 import pydantic
 import pytest
 import torch
 from helpers import ROOT
 from pydantic import NonNegativeInt, PositiveFloat
-
-from gosling import config, runs
-from gosling.config import UserError, load_config
 
 SCRIPTS = (*sorted(path.stem for path in ROOT.glob("train_*.py")), "self_reward")
 
@@ -364,3 +365,27 @@ def test_no_script_writes_outside_of_its_folder():
     """Every default out_dir lies in out/, which git ignores."""
     for script in SCRIPTS:
         assert Path(importlib.import_module(script).Config().out_dir).parts[0] == "out"
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    """A package of that name, which is found first, stands for the seconds of its import."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise KeyboardInterrupt\n")
+    for script in (*SCRIPTS, "sample", "prepare", "export", "eval"):
+        command = [sys.executable, f"{script}.py", "--help"]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (script, done.stderr) == (script, "interrupted\n")
+        assert done.returncode == -signal.SIGINT
+
+
+def test_a_reader_that_has_enough_of_the_help():
+    command = f"{sys.executable} train_sft.py --help | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("usage") and done.stderr == ""

@@ -9,12 +9,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import wkv_cuda
+from wkv_cuda import cuda_seq, native
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-
-import wkv_cuda
-from wkv_cuda import cuda_seq, native
 
 ROOT = Path(__file__).resolve().parent.parent
 N, H = 64, 2

@@ -3,15 +3,15 @@
 import json
 import tracemalloc
 
-import pytest
-from helpers import ROOT, documents, write
-
 import prepare
 from gosling.batch import pack, pad
 from gosling.chat import render_chat
 from gosling.config import UserError
 from gosling.data import FORMATS, Documents, read_examples, read_preferences, read_prompts
 from gosling.tokenizer import load_tokenizer
+
+import pytest
+from helpers import ROOT, documents, write
 
 BYTES = load_tokenizer("bytes")
 

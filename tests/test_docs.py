@@ -6,10 +6,10 @@ import inspect
 import re
 import shlex
 
+from runs import demo
+
 import pytest
 from helpers import ROOT, readme, readme_commands
-
-from runs import demo
 
 LADDER = [
     shlex.join(["python", *command])

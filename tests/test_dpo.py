@@ -3,10 +3,6 @@
 import json
 import math
 
-import pytest
-import torch
-from helpers import GROUPS, kill_after, random_model, rows, torchrun, trained_gradient, tune, write
-
 import train_dpo
 from gosling.batch import fork, score_forks
 from gosling.config import UserError
@@ -15,6 +11,10 @@ from gosling.tokenizer import load_tokenizer
 from gosling.tune import load_model
 from model import RWKV, RWKVConfig
 from train_dpo import Config, dpo_loss
+
+import pytest
+import torch
+from helpers import GROUPS, kill_after, random_model, rows, torchrun, trained_gradient, tune, write
 
 BYTES = load_tokenizer("bytes")
 

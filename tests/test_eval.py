@@ -3,14 +3,14 @@
 import json
 import math
 
-import pytest
-import torch
-from helpers import random_model
-
 from gosling.config import UserError, read_flags
 from gosling.data import render_chat
 from gosling.engine import generate
 from gosling.tokenizer import load_tokenizer
+
+import pytest
+import torch
+from helpers import random_model
 
 pytest.importorskip("lm_eval")
 ROWS = [
@@ -237,9 +237,9 @@ def test_an_error_of_our_own_keeps_its_traceback(files, monkeypatch):
 
 
 def test_generation_kwargs_act_and_what_is_unknown_is_said(files, capsys):
-    from lm_eval.api.instance import Instance
-
     import eval
+
+    from lm_eval.api.instance import Instance
 
     _, model, tokenizer = files
     lm = eval.adapter(model, tokenizer)
@@ -263,9 +263,9 @@ def test_generation_kwargs_act_and_what_is_unknown_is_said(files, capsys):
 
 def test_empty_texts_and_pairs_that_merge(files):
     """Empty texts score 0. A pair whose border lies in a token of World loses no character."""
-    from lm_eval.api.instance import Instance
-
     import eval
+
+    from lm_eval.api.instance import Instance
 
     _, model, tokenizer = files
     lm = eval.adapter(model, tokenizer)

@@ -5,12 +5,6 @@ import copy
 import json
 import re
 
-import pytest
-import torch
-from helpers import RANKS, random_model
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
 import export
 import prepare
 from gosling.config import UserError
@@ -19,6 +13,12 @@ from gosling.tune import write_tuned
 from gosling.weights import read_metadata, read_weights, write_weights
 from model import RWKV
 from wkv_cuda import wkv7
+
+import pytest
+import torch
+from helpers import RANKS, random_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 IDX = torch.randint(0, 320, (1, 40), generator=torch.Generator().manual_seed(1))
 V012 = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"]

@@ -9,13 +9,13 @@ import sys
 import zipfile
 from dataclasses import dataclass
 
+from gosling import files, schemas
+from gosling.config import UserError
+
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-
-from gosling import files, schemas
-from gosling.config import UserError
 
 
 @dataclass

@@ -12,6 +12,19 @@ import subprocess
 import sys
 import time
 
+import train_grpo
+import train_reward
+from config import rewards as kit
+from gosling import config
+from gosling.batch import fork, score_forks
+from gosling.config import UserError
+from gosling.rollouts import combine_rewards
+from gosling.runs import shuffled
+from gosling.tokenizer import load_tokenizer
+from gosling.tune import load_model
+from model import RWKV, RWKVConfig
+from train_grpo import Config, group_advantages, grpo_loss, policy_loss
+
 import pytest
 import torch
 from helpers import (
@@ -32,19 +45,6 @@ from helpers import (
     tune,
     write,
 )
-
-import train_grpo
-import train_reward
-from config import rewards as kit
-from gosling import config
-from gosling.batch import fork, score_forks
-from gosling.config import UserError
-from gosling.rollouts import combine_rewards
-from gosling.runs import shuffled
-from gosling.tokenizer import load_tokenizer
-from gosling.tune import load_model
-from model import RWKV, RWKVConfig
-from train_grpo import Config, group_advantages, grpo_loss, policy_loss
 
 BYTES = load_tokenizer("bytes")
 

@@ -12,13 +12,13 @@ import shutil
 import subprocess
 import sys
 
+import wkv_cuda
+from wkv_cuda import cuda, cuda_seq
+
 import pytest
 import torch
 from helpers import ROOT
 from torch.utils.checkpoint import checkpoint
-
-import wkv_cuda
-from wkv_cuda import cuda, cuda_seq
 
 N = 64
 NAMES = {

@@ -6,15 +6,15 @@ import re
 import subprocess
 import sys
 
-import pytest
-import torch
-from helpers import RANKS, ROOT, random_model
-
 import wkv_cuda
 from gosling.config import UserError
 from gosling.weights import config_of
 from model import RWKV, RWKVConfig
 from wkv_cuda import fused
+
+import pytest
+import torch
+from helpers import RANKS, ROOT, random_model
 
 
 @pytest.mark.parametrize("version", ["x060", "x070"])

@@ -11,12 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from model import RWKV, RWKVConfig
+from wkv_cuda import cpu, cuda, cuda_seq, fused, native
+
 import pytest
 import torch
 from helpers import ROOT
-
-from model import RWKV, RWKVConfig
-from wkv_cuda import cpu, cuda, cuda_seq, fused, native
 
 FORMS = {"_cpu": cpu, "": cuda_seq, "_chunk": cuda}
 

@@ -10,16 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import tokenizers
-
 import prepare
 from gosling import tokenizer
 from gosling.config import UserError
 from gosling.data import read_examples, read_preferences, read_prompts, read_replies
 from gosling.token_files import TokenFile, TokenFileWriter
 from gosling.tokenizer import load_tokenizer
+
+import numpy as np
+import pytest
+import tokenizers
 
 ROOT = Path(prepare.__file__).parent
 

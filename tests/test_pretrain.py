@@ -8,11 +8,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-import pytest
-import torch
-from helpers import ROOT, command, kill_after, rows, torchrun
-
 import train_pretrain
 from gosling import config, files, runs
 from gosling.config import UserError
@@ -20,6 +15,11 @@ from gosling.token_files import TokenFile, TokenFileWriter
 from gosling.tokenizer import load_tokenizer
 from model import RWKV, RWKVConfig
 from train_pretrain import Config, magic_prime, window_starts
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, command, kill_after, rows, torchrun
 
 
 def tiny(prefix, out, **over):

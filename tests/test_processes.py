@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 
+from model import RWKV, RWKVConfig
+
 import pytest
 from helpers import ROOT, rows, write
-
-from model import RWKV, RWKVConfig
 
 
 def free_port():

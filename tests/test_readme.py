@@ -9,12 +9,12 @@ import shutil
 import subprocess
 import sys
 
+from model import RWKV, RWKVConfig
+
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, readme, readme_commands
-
-from model import RWKV, RWKVConfig
 
 pytestmark = pytest.mark.slow
 TABLES = [c for c in re.findall(r"`(python [^`]*)`", readme()) if "bench/" not in c]

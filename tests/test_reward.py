@@ -5,10 +5,6 @@ import json
 import math
 import random
 
-import pytest
-import torch
-from helpers import kill_after, random_model, rows, torchrun, write
-
 import export
 import train_reward
 from gosling.batch import score_answers
@@ -19,6 +15,10 @@ from gosling.tune import load_model
 from gosling.weights import base_weights
 from model import RWKV, RWKVConfig
 from train_reward import Config, preference_loss, ranking_loss, row_loss
+
+import pytest
+import torch
+from helpers import kill_after, random_model, rows, torchrun, write
 
 BYTES = load_tokenizer("bytes")
 

@@ -6,14 +6,14 @@ import functools
 import math
 import types
 
-import numpy as np
-import pytest
-import torch
-
 from gosling import judge, rollouts
 from gosling.config import UserError
 from gosling.engine import Completion
 from gosling.rewards import call_reward, columns_of, reward_functions
+
+import numpy as np
+import pytest
+import torch
 
 PROMPTS, TEXTS = ["p1", "p2", "p3"], ["one", "three", "five5"]
 COLUMNS = {"answer": ["a", "b", None], "completion_ids": [[1], [2, 3], [4]]}

@@ -3,14 +3,14 @@
 import itertools
 import json
 
-import pytest
-import tokenizers
-from helpers import write
-
 import prepare
 from gosling.config import UserError
 from gosling.data import read_examples, read_preferences, render_row
 from gosling.tokenizer import load_tokenizer
+
+import pytest
+import tokenizers
+from helpers import write
 
 BYTES = load_tokenizer("bytes")
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -11,13 +11,13 @@ import sys
 import types
 from dataclasses import dataclass
 
+from gosling import files, runs
+from gosling.config import UserError
+
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, random_model
-
-from gosling import files, runs
-from gosling.config import UserError
 
 ONE_CPU = runs.Run(0, 1, torch.device("cpu"), torch.float32)
 

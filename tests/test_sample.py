@@ -8,12 +8,6 @@ import subprocess
 import sys
 import time
 
-import helpers
-import numpy as np
-import pytest
-import torch
-from helpers import ROOT
-
 import sample
 from gosling import batch, engine, weights
 from gosling.config import UserError, read_flags
@@ -21,6 +15,12 @@ from gosling.data import render_chat
 from gosling.tokenizer import load_tokenizer
 from model import RWKV, RWKVConfig
 from wkv_cuda import cpu, fused
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
 
 
 def random_model(version="x070"):

@@ -12,11 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from helpers import ROOT, write
-
 import self_reward
 import train_dpo
 import train_sft
@@ -29,6 +24,11 @@ from gosling.tune import load_model
 from gosling.weights import fingerprint
 from model import RWKV, RWKVConfig
 from self_reward import Config, choose_pair, judge_metrics, parse_score
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, write
 
 BYTES = load_tokenizer("bytes")
 RUN = Run(0, 1, torch.device("cpu"), torch.float32)

@@ -5,10 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-import torch
-from helpers import ROOT, documents, kill_after, random_model, rows, torchrun, write
-
 import prepare
 import sample
 import train_sft
@@ -20,6 +16,10 @@ from gosling.tokenizer import load_tokenizer
 from gosling.tune import LoRALinear, load_tuned, write_tuned
 from model import RWKV, RWKVConfig, pieces
 from train_sft import Config
+
+import pytest
+import torch
+from helpers import ROOT, documents, kill_after, random_model, rows, torchrun, write
 
 BYTES = load_tokenizer("bytes")
 

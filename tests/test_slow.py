@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 
+from model import RWKV
+
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-
-from model import RWKV
 
 pytestmark = pytest.mark.slow
 

@@ -7,20 +7,6 @@ import sys
 import types
 from pathlib import Path
 
-import pytest
-import torch
-from helpers import (
-    ROOT,
-    documents,
-    kill_after,
-    random_model,
-    rows,
-    torchrun,
-    trained_gradient,
-    tune,
-    write,
-)
-
 import export
 import train_sft
 import train_state
@@ -35,6 +21,20 @@ from gosling.tune import load_model, load_to_tune, save_state, task_states
 from gosling.weights import fingerprint, read_state, write_state
 from model import RWKV, RWKVConfig
 from train_state import Config
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    documents,
+    kill_after,
+    random_model,
+    rows,
+    torchrun,
+    trained_gradient,
+    tune,
+    write,
+)
 
 BYTES = load_tokenizer("bytes")
 

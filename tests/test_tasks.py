@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
 import tasks
 from gosling.config import UserError
+
+import pytest
 
 ROOT = Path(tasks.__file__).parent
 

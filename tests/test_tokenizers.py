@@ -5,10 +5,6 @@ import pathlib
 import random
 import re
 
-import pytest
-import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
-
 from gosling import tokenizer as tokenizer_module
 from gosling.config import UserError
 from gosling.data import render_chat
@@ -21,6 +17,10 @@ from gosling.tokenizer import (
     tokenizer_of,
     train_bpe,
 )
+
+import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 TEXTS = [
     "",

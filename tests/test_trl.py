@@ -9,12 +9,12 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="pip install trl==1.16.0 to compare with it")
+from train_dpo import dpo_loss
+from train_grpo import policy_loss
+
 from helpers import LP, MASK, OLD, REDUCTIONS, REF, SAID, A
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
-
-from train_dpo import dpo_loss
-from train_grpo import policy_loss
 
 ALONE = SimpleNamespace(
     gather=lambda x: x,

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 
-import pytest
-import torch
-from helpers import ROOT
-
 from gosling.config import UserError
 from gosling.rewards import call_reward
 from gosling.user_code import call, calls, catch_signals
+
+import pytest
+import torch
+from helpers import ROOT
 
 
 class Unusual(BaseException):

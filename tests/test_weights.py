@@ -6,11 +6,6 @@ import json
 import random
 from dataclasses import dataclass
 
-import pytest
-import torch
-from helpers import RANKS, random_model
-from safetensors.torch import load_file, save_file
-
 import export
 import sample
 from gosling import engine
@@ -20,6 +15,11 @@ from gosling.tokenizer import load_tokenizer, tokenizer_of
 from gosling.tune import load_model, load_to_tune, load_tuned, origin, write_tuned
 from gosling.weights import fingerprint, read_metadata, read_state, read_weights, write_state
 from model import RWKV
+
+import pytest
+import torch
+from helpers import RANKS, random_model
+from safetensors.torch import load_file, save_file
 
 IDX = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(1))
 

@@ -6,13 +6,13 @@ import re
 import subprocess
 import sys
 
-import pytest
-import torch
-from helpers import ROOT
-
 import wkv_cuda
 from wkv_cuda import cpu, wkv6, wkv7
 from wkv_cuda.chunked import unit_lower_inverse
+
+import pytest
+import torch
+from helpers import ROOT
 
 KINDS = ["plain", "repeated", "fastest", "slowest"]
 

@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 os.environ["OMP_NUM_THREADS"] = "1"  # a forked process waits for ever for its parent's threads
 
-from targets import TARGETS
-
 from gosling.config import UserError
+
+from targets import TARGETS
 
 SECONDS, MEMORY = 20, 3 << 30  # of a try
 KINDS = ("ok", "error", "vague", "traceback", "hang", "crash")

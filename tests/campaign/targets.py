@@ -4,10 +4,6 @@ import json
 import typing
 from pathlib import Path
 
-import numpy as np
-import odd
-import torch
-
 import export
 import prepare
 import sample
@@ -20,6 +16,10 @@ import train_reward
 import train_sft
 from gosling import data, engine, metrics, runs, token_files, tokenizer, tune, weights
 from model import RWKV, RWKVConfig
+
+import numpy as np
+import odd
+import torch
 
 RUN = runs.Run(0, 1, torch.device("cpu"), torch.float32)
 BYTES = tokenizer.load_tokenizer("bytes")
