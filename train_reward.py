@@ -122,9 +122,10 @@ def ranking_loss(rewards, scores):
     Each answer is chosen from itself and all that score less, so equal scores teach nothing about
     each other. Without ties this is the likelihood of the ranking.
     """
-    scores = torch.as_tensor(scores, device=rewards.device)
-    itself = torch.eye(len(scores), dtype=torch.bool, device=rewards.device)
+    scores = torch.tensor(scores, dtype=torch.float64)  # in float32 near ones would be equal
+    itself = torch.eye(len(scores), dtype=torch.bool)
     choices = itself | (scores < scores[:, None])  # [K, K]: row i has what answer i is chosen from
+    choices = choices.to(rewards.device)
     chosen_from = rewards.expand_as(choices).masked_fill(~choices, -math.inf)
     return (chosen_from.logsumexp(1) - rewards).sum()
 

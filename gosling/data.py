@@ -521,6 +521,7 @@ def render_preference(row, tokenizer):
                 f"got {answers!r:.60} and {scores!r:.60}",
                 "responses and scores that do not go in pairs",
             )
+        scores = [float(score) for score in scores]
     else:
         for key in ("chosen", "rejected"):
             if key not in row:

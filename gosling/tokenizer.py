@@ -345,8 +345,13 @@ def noted_tokenizer(note, where):
 
 
 def named_in(where, name, folder=""):
-    """load_tokenizer of a name that stands in a file, `where`, which an error names, too."""
+    """load_tokenizer of a name that stands in a file, `where`, which an error names, too.
+
+    A folder is none, since its config.json might name this one again.
+    """
     try:
+        if name not in ("world", "bytes") and Path(folder, name).is_dir():
+            raise UserError(f"{name!r} is a folder; expected a name or a file in it")
         return load_tokenizer(name, folder)
     except UserError as e:
         raise UserError(f"{where} names a tokenizer: {e}") from e

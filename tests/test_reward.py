@@ -9,7 +9,7 @@ import export
 import train_reward
 from gosling.batch import score_answers
 from gosling.config import UserError
-from gosling.data import Preference, read_preferences
+from gosling.data import Preference, read_preferences, render_preference
 from gosling.tokenizer import load_tokenizer
 from gosling.tune import load_model
 from gosling.weights import base_weights
@@ -47,6 +47,14 @@ def test_losses_by_hand():
     assert c.grad.tolist() == [pytest.approx(-1 / (1 + math.exp(float(a - b)))) for a, b in pairs]
 
 
+def test_scores_of_any_size_are_numbers():
+    losses = []
+    for scores in ([1, 10**30], [10**30, 1]):
+        row = {"prompt": "a", "responses": ["b", "c"], "scores": scores}
+        losses.append(row_loss(t(0.0, 1.0), render_preference(row, BYTES), Config()).item())
+    assert losses == pytest.approx([math.log1p(math.exp(-1)), math.log1p(math.exp(1))], abs=1e-12)
+
+
 def test_ranking_and_regression():
     c, r = t(1.0, 0.2), t(0.5, 0.4)
     swapped = preference_loss(r, c) - preference_loss(c, r)
@@ -60,6 +68,8 @@ def test_ranking_and_regression():
     want = math.log(sum(map(math.exp, s))) - s[2] + math.log(math.exp(s[0]) + math.exp(s[1])) - s[0]
     assert ranking_loss(t(*s), [5, 1, 9]).item() == pytest.approx(want, abs=1e-9)
     # Two best answers of the same score: each against the worst alone, and nothing between them.
+    huge = ranking_loss(t(*s), [2**24, 1.0, 2**24 + 1.0]).item()
+    assert huge == pytest.approx(want, abs=1e-9)  # no tie, as it were in float32
     tied = sum(ranking_loss(t(s[i], s[1]), [2, 1]).item() for i in (0, 2))
     rewards = t(*s).requires_grad_()
     loss = ranking_loss(rewards, [5, 1, 5])

@@ -446,6 +446,12 @@ def test_half_a_surrogate_pair_is_the_same_error_in_every_tokenizer(bpe, world):
             t.encode("a\ud800")
 
 
+def test_a_config_that_names_its_own_folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"tokenizer": "."}')
+    with pytest.raises(UserError, match=r"config\.json names a tokenizer: '\.' is a folder"):
+        load_tokenizer(tmp_path)
+
+
 def test_the_token_that_ends_a_document_can_be_named(bpe, tmp_path):
     path = tmp_path / "t.json"
     vocab = {"<pad>": 0, "a": 1, "<end>": 2}
