@@ -194,6 +194,7 @@ def keep_as(path, previous):
     try:
         os.link(path, second)
         os.replace(second, previous)
+        second.unlink(missing_ok=True)  # still there if both were names of one file already
     except OSError:  # a file system without links
         os.replace(path, previous)
 

@@ -9,7 +9,7 @@ import typing
 from pathlib import PurePath
 
 import pydantic
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat
+from pydantic import Field, FiniteFloat, PositiveFloat
 
 
 def check_path(text):
@@ -42,6 +42,13 @@ def check_number(text):
     return text
 
 
+def check_integer(number):
+    """ValueError for an integer, in the place of a float, that no tensor holds."""
+    if isinstance(number, int) and abs(number) >= 2**63:
+        raise ValueError("expected a number below 2^63")
+    return number
+
+
 def check_plain(value):
     """ValueError for what `primitive` of files.py does not make: no number, text, list or dict."""
     inside = value if isinstance(value, (list, tuple)) else ()
@@ -53,6 +60,9 @@ def check_plain(value):
 
 
 Count = typing.Annotated[int, Field(ge=0, lt=2**63)]
+Number = typing.Annotated[float, pydantic.BeforeValidator(check_integer)]
+FiniteNumber = typing.Annotated[FiniteFloat, pydantic.BeforeValidator(check_integer)]
+MaskValue = typing.Annotated[float | bool, Field(ge=0, le=1)]
 Text = typing.Annotated[str, pydantic.AfterValidator(check_text)]
 FileName = typing.Annotated[object, pydantic.AfterValidator(check_path)]
 NumberInText = typing.Annotated[str, pydantic.AfterValidator(check_number)]
@@ -117,16 +127,16 @@ class State(Note):
     model: FileName = ""
     fingerprint: str | None = None
     tokenizer: FileName = ""
-    score: list[FiniteFloat] | None = None
-    att_shift: list[list[float]] | None = None
-    ffn_shift: list[list[float]] | None = None
+    score: list[FiniteNumber] | None = None
+    att_shift: list[list[Number]] | None = None
+    ffn_shift: list[list[Number]] | None = None
 
 
 class Measured(Note):
     """A line of metrics.jsonl: the step, and a number under each name."""
 
-    __pydantic_extra__: dict[str, float | bool | None]
-    step: NonNegativeInt
+    __pydantic_extra__: dict[str, Number | bool | None]
+    step: Count
 
 
 class Message(Note):
@@ -136,21 +146,21 @@ class Message(Note):
 class Candidate(Note):
     """A line of candidates.jsonl, of self_reward.py."""
 
-    number: NonNegativeInt
-    candidate: NonNegativeInt
+    number: Count
+    candidate: Count
     prompt: Text | list[dict]
     text: Text
-    tokens: NonNegativeInt
-    ids: list[NonNegativeInt] = []
+    tokens: Count
+    ids: list[Count] = []
 
 
 class Judgement(Note):
     """A line of scores.jsonl."""
 
-    number: NonNegativeInt
-    candidate: NonNegativeInt
-    score: FiniteFloat | None
-    parsed: FiniteFloat
+    number: Count
+    candidate: Count
+    score: FiniteNumber | None
+    parsed: FiniteNumber
     said: list[Text] = []
 
 
@@ -160,8 +170,8 @@ class Pair(Note):
     prompt: Text | typing.Annotated[list[dict], Field(min_length=1)]
     chosen: Text
     rejected: Text
-    chosen_score: float | None = None
-    rejected_score: float | None = None
+    chosen_score: Number | None = None
+    rejected_score: Number | None = None
 
 
 class Answer(Note):
@@ -179,7 +189,7 @@ class Sampled(Note):
 class Report(Note):
     """What a stage says of itself in done.json."""
 
-    __pydantic_extra__: dict[str, float | None]
+    __pydantic_extra__: dict[str, Number | None]
     dropped: dict[Text, int] = {}
 
 
@@ -191,18 +201,18 @@ class Done(Note):
     judge_model: FileName = ""
     undone: FileName = ""
     report: Report = Report()
-    value: FiniteFloat | None = None
-    tokens: float | None = None
-    kl: float | None = None
+    value: FiniteNumber | None = None
+    tokens: Number | None = None
+    kl: Number | None = None
 
 
 class Completion(Note):
     """One of a group's answers, in last.pt of train_grpo.py."""
 
-    tokens: list[NonNegativeInt]
-    mask: list[float | bool]
-    logprobs: list[float] | None
-    old: list[float] | None = None
+    tokens: list[Count]
+    mask: list[MaskValue]
+    logprobs: list[Number] | None
+    old: list[Number] | None = None
     text: str
     finish_reason: str
 
@@ -217,12 +227,12 @@ class Completion(Note):
 class Group(Note):
     """A prompt and its answers, sampled and rewarded, that are still to be trained on."""
 
-    number: NonNegativeInt
-    ids: list[NonNegativeInt]
+    number: Count
+    ids: list[Count]
     completions: list[Completion]
-    reward: list[float]
-    rewards: dict[str, list[float | None]]
-    advantages: list[FiniteFloat]
+    reward: list[Number]
+    rewards: dict[str, list[Number | None]]
+    advantages: list[FiniteNumber]
 
     @pydantic.model_validator(mode="after")
     def check_lengths(self):
@@ -242,10 +252,10 @@ class Optimizer(Note):
 class Last(Note):
     """last.pt without its tensors."""
 
-    step: NonNegativeInt
+    step: Count
     same: typing.Annotated[dict[str, object], pydantic.AfterValidator(check_plain)]
-    best_loss: float = math.inf
-    best_losses: dict[str, float] = {}
-    waited: NonNegativeInt = 0
-    cursor: NonNegativeInt = 0
+    best_loss: Number = math.inf
+    best_losses: dict[str, Number] = {}
+    waited: Count = 0
+    cursor: Count = 0
     groups: list[Group] = []

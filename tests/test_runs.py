@@ -388,6 +388,19 @@ def test_one_flipped_bit_of_last_is_seen_and_the_one_before_is_used(tmp_path, ca
         resume(cfg, model)
 
 
+def test_killed_between_the_two_names_of_a_checkpoint(tmp_path):
+    """last.pt has its second name already, and not yet its new content; the next save leaves two
+    files, and no third name of theirs."""
+    model, path = random_model("x070", n_layer=1, n_embd=64), tmp_path / "run/last.pt"
+    save(settings(tmp_path), model, step=1)
+    previous = path.with_name("last.previous.pt")
+    os.link(path, previous)
+    save(settings(tmp_path), model, step=2)
+    steps = [torch.load(file)["step"] for file in (path, previous)]
+    assert steps == [2, 1]
+    assert {file.name for file in path.parent.glob("*last*")} == {path.name, previous.name}
+
+
 def test_a_folder_is_for_one_run_at_a_time(tmp_path):
     """The lock is the system's: another process is refused, and a killed one leaves none."""
     hold = (
