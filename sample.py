@@ -7,26 +7,33 @@
     python sample.py --model=... --prompt="a long text" --save_state=cache.pth
     python sample.py batch in.jsonl out.jsonl --model=... --n=4
 
-Several states answer side by side. A state that is saved after a prompt is one that --state goes on
-from. batch writes each row again, with "completions"; killed and run again, it goes on. What the
-rows are made with stands in out.jsonl.json. No compiler is needed, and a CPU is enough.
+Several states answer side by side. A state that is saved after a prompt, or by /save in a chat, is
+one that --state goes on from. G1 models think first with --think=on, and answer at once with
+--think=off. batch writes each row again, with "completions"; killed and run again, it goes on. What
+the rows are made with stands in out.jsonl.json. No compiler is needed, and a CPU is enough.
 gosling/engine.py does the work.
 """
 
+import contextlib
+import importlib
 import json
+import os
 import re
+import select
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gosling import engine, weights
+from gosling.chat import is_blank
 from gosling.config import UserError, read_flags
 from gosling.data import read_jsonl, render_chat, render_prompt
-from gosling.engine import TURNS, Completion, generate, score_choices, stream
+from gosling.engine import TURNS, generate, score_choices, stream
 from gosling.files import digest, locked, read_json, read_text, seen_from, whole_lines, write_json
 from gosling.processes import pick_device
 from gosling.rows import holds_rows
+from gosling.tokenizer import agree, recorded_tokenizer
 
 import tyro
 from tqdm import tqdm
@@ -43,8 +50,9 @@ class Config(engine.Sampling):
     model: str = ""  # weights, a LoRA or a state; empty = the one that the state was tuned on
     prompt: str = ""  # text to continue
     prompts: str = ""  # file with a prompt a line, or .jsonl with {"prompt": text or messages}
-    chat: bool = False  # talk: a turn a line, an empty line or Ctrl-D ends
+    chat: bool = False  # talk; Ctrl-D ends, /help lists the commands
     system: str = ""  # chat: a system turn to begin with
+    think: Literal["", "on", "off"] = ""  # chat: begin replies as G1 models do that think, or not
     stop: Repeated = ()  # text that ends a sample; repeated: any of them
     escape: bool = False  # read \n, \t, \r and \\ in prompt, system and stop as in Python
     state: Repeated = ()  # tuned state; repeated: side by side; "none" is one too
@@ -139,12 +147,12 @@ def read_prompts(path, tokenizer, column="prompt"):
     return [render({column: line}) for line in lines if line.strip()]
 
 
-def print_stream(pieces, tokenizer, stop=()):
-    """Print one sample as it comes -> its Completion
+def new_text(pieces, tokenizer, stop=()):
+    """Yield (the text to show next, the Completion so far) of one sample, as it comes.
 
     A character whose bytes are not all there yet waits, and so does what may become a stop text.
     """
-    shown, completion = "", Completion()
+    shown = ""
     for _, completion in pieces:
         text = completion.text
         if not completion.finish_reason:
@@ -153,39 +161,230 @@ def print_stream(pieces, tokenizer, stop=()):
             held_back = max((len(s) for s in beginnings if text.endswith(s)), default=0)
             text = text[: len(text) - held_back]
         if text.startswith(shown):
-            print(text[len(shown) :], end="", flush=True)
+            yield text[len(shown) :], completion
             shown = text
+
+
+def print_stream(pieces, tokenizer, stop=()):
+    """Print one sample as it comes."""
+    for text, _ in new_text(pieces, tokenizer, stop):
+        print(text, end="", flush=True)
     print(flush=True)
-    return completion
 
 
-def read_turn():
-    """A line of the user's; empty at the end. One that is not UTF-8 is asked for again."""
+# ----------------------------------------------------------------------------------------------
+# chat
+
+COMMANDS = {"/reset": False, "/save": True, "/load": True, "/help": False}  # with a file or not
+HELP = '''\
+/reset      begin again, where this chat began
+/save FILE  keep the state of this chat in FILE, a .pth; --chat --state=FILE goes on from it
+/load FILE  go on from such a file
+/help       this list
+A line that ends in \\ goes on in the next. Text between """ and """ may have many lines, and may
+begin with /. Ctrl-C stops an answer, Ctrl-D ends the chat.'''
+STYLES = {"user": "\033[36m", "name": "\033[1m", "thought": "\033[2m", "plain": "\033[0m"}
+
+
+class Typed(NamedTuple):
+    text: str  # of one turn; it may have several lines
+    is_command: bool
+
+
+@dataclass
+class Talk:
+    """A chat so far, as the template renders it: ids, and the state after those that are read."""
+
+    opening: list  # messages before the next turn that are not read yet
+    state: dict | None = None  # after ids[:n_read]; None = the initial state
+    ids: list = field(default_factory=list)  # read or to be read since the chat or its state began
+    n_read: int = 0
+
+
+def styles_for(stream, environment):
+    """{name: escape sequence}, all empty but on a terminal, and with NO_COLOR set."""
+    is_plain = environment.get("NO_COLOR") or environment.get("TERM") == "dumb"
+    if is_plain or not stream.isatty():
+        return dict.fromkeys(STYLES, "")
+    return STYLES
+
+
+def read_line(prompt):
+    """A line as typed, None at the end. One that is not UTF-8 is asked for again."""
     while True:
         try:
-            return utf8(input("User: "), "this line").strip()
+            return utf8(input(prompt), "this line")
         except EOFError:
-            return ""
+            return None
         except UserError as e:
             print(f"\nerror: {e}", file=sys.stderr)
 
 
-def chat(model, tokenizer, cfg, options, state=None):
-    """Turns in, turns out. The state after the conversation is kept; only what is new is read."""
-    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
+def is_more_waiting():
+    """Whether a terminal has another line already: those of a paste come at once."""
+    if os.name == "nt" or not sys.stdin.isatty():
+        return False
+    ready, _, _ = select.select([sys.stdin], [], [], 0.05)
+    return bool(ready)
+
+
+def read_turn(read=read_line, is_more=is_more_waiting):
+    """A turn or a command -> Typed; None at the end of what is typed."""
+    line = read("User: ")
+    if line is None:
+        return None
+    if line.lstrip().startswith('"""'):
+        return Typed(read_block(line.lstrip().removeprefix('"""'), read), False)
+    if line.startswith("/") and "\n" not in line:
+        return Typed(line.strip(), True)
+    text = line
+    while text.endswith("\\") or is_more():
+        line = read("... ")
+        text = text.removesuffix("\\")
+        if line is None:
+            break
+        text += "\n" + line
+    return Typed(text, False)
+
+
+def read_block(line, read):
+    """The lines up to one that ends in three double quotes, or to the end of what is typed."""
+    lines = []
+    while line is not None and not line.rstrip().endswith('"""'):
+        lines.append(line)
+        line = read("... ")
+    if line is not None:
+        lines.append(line.rstrip().removesuffix('"""'))
+    return "\n".join(lines)
+
+
+def catch_up(model, talk, ids):
+    """Read what is still to be read of a chat, and `ids` after it -> the state behind them."""
+    unread = talk.ids[talk.n_read :] + ids
+    if not unread:
+        return talk.state
+    return engine.prefill(model, [unread], talk.state)[1]
+
+
+def answer(model, tokenizer, talk, text, options, think):
+    """Answer a turn; the chat then holds both as the template renders them, and nothing else.
+
+    Ctrl-C ends the answer where it is. Without an answer the chat is as it was before the turn.
+    """
+    messages = [*talk.opening, {"role": "user", "content": text}]
+    ids, _ = render_chat(messages, tokenizer, generation_prompt=True)
+    begun, _ = render_chat(messages, tokenizer, generation_prompt=True, think=think)
+    reply = tokenizer.decode(begun[len(ids) :])
+    styles, note, has_text = styles_for(sys.stdout, os.environ), "", False
+    print(f"\n{styles['name']}Assistant:{styles['plain']}", end="")
+    print(f"{styles['thought']}{reply}{styles['plain']}", end="", flush=True)
+    try:
+        before = catch_up(model, talk, ids[:-1])
+        pieces = stream(model, [ids[-1:] + begun[len(ids) :]], state=before, **options)
+        for piece, completion in new_text(pieces, tokenizer, options["stop"]):
+            reply, has_text = reply + piece, has_text or not is_blank(piece)
+            is_thought = reply.rfind("<think") > reply.rfind("</think>")
+            style = styles["thought"] if is_thought else styles["plain"]
+            print(f"{style}{piece}{styles['plain']}", end="", flush=True)
+            if completion.finish_reason == "length":
+                note = f"(cut off: --max_new_tokens={options['max_new_tokens']})"
+    except KeyboardInterrupt:
+        note = "(stopped)"
+    if not has_text:
+        note = "(no answer; the chat is as it was before this turn)"
+    print(f"\n{styles['thought']}{note}{styles['plain']}\n" if note else "\n")
+    if not has_text:
+        return
+    # The reply is read again as the template has it, without what was generated and not shown. It
+    # ends in the blank line that comes before another turn.
+    messages.append({"role": "assistant", "content": reply})
+    rendered = render_chat(messages, tokenizer)[0][:-1] + tokenizer.encode("\n\n")
+    talk.n_read = len(talk.ids) + len(ids) - 1
+    talk.state, talk.ids, talk.opening = before, talk.ids + rendered, []
+
+
+def check_state_name(file):
+    """UserError for a file that is not to be written over with a state, or by the .json beside."""
+    note = Path(file).with_suffix(".json")
+    if Path(file).suffix != ".pth":
+        raise UserError(f"{file}: a state is kept in a file whose name ends in .pth")
+    if Path(file).exists():
+        weights.read_state(file)  # which says what it is if it is no state
+    elif note.exists():
+        raise UserError(f"{note} is there, and no state it belongs to; give another name")
+
+
+def save_talk(model, tokenizer, talk, file, path, cfg):
+    """/save"""
+    if talk.opening or not (talk.ids or talk.state):
+        raise UserError("nothing was said yet")
+    check_state_name(file)
+    talk.state, talk.n_read = catch_up(model, talk, []), len(talk.ids)
+    save_state(model, talk.state, tokenizer.decode(talk.ids), file, path, cfg)
+    print(f"{file}: the state of this chat")
+
+
+def load_talk(model, tokenizer, file, path, cfg):
+    """/load -> Talk"""
+    state, about = weights.read_state(file, model.config)
+    weights.check_base(file, about, model, path, cfg.another_base)
+    recorded = recorded_tokenizer(file, 0, tokenizer.name, about)
+    agree({"this chat": tokenizer, file: recorded})
+    print(f"{file}: the chat goes on from it")
+    return Talk([], {key: value.to(model.emb.weight.device) for key, value in state.items()})
+
+
+def read_command(line):
+    """-> (command, its file or ""); UserError for what is no command."""
+    word, _, rest = line.partition(" ")
+    if word not in COMMANDS:
+        raise UserError(
+            f'{word}: no such command, /help lists them; text that begins with / goes between """'
+        )
+    if COMMANDS[word] != bool(rest.strip()):
+        raise UserError(f"{word} takes {'a file' if COMMANDS[word] else 'nothing'} behind it")
+    return word, os.path.expanduser(rest.strip())
+
+
+def chat(model, tokenizer, cfg, options, state=None, path=""):
+    """Turns in, turns out, to the end of what is typed. A mistake is a line, and the chat goes on.
+
+    path: the model's file, for /save and /load.
+    """
+    opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
     options = {**options, "stop": TURNS + cfg.stop}
-    n_read, turn = 0, read_turn()
-    while turn:
-        messages.append({"role": "user", "content": turn})
-        ids, _ = render_chat(messages, tokenizer, generation_prompt=True)
-        _, state = engine.prefill(model, [ids[n_read:-1]], state)
-        n_read = len(ids) - 1
-        print("\nAssistant:", end="", flush=True)
-        pieces = stream(model, [ids[-1:]], state=state, **options)
-        completion = print_stream(pieces, tokenizer, options["stop"])
-        print()
-        messages.append({"role": "assistant", "content": completion.text.strip() or "…"})
-        turn = read_turn()
+    styles = styles_for(sys.stdout, os.environ)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):  # Windows has none
+            importlib.import_module("readline")  # gives input() a history, and takes pastes whole
+        print(f"{styles['thought']}/help lists the commands, Ctrl-D ends.{styles['plain']}\n")
+    talk = Talk(opening, state)
+    while True:
+        print(styles["user"], end="", flush=True)
+        try:
+            typed = read_turn()
+        finally:
+            print(styles["plain"], end="", flush=True)
+        if typed is None:
+            print()
+            return
+        try:
+            if not typed.is_command:
+                if typed.text.strip():
+                    answer(model, tokenizer, talk, typed.text, options, cfg.think)
+                continue
+            word, file = read_command(typed.text)
+            if word == "/reset":
+                talk = Talk(opening, state)
+                print("The chat begins again.")
+            elif word == "/save":
+                save_talk(model, tokenizer, talk, file, path, cfg)
+            elif word == "/load":
+                talk = load_talk(model, tokenizer, file, path, cfg)
+            else:
+                print(HELP)
+        except UserError as e:
+            print(f"error: {' '.join(str(e).splitlines())}", file=sys.stderr)
 
 
 def in_order(pieces, n):
@@ -216,7 +415,17 @@ def count_done(cfg, rows):
 
 def made_with(cfg, tokenizer, path):
     """What a batch's completions follow from, beside its rows: {name: value}."""
-    free = ("prompt", "prompts", "chat", "system", "escape", "save_state", "batch_size", "device")
+    free = (
+        "prompt",
+        "prompts",
+        "chat",
+        "system",
+        "think",
+        "escape",
+        "save_state",
+        "batch_size",
+        "device",
+    )
     free += ("rows", "out")
     about = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in free}
     states = [name if name == "none" else digest(name) for name in cfg.state or ("none",)]
@@ -265,6 +474,8 @@ def batch(cfg):
     The output says how far it is: killed at any moment, the next run goes on behind its last line.
     """
     cfg = read_texts(cfg)
+    if cfg.think:
+        raise UserError("--think is for --chat; batch does without it")
     model, tokenizer, states, path = load(cfg)
     if len(states) > 1:
         raise UserError("batch takes one --state")
@@ -297,26 +508,30 @@ def options_of(cfg, tokenizer):
     return {**options, "tokenizer": tokenizer}
 
 
-def save_state(model, prompt_ids, text, state, path, cfg):
-    """Read a prompt and keep the state behind it, with what `load` needs to go on from it."""
-    _, state = engine.prefill(model, [prompt_ids], state)
-    folder = Path(cfg.save_state).parent
+def save_state(model, state, text, file, path, cfg):
+    """Keep the state behind a text in a file, with what `load` needs to go on from it."""
+    folder = Path(file).parent
     tokenizer = cfg.tokenizer
     if Path(tokenizer).is_file():
         tokenizer = seen_from(tokenizer, folder)
     weights.write_state(
         state,
-        cfg.save_state,
+        file,
         model=seen_from(path, folder),
         fingerprint=weights.fingerprint(model),
         prompt=text,
         tokenizer=tokenizer,
     )
-    print(f"{cfg.save_state}: the state after {len(prompt_ids)} tokens")
 
 
 def main(cfg):
     cfg = read_texts(cfg)
+    if cfg.think and not cfg.chat:
+        raise UserError("--think is how a chat's replies begin; add --chat, or leave it out")
+    if cfg.chat and cfg.save_state:
+        raise UserError("--save_state is of a prompt; in a chat, type /save FILE")
+    if cfg.save_state:
+        check_state_name(cfg.save_state)
     model, tokenizer, states, path = load(cfg)
     options = options_of(cfg, tokenizer)
     engine.complete(model, [], engine.Options(**options))  # a mistake comes before any output
@@ -332,11 +547,12 @@ def main(cfg):
     if (cfg.chat or cfg.save_state) and (len(states) > 1 or len(prompts) > 1):
         raise UserError("--chat and --save_state take one prompt and one --state")
     if cfg.save_state:
-        (state,) = states.values()
-        save_state(model, prompt_ids[0], texts[0], state, path, cfg)
+        _, state = engine.prefill(model, prompt_ids, *states.values())
+        save_state(model, state, texts[0], cfg.save_state, path, cfg)
+        print(f"{cfg.save_state}: the state after {len(prompt_ids[0])} tokens")
         return
     if cfg.chat:
-        chat(model, tokenizer, cfg, options, *states.values())
+        chat(model, tokenizer, cfg, options, *states.values(), path)
         return
     for name, state in states.items():
         if len(states) > 1:

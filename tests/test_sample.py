@@ -11,7 +11,6 @@ import time
 import sample
 from gosling import batch, engine, weights
 from gosling.config import UserError, read_flags
-from gosling.data import render_chat
 from gosling.tokenizer import load_tokenizer
 from model import RWKV, RWKVConfig
 from wkv_cuda import cpu, fused
@@ -689,8 +688,8 @@ def test_streaming_holds_back_half_a_character(capsys):
     tokenizer = load_tokenizer("bytes")
     ids, pieces = tokenizer.encode("aé漢b"), []
     for i in range(1, len(ids) + 1):
-        pieces.append((0, sample.Completion(tokens=ids[:i])))
-    pieces.append((0, sample.Completion(tokens=ids, text="aé漢b", finish_reason="length")))
+        pieces.append((0, engine.Completion(tokens=ids[:i])))
+    pieces.append((0, engine.Completion(tokens=ids, text="aé漢b", finish_reason="length")))
     sample.print_stream(iter(pieces), tokenizer)
     assert capsys.readouterr().out == "aé漢b\n"
 
@@ -701,9 +700,9 @@ def test_streaming_never_shows_what_becomes_a_stop_text(capsys):
 
     def pieces():
         for i in range(1, len(ids)):
-            yield 0, sample.Completion(tokens=ids[:i])
+            yield 0, engine.Completion(tokens=ids[:i])
             shown.append(capsys.readouterr().out)
-        yield 0, sample.Completion(tokens=ids, text="a\n\nUs b", finish_reason="stop")
+        yield 0, engine.Completion(tokens=ids, text="a\n\nUs b", finish_reason="stop")
 
     sample.print_stream(pieces(), tokenizer, ("\n\nUser:",))
     assert (
@@ -740,35 +739,6 @@ def test_command_line(saved, tmp_path, monkeypatch, capsys):
     assert both.count("--- prompt") == 4 and "prompt 2, sample 2" in both
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand you?\n\n"))
     assert run("--chat").count("Assistant:") == 2
-
-
-def test_chat_reads_each_turn_once_and_equals_the_whole_rendering(model, monkeypatch):
-    """The state kept between turns is the state of the conversation rendered as a whole."""
-    tokenizer, seen = load_tokenizer("bytes"), []
-    real = sample.stream
-
-    def spy(m, prompts, **options):
-        seen.append((prompts[0], options["state"]))
-        return real(m, prompts, **options)
-
-    monkeypatch.setattr(sample, "stream", spy)
-    lines = iter(["hello", "and you?", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    messages = []
-
-    def render(turns, *args, **options):
-        messages.append([dict(turn) for turn in turns])
-        return render_chat(turns, *args, **options)
-
-    monkeypatch.setattr(sample, "render_chat", render)
-    sample.chat(
-        model, tokenizer, sample.Config(), dict(max_new_tokens=6, seed=0, tokenizer=tokenizer)
-    )
-    ids, _ = render_chat(messages[-1], tokenizer, generation_prompt=True)
-    _, state = model(torch.tensor([ids[:-1]]))
-    assert seen[-1][0] == ids[-1:]
-    for k in state:
-        torch.testing.assert_close(seen[-1][1][k], state[k], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
