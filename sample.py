@@ -99,6 +99,13 @@ def read_texts(cfg):
     return replace(cfg, prompt=prompt, system=system, stop=tuple(texts["stop"]))
 
 
+def check_without_chat(cfg):
+    """UserError for a flag that only a chat reads."""
+    for name in ("system", "think"):
+        if getattr(cfg, name):
+            raise UserError(f"--{name} is for --chat; add it, or leave --{name} out")
+
+
 def load(cfg):
     """-> (model, tokenizer, {name: state or None}, the model's file) of the command line.
 
@@ -175,7 +182,7 @@ def print_stream(pieces, tokenizer, stop=()):
 # ----------------------------------------------------------------------------------------------
 # chat
 
-COMMANDS = {"/reset": False, "/save": True, "/load": True, "/help": False}  # with a file or not
+COMMANDS = {"/reset": False, "/save": True, "/load": True, "/help": False}  # whether with a file
 HELP = '''\
 /reset      begin again, where this chat began
 /save FILE  keep the state of this chat in FILE, a .pth; --chat --state=FILE goes on from it
@@ -237,13 +244,14 @@ def read_turn(read=read_line, is_more=is_more_waiting):
         return Typed(read_block(line.lstrip().removeprefix('"""'), read), False)
     if line.startswith("/") and "\n" not in line:
         return Typed(line.strip(), True)
-    text = line
-    while text.endswith("\\") or is_more():
+    text, is_pasted = line, is_more()
+    while is_pasted or text.endswith("\\"):
+        text = text if is_pasted else text.removesuffix("\\")
         line = read("... ")
-        text = text.removesuffix("\\")
         if line is None:
             break
         text += "\n" + line
+        is_pasted = is_more()
     return Typed(text, False)
 
 
@@ -283,9 +291,9 @@ def answer(model, tokenizer, talk, text, options, think):
         pieces = stream(model, [ids[-1:] + begun[len(ids) :]], state=before, **options)
         for piece, completion in new_text(pieces, tokenizer, options["stop"]):
             reply, has_text = reply + piece, has_text or not is_blank(piece)
-            is_thought = reply.rfind("<think") > reply.rfind("</think>")
-            style = styles["thought"] if is_thought else styles["plain"]
-            print(f"{style}{piece}{styles['plain']}", end="", flush=True)
+            if reply.rfind("<think") > reply.rfind("</think>"):
+                piece = f"{styles['thought']}{piece}{styles['plain']}"
+            print(piece, end="", flush=True)
             if completion.finish_reason == "length":
                 note = f"(cut off: --max_new_tokens={options['max_new_tokens']})"
     except KeyboardInterrupt:
@@ -342,7 +350,8 @@ def read_command(line):
             f'{word}: no such command, /help lists them; text that begins with / goes between """'
         )
     if COMMANDS[word] != bool(rest.strip()):
-        raise UserError(f"{word} takes {'a file' if COMMANDS[word] else 'nothing'} behind it")
+        expected = "a file" if COMMANDS[word] else "nothing"
+        raise UserError(f"{word} takes {expected} behind it")
     return word, os.path.expanduser(rest.strip())
 
 
@@ -415,18 +424,8 @@ def count_done(cfg, rows):
 
 def made_with(cfg, tokenizer, path):
     """What a batch's completions follow from, beside its rows: {name: value}."""
-    free = (
-        "prompt",
-        "prompts",
-        "chat",
-        "system",
-        "think",
-        "escape",
-        "save_state",
-        "batch_size",
-        "device",
-    )
-    free += ("rows", "out")
+    free = ("prompt", "prompts", "chat", "system", "escape", "save_state", "batch_size", "device")
+    free += ("think", "rows", "out")
     about = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in free}
     states = [name if name == "none" else digest(name) for name in cfg.state or ("none",)]
     files = {"model": digest(path), "state": states, "tokenizer": f"digest {tokenizer.digest}"}
@@ -474,8 +473,7 @@ def batch(cfg):
     The output says how far it is: killed at any moment, the next run goes on behind its last line.
     """
     cfg = read_texts(cfg)
-    if cfg.think:
-        raise UserError("--think is for --chat; batch does without it")
+    check_without_chat(cfg)
     model, tokenizer, states, path = load(cfg)
     if len(states) > 1:
         raise UserError("batch takes one --state")
@@ -526,10 +524,13 @@ def save_state(model, state, text, file, path, cfg):
 
 def main(cfg):
     cfg = read_texts(cfg)
-    if cfg.think and not cfg.chat:
-        raise UserError("--think is how a chat's replies begin; add --chat, or leave it out")
-    if cfg.chat and cfg.save_state:
-        raise UserError("--save_state is of a prompt; in a chat, type /save FILE")
+    if not cfg.chat:
+        check_without_chat(cfg)
+    elif cfg.prompt or cfg.prompts or cfg.save_state or cfg.n > 1:
+        raise UserError(
+            "--chat goes without --prompt, --prompts, --n and --save_state; type what you would "
+            "say, and /save FILE"
+        )
     if cfg.save_state:
         check_state_name(cfg.save_state)
     model, tokenizer, states, path = load(cfg)
