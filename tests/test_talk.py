@@ -260,6 +260,19 @@ def test_a_saved_chat_goes_on_as_if_it_had_not_ended(run, saved, tmp_path):
     assert answers(done.stdout) == whole[2:], done.stderr
 
 
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(model, saved, tmp_path):
+    file, talk = tmp_path / "talk.pth", sample.Talk([])
+    say(model, talk, "hello", max_new_tokens=7, temperature=0)
+    cfg = read_flags(sample.Config, flags(saved))
+    sample.save_talk(model, BYTES, talk, str(file), str(saved), cfg)
+    loaded = sample.load_talk(model, BYTES, str(file), str(saved), cfg)
+    _, whole = engine.prefill(model, [talk.ids])
+    for key, value in talk.state.items():
+        assert value.any() and loaded.state[key].equal(value)
+        torch.testing.assert_close(value, whole[key], atol=2e-5, rtol=1e-4)
+    assert talk.n_read == len(talk.ids) and not loaded.ids
+
+
 def test_mistakes_are_lines_and_the_chat_goes_on(run, saved, tmp_path):
     other, small = tmp_path / "other.pth", tmp_path / "small.pth"
     sizes = {"n_layer": 2, "n_embd": 64, "vocab_size": 257}
