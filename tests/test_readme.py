@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 # GPUs, or minutes, or an extra package
 ELSEWHERE = re.compile(
     r"torchrun|^bash |_1b5|_0b1|runs/|tests|^python eval\.py"
-    r"|bench/(cpu|kernels)|bench/memory\.py$|--measure"
+    r"|bench/(cpu|kernels)|bench/memory\.py$|--measure|cuda"
 )
 TRAINING = ["--max_steps=2", "--eval_every=0", "--save_every=0"]
 SMALLER = {  # what makes a command short without making it another one
@@ -43,7 +43,7 @@ SMALLER = {  # what makes a command short without making it another one
     "bench/forks.py": ["--prompt=16", "--answer=8", "--rounds=1"],
     "bench/judge.py": ["--answers=4", "--rounds=1"],
     "bench/generate.py": ["--tokens=2", "--prompt=16", "--rounds=1"],
-    "bench/memory.py": ["--n_layer=1", "--n_embd=64", "--vocab=256"],
+    "bench/memory.py": ["--n_layer=2", "--n_embd=64", "--vocab=256"],
 }
 
 
@@ -54,7 +54,7 @@ SMALLER = {  # what makes a command short without making it another one
 def commands_of(page):
     """The command lines in a page's sh blocks, a line that ends in a backslash with the next one.
 
-    Of README also those of its tables.
+    Then those in its text: of README all, of docs/ the measurements.
     """
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     commands = []
@@ -62,8 +62,8 @@ def commands_of(page):
         if language in ("sh", "bash"):
             lines = [" ".join(line.split()) for line in block.splitlines()]
             commands += [line for line in lines if re.match(r"(python|torchrun|bash) ", line)]
-    if page.name == "README.md":
-        commands += [c for c in re.findall(r"`(python [^`]*)`", text) if "bench/" not in c]
+    in_text = r"`(python [^`]*)`" if page.name == "README.md" else r"`(python bench/[^`]*)`"
+    commands += [" ".join(command.split()) for command in re.findall(in_text, text)]
     return list(dict.fromkeys(commands))
 
 
@@ -133,7 +133,7 @@ def what_a_reader_brings(folder):
         prefs.append({"prompt": f"say {i}", "chosen": f" {i}!", "rejected": " no", "margin": 0.5})
     write(folder / "my_text.jsonl", *[{"text": "once upon a time " * 40}] * 100)
     write(folder / "chats.jsonl", *chats)
-    write(folder / "books.jsonl", *[{"text": "a long story, " * 400}] * 32)
+    write(folder / "books.jsonl", *[{"text": "a long story, " * 60}] * 32)
     write(folder / "prefs.jsonl", *prefs)
     write(folder / "answers.jsonl", *[{"prompt": "say 1", "completions": ["1!", "no"]}] * 3)
     write(folder / "prompts.jsonl", *[{"prompt": f"say {i}"} for i in range(3)])
@@ -220,12 +220,17 @@ def test_there_are_commands():
 
 
 def test_a_page_is_read_as_a_reader_reads_it(tmp_path):
-    """Long commands, other blocks, comments, prose that begins with a command's name."""
+    """Long commands, other blocks, comments, prose that begins with a command's name or has one."""
     page = tmp_path / "page.md"
     page.write_text(
         "python is a language.\n```sh\n# python no.py\npython a.py --x=1 \\\n    --y=2\n"
         "pip install b\n```\n```diff\n- python c.py\n```\npython is not run\n"
         "```bash\ntorchrun d.py\npython a.py --x=1 --y=2\n```\n"
+        "`python e.py`, `python bench/f.py\n--z`\n"
     )
-    assert commands_of(page) == ["python a.py --x=1 --y=2", "torchrun d.py"]
-    assert runnable(page) == ["python a.py --x=1 --y=2"]
+    assert commands_of(page) == [
+        "python a.py --x=1 --y=2",
+        "torchrun d.py",
+        "python bench/f.py --z",
+    ]
+    assert runnable(page) == ["python a.py --x=1 --y=2", "python bench/f.py --z"]
