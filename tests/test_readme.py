@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 # GPUs, or minutes, or an extra package
 ELSEWHERE = re.compile(
     r"torchrun|^bash |_1b5|_0b1|runs/|tests|^python eval\.py"
-    r"|bench/(cpu|kernels)|bench/memory\.py$|--measure|cuda"
+    r"|bench/(cpu|kernels|states)|bench/memory\.py$|--measure|cuda"
 )
 TRAINING = ["--max_steps=2", "--eval_every=0", "--save_every=0"]
 SMALLER = {  # what makes a command short without making it another one
@@ -39,7 +39,6 @@ SMALLER = {  # what makes a command short without making it another one
     "bench/wkv.py": ["--B=1", "--T=32", "--rounds=1"],
     "bench/train_vs_gpt.py": ["--ctx=32", "--bsz=1", "--rounds=1"],
     "bench/packing.py": ["--longest=64", "--rounds=1"],
-    "bench/states.py": ["--steps=1"],
     "bench/forks.py": ["--prompt=16", "--answer=8", "--rounds=1"],
     "bench/judge.py": ["--answers=4", "--rounds=1"],
     "bench/generate.py": ["--tokens=2", "--prompt=16", "--rounds=1"],
@@ -154,10 +153,9 @@ def what_the_small_runs_left(folder):
         answered.append({**row, "completions": [{"text": f" {row['answer']}"}, {"text": " no"}]})
     demo = folder / "out/demo"
     (demo / "samples").mkdir(parents=True)
-    write(folder / "data/tasks_samples.jsonl", *answered)
     write(demo / "samples/answers.jsonl", *answered)
     for out in ("data/tasks_pairs", "out/demo/samples/pairs"):
-        done = run(f"python tasks.py pairs data/tasks_samples.jsonl --out={out}", folder)
+        done = run(f"python tasks.py pairs out/demo/samples/answers.jsonl --out={out}", folder)
         assert done.returncode == 0, done.stderr
     (demo / "data").mkdir()
     for path in (folder / "data").glob("tasks[_.]*"):
@@ -203,7 +201,10 @@ def house(tmp_path_factory):
 # ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", filter(runnable, PAGES), ids=lambda p: str(p.relative_to(ROOT)))
+PAGES_TO_RUN = [page for page in PAGES if runnable(page)]
+
+
+@pytest.mark.parametrize("page", PAGES_TO_RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_runs(page, house, tmp_path):
     shutil.copytree(house, tmp_path, dirs_exist_ok=True)
     for command in runnable(page):
