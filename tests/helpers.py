@@ -147,16 +147,36 @@ def kill_after(cfg, steps, main):
 
 
 # ----------------------------------------------------------------------------------------------
-# README.md
+# README.md and the pages of docs/
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def page_name(page):
+    """What a page is called in a test's id: its path from the root."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks_of(page, *languages):
+    """The texts of a page's fenced blocks that are marked with one of these languages."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+    return [block for language, block in blocks if language in languages]
+
+
+def commands_of(page):
+    """The command lines in a page's blocks, a line that ends in a backslash with the next one."""
+    lines = []
+    for block in blocks_of(page, "sh", "bash", ""):
+        lines += [line.strip() for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    commands = [line for line in lines if re.match(r"(python|torchrun|bash) ", line)]
+    return [line.split("  #")[0] for line in commands]
 
 
 def readme():
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+    return PAGES[0].read_text(encoding="utf-8")
 
 
 def readme_commands():
     """The command lines in README's blocks."""
-    blocks = re.findall(r"```(?:sh|bash)?\n(.*?)```", readme(), re.S)
-    lines = [line.strip() for block in blocks for line in block.splitlines()]
-    commands = [line for line in lines if re.match(r"(python|torchrun|bash) ", line)]
-    return [line.split("  #")[0] for line in commands]
+    return commands_of(PAGES[0])

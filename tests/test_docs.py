@@ -5,11 +5,16 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
+import textwrap
 
 from runs import demo
 
 import pytest
-from helpers import ROOT, readme, readme_commands
+from helpers import PAGES, ROOT, blocks_of, commands_of, page_name, readme, readme_commands
+
+METHODS = [page for page in PAGES if page.parent.name == "methods"]
+COMMANDS = [command for page in PAGES for command in commands_of(page)]
 
 LADDER = [
     shlex.join(["python", *command])
@@ -48,7 +53,7 @@ def test_there_are_commands():
     assert len(readme_commands()) >= 8
 
 
-@pytest.mark.parametrize("command", dict.fromkeys([*readme_commands(), *LADDER]))
+@pytest.mark.parametrize("command", dict.fromkeys([*COMMANDS, *LADDER]))
 def test_scripts_configs_and_flags_exist(command):
     assert wrong_word(command) is None
 
@@ -65,6 +70,86 @@ def test_scripts_configs_and_flags_exist(command):
 )
 def test_a_wrong_command_would_be_seen(command, wrong):
     assert wrong_word(command) == wrong
+
+
+# ----------------------------------------------------------------------------------------------
+# the pages of the methods, and changes to the scripts that a page shows
+
+
+def has_lines(text, quote):
+    """Whether the quote's lines stand in the text one after the other, at whatever indentation."""
+    lines, quoted = text.splitlines(), textwrap.dedent(quote).splitlines()
+    for i in range(len(lines) - len(quoted) + 1):
+        if textwrap.dedent("\n".join(lines[i : i + len(quoted)])).splitlines() == quoted:
+            return True
+    return False
+
+
+def quotes_of(page):
+    """[(file's name, lines quoted from it)] of the blocks that begin with `# FILE.py`."""
+    found = []
+    for block in blocks_of(page, "python"):
+        first, _, rest = block.partition("\n")
+        if re.fullmatch(r"# [\w/]+\.py", first):
+            found.append((first[2:], rest))
+    return found
+
+
+def test_every_method_has_a_page_that_quotes_its_script():
+    scripts = [path.name for path in ROOT.glob("train_*.py")] + ["self_reward.py"]
+    quoted = {page.stem: {name for name, _ in quotes_of(page)} for page in METHODS}
+    for script in scripts:
+        method = script.removeprefix("train_").removesuffix(".py")
+        assert script in quoted[method], script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_what_a_page_quotes_stands_in_the_file(page):
+    for name, quote in quotes_of(page):
+        assert quote.strip(), f"{page}: an empty quote of {name}"
+        assert has_lines((ROOT / name).read_text(encoding="utf-8"), quote), f"{name}:\n{quote}"
+
+
+def test_a_quote_that_is_not_word_for_word_would_be_seen():
+    text = "def f():\n    a = 1\n    if a:\n        b = 2\n"
+    assert has_lines(text, "a = 1\nif a:\n    b = 2\n")
+    for quote in ("a = 1\nif a:\nb = 2\n", "a = 1\n    b = 2\n", "a = 1 \n", "a = 1\n\nif a:\n"):
+        assert not has_lines(text, quote)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_change_that_a_page_shows_applies(page):
+    for diff in blocks_of(page, "diff"):
+        git = ["git", "apply", "--check", "-"]
+        done = subprocess.run(git, cwd=ROOT, input=diff, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stderr}\n{diff}"
+
+
+def made_by_the_demo():
+    """The folders of out/demo: one for each stage of the ladder."""
+    return {stage.name for stage in demo.ladder(demo.Config())}
+
+
+@pytest.mark.parametrize("page", METHODS, ids=page_name)
+def test_a_page_starts_from_what_the_demo_leaves(page):
+    """A run writes to a folder of its own, and what it reads of out/demo is there."""
+    commands = commands_of(page)
+    assert commands
+    for command in commands:
+        assert not re.search(r"out\w*=out/demo", command), command
+        assert set(re.findall(r"out/demo/(\w+)", command)) <= made_by_the_demo(), command
+
+
+@pytest.mark.parametrize("page", METHODS, ids=page_name)
+def test_a_page_fits_a_narrow_window(page):
+    """No line has more than 100 columns of text, no table more than five."""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        assert len(line) <= 100, line
+        assert not line.startswith("|") or line.count(" | ") < 5, line
+
+
+# ----------------------------------------------------------------------------------------------
+# README's map, and links
 
 
 def map_of_the_house():
@@ -85,6 +170,9 @@ def test_every_module_is_in_the_map_of_the_house(folder):
     assert modules <= known
 
 
-def test_every_link_in_the_readme_leads_somewhere():
-    for target in re.findall(r"\]\(([^)]+)\)", readme()):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_link_of_a_page_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        path = page.parent / target.split("#")[0]
+        drawn_later = path.parent.name == "pictures" and not path.parent.exists()
+        assert target.startswith("https://") or path.exists() or drawn_later, target
