@@ -124,12 +124,15 @@ def is_running(pid):
 PRIMITIVES = (bool, int, float, str)
 
 
-def primitive(value, where):
+def primitive(value, where, keep_tensors=False):
     """A value of the user's, as JSON and last.pt can hold it: numbers, text, lists, dicts, None.
 
     Numbers, arrays and tensors of numpy and torch become numbers and lists, dates ISO text.
-    UserError, beginning with `where`, names the place of anything else.
+    UserError, beginning with `where`, names the place of anything else. keep_tensors: torch's with
+    a dimension stay what they are, for last.pt.
     """
+    if keep_tensors and isinstance(value, torch.Tensor) and value.dim() > 0:
+        return value
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
         value = value.tolist()
     if value is None or type(value) in PRIMITIVES:
@@ -138,11 +141,13 @@ def primitive(value, where):
         for key in value:
             if not isinstance(key, (str, int)):
                 raise UserError(f"{where} has the key {key!r}; expected text")
-        return {key: primitive(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {
+            key: primitive(item, f"{where}[{key!r}]", keep_tensors) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         if all(type(item) in PRIMITIVES for item in value):  # as tokens are
             return list(value)
-        return [primitive(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [primitive(item, f"{where}[{i}]", keep_tensors) for i, item in enumerate(value)]
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     for kind in PRIMITIVES:

@@ -264,7 +264,8 @@ def save_last(cfg, run, model, opt, same, **values):
     if run.main:
         if run.tokenizer and not (Path(cfg.out_dir) / "config.json").exists():
             write_description(cfg, run)
-        values = {name: primitive(value, name) for name, value in values.items()}
+        # Tensors stay: a second optimiser's state is a value, too.
+        values = {name: primitive(value, name, keep_tensors=True) for name, value in values.items()}
         save_torch(
             {
                 "model": {name: p.detach() for name, p in trained_parameters(model).items()},

@@ -109,6 +109,22 @@ def test_resume_goes_on_with_what_may_change_and_a_file_elsewhere(tmp_path):
     assert resume(cfg, model)["step"] == 2
 
 
+def test_a_second_optimiser_comes_back_as_tensors(tmp_path):
+    """What the Muon of docs/forks.md hands to save_last beside the step."""
+    model = random_model("x070", n_layer=1, n_embd=64)
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    muon = torch.optim.Muon([weight], lr=0.1)
+    weight.grad = torch.arange(6.0).view(3, 2)
+    muon.step()
+    save(settings(tmp_path), model, muon=muon.state_dict())
+    again = torch.optim.Muon([weight], lr=0.1)
+    again.load_state_dict(resume(settings(tmp_path, resume=True), model)["muon"])
+    assert torch.equal(
+        again.state[weight]["momentum_buffer"], muon.state[weight]["momentum_buffer"]
+    )
+    again.step()
+
+
 def test_auto_goes_on_if_there_is_something(tmp_path, monkeypatch):
     model = random_model("x070", n_layer=1, n_embd=64)
     auto, never = settings(tmp_path, resume="auto"), settings(tmp_path)
