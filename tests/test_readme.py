@@ -18,7 +18,7 @@ from model import RWKV, RWKVConfig
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, write
+from helpers import ROOT, random_model, write
 
 pytestmark = pytest.mark.slow
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -41,7 +41,7 @@ SMALLER = {  # what makes a command short without making it another one
     "bench/packing.py": ["--longest=64", "--rounds=1"],
     "bench/forks.py": ["--prompt=16", "--answer=8", "--rounds=1"],
     "bench/judge.py": ["--answers=4", "--rounds=1"],
-    "bench/generate.py": ["--tokens=2", "--prompt=16", "--rounds=1"],
+    "bench/generate.py": ["--tokens=16", "--prompt=16", "--rounds=1"],
     "bench/memory.py": ["--n_layer=2", "--n_embd=64", "--vocab=256"],
 }
 
@@ -166,7 +166,7 @@ def what_the_small_runs_left(folder):
 
 def leave_models(folder):
     """Weights, a state and a reward model in the folders of the small runs and of the demo."""
-    model = RWKV(RWKVConfig("x070", 5, 64, 257))
+    model = random_model("x070", n_layer=5, n_embd=64, vocab_size=257)
     names = ["pretrain_tasks", "sft_tiny", "dpo_tiny", "grpo_tiny"]
     names += [f"demo/{name}" for name in ("pretrain", "sft", "more", "dpo", "grpo")]
     for name in names:
