@@ -86,10 +86,7 @@ stages = {
         train_judge(**_judge),
         self_reward(choose_pair=voted, max_steps=60, **_fresh_prompts, **_dpo),
     ],
-    "quick": [
-        train_judge(**{**_judge, "max_prompts": 600, "max_steps": 60}),
-        self_reward(choose_pair=voted, first_prompt=600, max_steps=20, max_prompts=1000, **_dpo),
-    ],
+    "quick": [external_reward(reward=reward, max_steps=100, max_prompts=1600, **_dpo)],
     "external_reward": [
         external_reward(reward=reward, max_steps=200, **_dpo),
         external_reward(reward=reward, prompts="data/tasks1_prompts.jsonl", max_steps=200, **_dpo),

@@ -1,12 +1,10 @@
 """Every method on one small family of tasks, each from the one before: what runs/demo.sh runs.
 
 Two stages at a time, one thread each, as far as they do not wait for each other; a row of the table
-as each ends; at the end out/demo/report.html. A stage that is there is not run again; one that was
-cut off goes on, or begins anew.
+as each ends; at the end results.jsonl and report.html in out/demo. A stage that is there is not run
+again; one that was cut off goes on, or begins anew.
 """
 
-import base64
-import html
 import os
 import re
 import shutil
@@ -23,8 +21,9 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from gosling.config import read_flags
-from gosling.files import atomic_write, read_json, whole_lines, write_json
+from gosling.files import read_json, whole_lines, write_json, write_jsonl
 from gosling.metrics import duration
+from runs import report
 
 
 @dataclass
@@ -39,11 +38,13 @@ class Config:
 class Stage:
     name: str
     what: str  # its row in the table
+    short: str  # over its column in the report
     after: tuple = ()  # names of stages that it needs
     commands: list = field(default_factory=list)
     metric: str = "exact_match"  # of metrics.jsonl: first and last
     threads: int = 1  # 2 where no other stage can run beside it
-    expect: tuple | None = None  # where it was last, of all seeds that were tried, and a bit beside
+    expect: tuple = ()  # its end's lowest and highest, of all seeds that were tried, and a bit more
+    is_control: bool = False  # there to be compared with
     seconds: float = 0.0
     values: tuple = ()  # of the metric: before, after
 
@@ -63,8 +64,13 @@ def train(cfg, script, stage, config, *flags):
     ]
 
 
+def choose(cfg, full, quick):
+    """What the mode says."""
+    return full if cfg.mode == "full" else quick
+
+
 def steps(cfg, full, quick):
-    return f"--max_steps={full}" if cfg.mode == "full" else f"--max_steps={quick}"
+    return f"--max_steps={choose(cfg, full, quick)}"
 
 
 def sft_data(cfg):
@@ -83,41 +89,71 @@ def from_sft(cfg):
 
 def data(cfg):
     tasks = f"{cfg.out}/data/tasks"
-    fewer = ["--prompts=1600"] if cfg.mode == "quick" else []
+    n_prompts = choose(cfg, 6400, 3200)
     commands = [
-        ["tasks.py", f"--out={tasks}", *fewer],
+        ["tasks.py", f"--out={tasks}", f"--prompts={n_prompts}"],
         ["prepare.py", f"{tasks}_text.jsonl", f"--out={tasks}", "--tokenizer=bytes", "--val=0.01"],
-        ["tasks.py", "--seed=1", "--out=data/tasks1"],
     ]
-    return Stage("data", "tasks, text to pretrain on", commands=commands)
+    if cfg.mode == "full":  # fresh prompts for the second round of self-rewarding
+        commands.append(["tasks.py", "--seed=1", "--out=data/tasks1"])
+    return Stage("data", "tasks, text to pretrain on", "", commands=commands)
 
 
 def pretrain(cfg):
     tasks = f"{cfg.out}/data/tasks"
     flags = [f"--data={tasks}_train", f"--val_data={tasks}_val", f"--version={cfg.version}"]
-    command = train(cfg, "pretrain", "pretrain", "pretrain_tasks", *flags, steps(cfg, 700, 300))
-    what, expect = "pretraining (nats a byte)", (0.91, 0.96)
-    return Stage("pretrain", what, ("data",), [command], "val_loss", threads=2, expect=expect)
+    command = train(cfg, "pretrain", "pretrain", "pretrain_tasks", *flags, steps(cfg, 700, 500))
+    return Stage(
+        "pretrain",
+        "pretraining (nats a byte)",
+        "pretrained",
+        after=("data",),
+        commands=[command],
+        metric="val_loss",
+        threads=2,
+        expect=choose(cfg, (0.91, 0.96), (0.93, 1.0)),
+    )
 
 
 def sft(cfg):
     flags = [*sft_data(cfg), f"--init_from={cfg.out}/pretrain/rwkv-final.pth"]
-    command = train(cfg, "sft", "sft", "sft_tiny", *flags, steps(cfg, 200, 100))
-    expect = (0.60, 0.90)
-    return Stage("sft", "SFT on 500 chats", ("pretrain",), [command], threads=2, expect=expect)
+    command = train(cfg, "sft", "sft", "sft_tiny", *flags, steps(cfg, 200, 150))
+    return Stage(
+        "sft",
+        "SFT on 500 chats",
+        "SFT",
+        after=("pretrain",),
+        commands=[command],
+        threads=2,
+        expect=choose(cfg, (0.60, 0.90), (0.4, 0.7)),
+    )
 
 
 def state(cfg):
     flags = [f"--data={cfg.out}/data/tasks_unseen.jsonl", from_sft(cfg)]
-    command = train(cfg, "state", "state", "state_tiny", *flags, steps(cfg, 300, 150))
-    what = "state tuning, a skill SFT never saw"
-    return Stage("state", what, ("sft",), [command], expect=(0.94, 1.0))
+    command = train(cfg, "state", "state", "state_tiny", *flags, steps(cfg, 300, 100))
+    return Stage(
+        "state",
+        "state tuning, a skill SFT never saw",
+        "a state",
+        after=("sft",),
+        commands=[command],
+        expect=choose(cfg, (0.94, 1.0), (0.8, 1.0)),
+    )
 
 
 def more(cfg):
-    flags = [*sft_data(cfg), from_sft(cfg), steps(cfg, 200, 50), "--lr=5e-4", "--lr_final=2e-5"]
+    flags = [*sft_data(cfg), from_sft(cfg), steps(cfg, 200, 150), "--lr=5e-4", "--lr_final=2e-5"]
     command = train(cfg, "sft", "more", "sft_tiny", *flags)
-    return Stage("more", "control: as much SFT again", ("sft",), [command], expect=(0.60, 0.90))
+    return Stage(
+        "more",
+        "control: as much SFT again",
+        "more SFT",
+        after=("sft",),
+        commands=[command],
+        expect=choose(cfg, (0.60, 0.90), (0.4, 0.8)),
+        is_control=True,
+    )
 
 
 def samples(cfg):
@@ -135,27 +171,50 @@ def samples(cfg):
         "--batch_size=512",
     ]
     pairs = ["tasks.py", "pairs", answers, f"--out={cfg.out}/samples/pairs"]
-    return Stage("samples", "8 answers to each of 6,400 prompts", ("sft",), [sample, pairs])
+    what = f"8 answers to each of {choose(cfg, '6,400', '3,200')} prompts"
+    return Stage("samples", what, "", after=("sft",), commands=[sample, pairs])
 
 
 def grpo(cfg):
-    flags = [f"--data={cfg.out}/data/tasks_prompts.jsonl", from_sft(cfg), steps(cfg, 700, 100)]
-    faster = ["--lr=3e-4"] if cfg.mode == "quick" else []
+    flags = [f"--data={cfg.out}/data/tasks_prompts.jsonl", from_sft(cfg), steps(cfg, 700, 160)]
+    faster = choose(cfg, [], ["--lr=3e-4", "--temperature=1.0", "--rollouts_every=0"])
     command = train(cfg, "grpo", "grpo", "grpo_tiny", *flags, *faster)
-    return Stage("grpo", "GRPO", ("sft",), [command], expect=(0.78, 1.0))
+    return Stage(
+        "grpo",
+        "GRPO",
+        "GRPO",
+        after=("sft",),
+        commands=[command],
+        expect=choose(cfg, (0.78, 1.0), (0.45, 0.9)),
+    )
 
 
 def dpo(cfg):
-    flags = [*pairs_data(cfg), from_sft(cfg), steps(cfg, 200, 50)]
-    command = train(cfg, "dpo", "dpo", "dpo_tiny", *flags)
-    return Stage("dpo", "DPO + NLL", ("samples",), [command], expect=(0.72, 1.0))
+    command = train(
+        cfg, "dpo", "dpo", "dpo_tiny", *pairs_data(cfg), from_sft(cfg), steps(cfg, 200, 150)
+    )
+    return Stage(
+        "dpo",
+        "DPO + NLL",
+        "DPO",
+        after=("samples",),
+        commands=[command],
+        expect=choose(cfg, (0.72, 1.0), (0.45, 0.9)),
+    )
 
 
 def reward(cfg):
-    flags = [*pairs_data(cfg), from_sft(cfg), steps(cfg, 300, 50)]
+    flags = [*pairs_data(cfg), from_sft(cfg), steps(cfg, 300, 60)]
     command = train(cfg, "reward", "reward", "reward_tiny", *flags)
-    what, expect = "reward model (accuracy on pairs)", (0.92, 0.98)
-    return Stage("reward", what, ("samples",), [command], "val_accuracy", expect=expect)
+    return Stage(
+        "reward",
+        "reward model (accuracy on pairs)",
+        "",
+        after=("samples",),
+        commands=[command],
+        metric="val_accuracy",
+        expect=choose(cfg, (0.92, 0.98), (0.8, 1.0)),
+    )
 
 
 def self_reward(cfg):
@@ -166,22 +225,28 @@ def self_reward(cfg):
         from_sft(cfg),
         f"--seed={cfg.seed}",
         f"--out_dir={cfg.out}/self_reward",
+        *choose(cfg, [], ["--recipe=quick"]),
     ]
-    if cfg.mode == "quick":
-        command.append("--recipe=quick")
-    what = "self-rewarding, its own judge"
-    return Stage("self_reward", what, ("sft",), [command], expect=(0.66, 0.95))
+    return Stage(
+        "self_reward",
+        f"self-rewarding, {choose(cfg, 'its own', 'the checker as')} judge",
+        "self-rewarding",
+        after=("sft",),
+        commands=[command],
+        expect=choose(cfg, (0.66, 0.95), (0.45, 0.9)),
+    )
 
 
 def ladder(cfg):
     """-> [Stage], in the order of the table"""
-    of_both = [data, pretrain, sft, state]
-    of_x070 = [more, samples, grpo, dpo, reward, self_reward]
-    if cfg.version == "x070":
-        return [stage(cfg) for stage in of_both + of_x070]
-    stages = [stage(cfg) for stage in of_both]
+    if cfg.version == "x070":  # the longest one first, as soon as it can
+        of_version = [grpo, more, state, samples, dpo, reward, self_reward]
+    else:
+        of_version = [state]
+    stages = [stage(cfg) for stage in [data, pretrain, sft, *of_version]]
     for stage in stages:
-        stage.expect = None  # not measured
+        if cfg.version != "x070":
+            stage.expect = ()  # not measured
     return stages
 
 
@@ -298,9 +363,13 @@ def climb(cfg, running):
             done.append(stage)
             print_row(cells(stage, cfg))
         time.sleep(0.2)
-    report(stages, cfg, time.time() - began)
-    print(f"{duration(time.time() - began)}; {cfg.out}/report.html")
-    wrong = [stage.what for stage in stages if not is_expected(stage, cfg)]
+    write_results(stages, cfg)
+    title = f"gosling: the {cfg.mode} ladder, {cfg.version}, {duration(time.time() - began)}"
+    report.write_report(
+        stages, ROOT / cfg.out, title, {stage.name: log_text(stage, cfg) for stage in stages}
+    )
+    print(f"{duration(time.time() - began)}\n{how_to_go_on(cfg)}")
+    wrong = [stage.what for stage in stages if not is_expected(stage)]
     return "outside of what was expected: " + "; ".join(wrong) if wrong else None
 
 
@@ -311,10 +380,10 @@ HEAD = ("stage", "trained", "time", "before -> after", "expected")
 WIDTHS = (38, 10, 8, 18, 16)
 
 
-def is_expected(stage, cfg):
-    if cfg.mode == "quick" or not stage.expect or not stage.values:
+def is_expected(stage):
+    if not stage.expect or not stage.values:
         return True
-    return stage.expect[0] <= stage.values[1] <= stage.expect[1]
+    return stage.expect[0] <= stage.values[-1] <= stage.expect[1]
 
 
 def n_trained(stage, cfg):
@@ -328,14 +397,14 @@ def cells(stage, cfg):
     n = n_trained(stage, cfg)
     values = dict.fromkeys(stage.values)  # one number where nothing was measured before
     expected = ""
-    if stage.expect and cfg.mode != "quick":
+    if stage.expect:
         expected = f"{stage.expect[0]:.2f} to {stage.expect[1]:.2f}"
     return [
         stage.what,
         f"{n:,}" if n else "",
         duration(stage.seconds),
         " -> ".join(f"{value:.3f}" for value in values),
-        expected if is_expected(stage, cfg) else f"{expected} !",
+        expected if is_expected(stage) else f"{expected} !",
     ]
 
 
@@ -344,49 +413,41 @@ def print_row(items):
     print("  ".join(padded).rstrip(), flush=True)
 
 
-STYLE = """\
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; width: 100% }
-td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ccc }
-pre { background: #f4f4f4; padding: 1rem; white-space: pre-wrap; font-size: 13px }
-img { max-width: 100% }"""
-
-
-def html_row(tag, items):
-    return "<tr>" + "".join(f"<{tag}>{html.escape(item)}</{tag}>" for item in items) + "</tr>"
-
-
-def section(stage, cfg):
-    """A stage in the report: its commands, its curves, and the end of its log, where the samples
-    are."""
-    parts = [f"<h2>{html.escape(stage.what)}</h2>"]
-    for command in stage.commands:
-        parts.append(f"<pre>python {html.escape(subprocess.list2cmdline(command))}</pre>")
-    for picture in (ROOT / cfg.out / stage.name).glob("*.png"):
-        encoded = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f"<img src='data:image/png;base64,{encoded}'>")
-    log = re.sub(r"\x1b\[\d+m", "", log_text(stage, cfg))
-    lines = [line for line in log.split("\n") if not line.startswith("step ")]  # the curves
-    end = html.escape("\n".join(lines[-45:]))
-    return [*parts, f"<p>samples, scores</p><pre>{end}</pre>"]
-
-
-def report(stages, cfg, seconds):
-    """One file: the table, then every stage."""
-    title = f"gosling: the ladder, {html.escape(cfg.version)}, {cfg.mode}, {duration(seconds)}"
-    parts = [
-        "<!doctype html><meta charset=utf-8><title>gosling: the ladder</title>"
-        f"<style>{STYLE}</style>",
-        f"<h1>{title}</h1><table>",
-        html_row("th", HEAD),
-        *(html_row("td", cells(stage, cfg)) for stage in stages),
-        "</table>",
-        "<p>Exact match of greedy answers to 1,000 tasks that no stage has seen, unless said.</p>",
-    ]
+def write_results(stages, cfg):
+    """results.jsonl: a line for each stage that trains, which runs/pictures.py draws."""
+    rows = []
     for stage in stages:
-        parts += section(stage, cfg)
-    with atomic_write(ROOT / cfg.out / "report.html") as tmp:
-        tmp.write_text("\n".join(parts), encoding="utf-8")
+        if not stage.values:
+            continue
+        # A reward model's head begins at zero: every pair is a tie, which says nothing.
+        has_before = stage.metric == "exact_match"
+        rows.append(
+            {
+                "stage": stage.name,
+                "what": stage.what,
+                "metric": stage.metric,
+                "before": stage.values[0] if has_before else None,
+                "after": stage.values[-1],
+                "is_control": stage.is_control,
+                "seconds": round(stage.seconds, 1),
+                "seed": cfg.seed,
+                "mode": cfg.mode,
+                "version": cfg.version,
+            }
+        )
+    write_jsonl(ROOT / cfg.out / "results.jsonl", rows)
+
+
+def how_to_go_on(cfg):
+    """What to try next, to be pasted."""
+    best = "sft" if cfg.version == "x060" else "grpo"
+    talk = "sample.py --chat --temperature=0 --model="
+    return (
+        f"look at it:  {cfg.out}/report.html\n"
+        f"talk to it:  .venv/bin/python {talk}{cfg.out}/{best}/rwkv-final.pth\n"
+        "             (a task such as: reverse abcd)\n"
+        "go on:       source .venv/bin/activate; the README says with what"
+    )
 
 
 def main(cfg):
