@@ -1,7 +1,7 @@
 """Scores on the tasks of lm-evaluation-harness: LAMBADA, MMLU, GSM8K and hundreds more.
 
     pip install lm_eval
-    python eval.py --model=RWKV-x070-World-0.1B.pth --tasks lambada_openai
+    python eval.py --model=weights/rwkv7-g1a-1.5b-20250922-ctx4096.pth --tasks lambada_openai
     python eval.py --model=out/chats/rwkv-final.pth --tasks mmlu gsm8k --num_fewshot=5 --limit=200
     python eval.py --model=out/lora/lora-final.safetensors --tasks mine --include_path=my_tasks/
     python eval.py --model=... --tasks=ifeval,gsm8k --apply_chat_template --out=out/scores.json

@@ -1,7 +1,7 @@
 """Text from a model: continue a prompt, several prompts at once, or chat.
 
     python sample.py --model=out/pretrain_tiny/rwkv-final.pth --prompt="def "
-    python sample.py --model=RWKV-x070-World-0.1B.pth --chat
+    python sample.py --model=weights/rwkv7-g1a-1.5b-20250922-ctx4096.pth --chat
     python sample.py --model=... --prompts=prompts.txt --n=4 --temperature=0.8 --top_p=0.9
     python sample.py --state=none --state=out/state/state-final.pth --prompt="..."
     python sample.py --model=... --prompt="a long text" --save_state=cache.pth

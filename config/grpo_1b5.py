@@ -6,7 +6,7 @@ from config.rewards import has_format, numeric
 
 data = "data/gsm8k_train.jsonl"
 val_data = "data/gsm8k_test.jsonl"
-init_from = "RWKV-x070-G1-1.5B.pth"
+init_from = "weights/rwkv7-g1a-1.5b-20250922-ctx4096.pth"
 out_dir = "out/grpo_1b5"
 reward = [numeric, has_format(r"<think>.*</think>.+")]
 reward_weights = (1.0, 0.1)

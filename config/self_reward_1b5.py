@@ -46,7 +46,7 @@ _dpo = dict(
     eval_every=0,
 )
 
-init_from = "RWKV-x070-World-1.5B.pth"
+init_from = "weights/rwkv7-g1a-1.5b-20250922-ctx4096.pth"
 out_dir = "out/self_reward_1b5"
 prompts = "data/prompts.jsonl"  # {"prompt": messages}, of instructions that are not in the SFT data
 eval_data = "data/ift_val.jsonl"

@@ -3,7 +3,7 @@
 #   python prepare.py show data/chats.jsonl
 data = "data/chats.jsonl"
 val_data = "data/chats_val.jsonl"
-init_from = "RWKV-x070-World-1.5B.pth"
+init_from = "weights/rwkv7-g1a-1.5b-20250922-ctx4096.pth"
 out_dir = "out/sft_1b5"
 ctx_len = 4096
 micro_bsz = 4

@@ -3,7 +3,7 @@
 #   python prepare.py show data/persona.jsonl
 data = "data/persona.jsonl"
 val_data = "data/persona_val.jsonl"
-init_from = "RWKV-x070-World-1.5B.pth"
+init_from = "weights/rwkv7-g1a-1.5b-20250922-ctx4096.pth"
 out_dir = "out/state_1b5"
 ctx_len = 1024
 micro_bsz = 4

@@ -149,6 +149,7 @@ def kill_after(cfg, steps, main):
 # ----------------------------------------------------------------------------------------------
 # README.md and the pages of docs/
 
+OFFICIAL = "weights/rwkv7-g1a-1.5b-20250922-ctx4096.pth"  # what the pages call $MODEL
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -165,18 +166,21 @@ def blocks_of(page, *languages):
 
 
 def commands_of(page):
-    """The command lines in a page's blocks, a line that ends in a backslash with the next one."""
-    lines = []
-    for block in blocks_of(page, "sh", "bash", ""):
-        lines += [line.strip() for line in re.sub(r"\\\n\s*", "", block).splitlines()]
-    commands = [line for line in lines if re.match(r"(python|torchrun|bash) ", line)]
-    return [line.split("  #")[0] for line in commands]
+    """The command lines in a page's blocks, a line that ends in a backslash with the next one.
+
+    Then those in its text: of README all, of docs/ the measurements.
+    """
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = text.replace(".venv/bin/", "").replace("$MODEL", OFFICIAL)
+    commands = []
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M):
+        if language in ("sh", "bash", ""):
+            lines = [" ".join(line.split("  #")[0].split()) for line in block.splitlines()]
+            commands += [line for line in lines if re.match(r"(python|torchrun|bash) ", line)]
+    in_text = r"`(python [^`]*)`" if page == PAGES[0] else r"`(python bench/[^`]*)`"
+    commands += [" ".join(command.split()) for command in re.findall(in_text, text)]
+    return list(dict.fromkeys(commands))
 
 
 def readme():
     return PAGES[0].read_text(encoding="utf-8")
-
-
-def readme_commands():
-    """The command lines in README's blocks."""
-    return commands_of(PAGES[0])

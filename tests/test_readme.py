@@ -18,10 +18,9 @@ from model import RWKV, RWKVConfig
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, random_model, write
+from helpers import OFFICIAL, PAGES, ROOT, commands_of, random_model, write
 
 pytestmark = pytest.mark.slow
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 # GPUs, or minutes, or an extra package
 ELSEWHERE = re.compile(
     r"torchrun|^bash |_1b5|_0b1|runs/|tests|^python eval\.py"
@@ -48,22 +47,6 @@ SMALLER = {  # what makes a command short without making it another one
 
 # ----------------------------------------------------------------------------------------------
 # the commands of a page
-
-
-def commands_of(page):
-    """The command lines in a page's sh blocks, a line that ends in a backslash with the next one.
-
-    Then those in its text: of README all, of docs/ the measurements.
-    """
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = []
-    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M):
-        if language in ("sh", "bash"):
-            lines = [" ".join(line.split()) for line in block.splitlines()]
-            commands += [line for line in lines if re.match(r"(python|torchrun|bash) ", line)]
-    in_text = r"`(python [^`]*)`" if page.name == "README.md" else r"`(python bench/[^`]*)`"
-    commands += [" ".join(command.split()) for command in re.findall(in_text, text)]
-    return list(dict.fromkeys(commands))
 
 
 def runnable(page):
@@ -122,9 +105,7 @@ def change(path, *replacements):
 
 def what_a_reader_brings(folder):
     """The files of docs/commands.md, small."""
-    RWKV(RWKVConfig("x070", 1, 64, 65536)).save_pretrained(
-        folder / "RWKV-x070-World-0.1B.pth", dtype=torch.bfloat16
-    )
+    RWKV(RWKVConfig("x070", 1, 64, 65536)).save_pretrained(folder / OFFICIAL, dtype=torch.bfloat16)
     chats, prefs = [], []
     for i in range(64):
         turns = [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}!"}]
