@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from gosling import engine, weights
+from gosling.answers import score_choices, settled
 from gosling.chat import is_blank
 from gosling.config import UserError, read_flags
 from gosling.data import read_jsonl, render_chat, render_prompt
-from gosling.engine import TURNS, generate, score_choices, stream
+from gosling.engine import TURNS, generate, stream
 from gosling.files import digest, locked, read_json, read_text, seen_from, whole_lines, write_json
 from gosling.processes import pick_device
 from gosling.rows import holds_rows
@@ -163,10 +164,7 @@ def new_text(pieces, tokenizer, stop=()):
     for _, completion in pieces:
         text = completion.text
         if not completion.finish_reason:
-            text = tokenizer.decode(completion.tokens).removesuffix("\ufffd")
-            beginnings = [s[:n] for s in stop for n in range(1, len(s) + 1)]
-            held_back = max((len(s) for s in beginnings if text.endswith(s)), default=0)
-            text = text[: len(text) - held_back]
+            text = settled(tokenizer.decode(completion.tokens), stop)
         if text.startswith(shown):
             yield text[len(shown) :], completion
             shown = text

@@ -59,6 +59,7 @@ import train_reward
 import train_sft
 import train_state
 from gosling import config, engine, files, runs, schemas, user_code
+from gosling.answers import score_choices
 from gosling.batch import evaluate
 from gosling.config import Seed, Share, UserError, load_config, print0, show
 from gosling.data import read_examples, read_jsonl, read_prompts, read_replies
@@ -583,7 +584,7 @@ def measure(cfg, weights, run):
             progress=False,
         )
         start, _ = load(cfg.init_from, cfg, run)
-        start_logps = engine.score_choices(start, prompts, [[c.tokens] for c in completions])
+        start_logps = score_choices(start, prompts, [[c.tokens] for c in completions])
         gaps = [sum(c.logprobs) - logp for c, (logp,) in zip(completions, start_logps, strict=True)]
         measured["kl"] = mean(gaps)
         measured["tokens"] = mean([len(c.tokens) for c in completions])

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gosling import runs, tune
+from gosling.answers import show_answers
 from gosling.batch import evaluate, pack, pad
 from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.data import read_examples
-from gosling.engine import show_answers
 from gosling.tokenizer import tokenizer_of
 from model import pieces
 

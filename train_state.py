@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Literal
 
 from gosling import runs, tune
+from gosling.answers import show_answers
 from gosling.batch import evaluate, pack
 from gosling.config import Decay, Seed, UserError, load_config, print0, show
 from gosling.data import read_examples
-from gosling.engine import prefill, show_answers
+from gosling.engine import prefill
 from gosling.rows import ROWS, holds_rows
 from gosling.tokenizer import tokenizer_of
 from gosling.weights import check_base, fingerprint, from_pretrained, read_state

@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gosling import config, engine
+from gosling.answers import score_choices
 from model import RWKV, RWKVConfig
 
 import timer
@@ -44,10 +45,10 @@ def main(cfg):
 
     def from_state():  # the rubric itself is read once a round
         state = engine.prefill(model, [rubric])[1]
-        return engine.score_choices(model, answers, choices, state=state)
+        return score_choices(model, answers, choices, state=state)
 
     def whole():
-        return engine.score_choices(model, [rubric + answer for answer in answers], choices)
+        return score_choices(model, [rubric + answer for answer in answers], choices)
 
     gap = (torch.tensor(from_state()) - torch.tensor(whole())).abs().max().item()
     seconds = timer.interleaved({"state": from_state, "whole": whole}, cfg.rounds)

@@ -1,19 +1,22 @@
 """The generation engine: prompts in, completions out, with their log-probabilities.
 
-A fixed number of slots decode together. Each prompt is read once and its state is forked into its
-n samples; when a completion ends, its slot goes to the next one that waits. No row feels another:
-what a completion is follows from its seed, its prompt's index and its sample's index alone.
+Up to a number of slots decode together. Each prompt is read once and its state is forked into its
+n samples; when a completion ends, its slot goes to the next one that waits, of the same request or
+of another one with other options. No row feels another: what a completion is follows from its seed,
+its prompt's index and its sample's index alone.
 
 P prompts, B rows or slots, V vocabulary, L layers. A state is the network's: a dict [L, B, ...].
 """
 
 import contextlib
+import itertools
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from gosling.batch import pack_ids
-from gosling.config import Share, UserError, check, print0
+from gosling.config import Share, UserError, check
 from gosling.tokenizer import agree, recorded_tokenizer, tokenizer_of
 from gosling.tune import load_model
 from wkv_cuda import fused
@@ -198,40 +201,6 @@ def prefill(model, prompts, state=None):
     return torch.cat(logits), {key: torch.cat([s[key] for s in states], 1) for key in state}
 
 
-@dataclass
-class Slot:
-    """A completion that is being decoded."""
-
-    number: int  # prompt index * n + sample index
-    prompt_ids: list
-    limit: int  # most tokens
-    random: np.random.Generator
-    completion: Completion = field(default_factory=Completion)
-
-
-def waiting(model, prompts, o, n_slots):
-    """(Slot, its prompt's logits [V], its prompt's state [L, ...]) of every completion, in order.
-
-    Prompts are read a packed pass at a time, when their turn comes; equal ones are read once.
-    """
-    with_own_state = o.state is not None and o.state["wkv"].shape[1] > 1
-    equal = {}  # (ids, row of the state) -> indices of these prompts
-    for p, ids in enumerate(prompts):
-        equal.setdefault((tuple(ids), p if with_own_state else 0), []).append(p)
-    different = list(equal.values())
-    for i, j in spans([len(prompts[same[0]]) for same in different], n_slots):
-        firsts = [same[0] for same in different[i:j]]
-        start = state_rows(o.state, firsts, model.emb.weight.device)
-        logits, after = prefill(model, [prompts[p] for p in firsts], start)
-        for row, same in enumerate(different[i:j]):
-            state = {key: value[:, row] for key, value in after.items()}
-            for p in same:
-                for sample in range(o.n):
-                    random = np.random.default_rng((o.seed, o.indices[p], sample))
-                    slot = Slot(p * o.n + sample, prompts[p], o.max_new_tokens[p], random)
-                    yield slot, logits[row], state
-
-
 # ----------------------------------------------------------------------------------------------
 # choosing tokens
 
@@ -282,39 +251,40 @@ def pick(logits, u, o, changed=None):
 
 
 class Penalties:
-    """What moves the logits away from the model's own: counts of each slot's tokens, and biases."""
+    """What moves the logits away from the model's own: which tokens each slot had, how often."""
 
-    def __init__(self, model, n_slots, options):
-        device, shape = model.emb.weight.device, (n_slots, model.config.vocab_size)
-        self.options = options
+    def __init__(self, model, width):
+        device, shape = model.emb.weight.device, (width, model.config.vocab_size)
         self.count = torch.zeros(shape, device=device)  # how often generated, decaying
         self.generated = torch.zeros(shape, dtype=torch.bool, device=device)
         self.read = torch.zeros_like(self.generated)  # generated or in the prompt
-        self.bias = torch.zeros(shape[1], device=device)
-        for token, value in options.logit_bias.items():
-            self.bias[token] = value
+
+    def take(self, index):
+        """Go on with these rows, in this order."""
+        self.count, self.generated = self.count[index], self.generated[index]
+        self.read = self.read[index]
 
     def start(self, row, prompt_ids):
         """A slot begins anew."""
         self.count[row], self.generated[row], self.read[row] = 0, False, False
         self.read[row, prompt_ids] = True
 
-    def apply(self, logits, rows):
+    def apply(self, logits, rows, request):
         """logits [rows, V] of these slots -> those that the choice is made from"""
-        o, logits = self.options, logits.float()
+        o, logits = request.options, logits.float()
         factor = torch.where(logits > 0, 1 / o.repetition_penalty, o.repetition_penalty)
         logits = torch.where(self.read[rows], logits * factor, logits)
         held_back = o.presence_penalty * self.generated[rows]
         held_back = held_back + o.frequency_penalty * self.count[rows]
-        return logits - held_back + self.bias
+        return logits - held_back + request.bias
 
-    def add(self, rows, ids):
+    def add(self, rows, ids, options):
         """Count the tokens chosen. As in the RWKV runners, blanks and digits count 0 times."""
         weights = torch.ones(len(ids), device=ids.device)
-        if self.options.tokenizer is not None:
-            texts = [self.options.tokenizer.decode([token]) for token in ids.tolist()]
+        if options.tokenizer is not None:
+            texts = [options.tokenizer.decode([token]) for token in ids.tolist()]
             weights = torch.tensor([text not in " \t0123456789" for text in texts]).to(weights)
-        self.count[rows] *= self.options.penalty_decay
+        self.count[rows] *= options.penalty_decay
         self.count[rows, ids] += weights
         self.generated[rows, ids] = self.read[rows, ids] = True
 
@@ -385,9 +355,9 @@ def check_stop(o):
             raise UserError(f"stop={text!r} can never be generated: {e}") from None
 
 
-def grow(slot, token, logp, o):
+def grow(slot, token, logp):
     """One more token of a slot's completion, which may be its last."""
-    c = slot.completion
+    c, o = slot.completion, slot.request.options
     c.tokens.append(token)
     c.logprobs.append(logp)
     # A stop text of m bytes lies within the last m tokens that are not empty; some are.
@@ -403,65 +373,195 @@ def grow(slot, token, logp, o):
         c.text = c.text[: min(found, default=None)]
 
 
-@torch.no_grad()
+class Request:
+    """Prompts that were asked for at once, and how to go on from them."""
+
+    def __init__(self, model, prompts, options):
+        o = complete(model, prompts, options)
+        self.prompts, self.options = prompts, o
+        how = (o.temperature, o.top_p, o.top_k, o.min_p)
+        self.bias = None  # [V] if the logits are to be changed
+        if o.presence_penalty or o.frequency_penalty or o.repetition_penalty != 1 or o.logit_bias:
+            self.bias = torch.zeros(model.config.vocab_size, device=model.emb.weight.device)
+            for token, value in o.logit_bias.items():
+                self.bias[token] = value
+            how += (o.presence_penalty, o.frequency_penalty, o.penalty_decay, o.repetition_penalty)
+            how += (id(o.tokenizer), *sorted(o.logit_bias.items()))
+        self.how = how  # requests that are equal in this choose their tokens together
+
+    def groups(self):
+        """[[index, ...], ...]: which prompts are equal, and go on from the same state."""
+        with_own_state = self.options.state is not None and self.options.state["wkv"].shape[1] > 1
+        equal = {}
+        for p, ids in enumerate(self.prompts):
+            equal.setdefault((tuple(ids), p if with_own_state else 0), []).append(p)
+        return list(equal.values())
+
+
+@dataclass
+class Slot:
+    """A completion that is being decoded."""
+
+    request: Request
+    number: int  # prompt index * n + sample index
+    prompt_ids: list
+    limit: int  # most tokens
+    random: np.random.Generator
+    completion: Completion = field(default_factory=Completion)
+
+
+class Engine:
+    """Decodes requests together, which come and go while it runs.
+
+    Memory is for at most n_slots sequences. A free slot for which nothing waits is computed on and
+    ignored, until most are.
+    """
+
+    def __init__(self, model, n_slots):
+        self.model, self.n_slots = model, n_slots
+        self.native = fused.decoder(model)  # writes the state in place; None: not possible here
+        self.queue = deque()  # (request, indices of equal prompts) that are not read yet
+        self.ready = deque()  # (Slot, its prompt's logits [V], its prompt's state [L, ...])
+        self.slots = [None]  # a Slot or None, as many as the state has rows
+        self.state = model.zero_state(1)  # [L, slots, ...]
+        self.ids = torch.zeros(1, dtype=torch.long, device=model.emb.weight.device)  # last tokens
+        self.penalties = None  # from the first request on that has any
+
+    def submit(self, request):
+        """Queue a request; `step` starts it when slots are free."""
+        self.queue.extend((request, equal) for equal in request.groups())
+
+    def cancel(self, request):
+        """Forget a request; its slots are free at once."""
+        self.queue = deque(entry for entry in self.queue if entry[0] is not request)
+        self.ready = deque(entry for entry in self.ready if entry[0].request is not request)
+        for row in self.live():
+            if self.slots[row].request is request:
+                self.slots[row] = None
+
+    def live(self):
+        """The rows that decode."""
+        return [row for row, slot in enumerate(self.slots) if slot is not None]
+
+    @torch.no_grad()
+    def step(self):
+        """Another token for every slot -> [(request, number, Completion so far)]
+
+        Where slots are free and something waits it is the first token of those that start. An empty
+        list: nothing is left to do.
+        """
+        started = self.fill()
+        rows = [row for row, _ in started] or self.live()
+        if not rows:
+            return []
+        if started:
+            logits = torch.stack([prompt_logits for _, prompt_logits in started])
+        else:
+            logits, self.state = decode(self.model, self.native, self.ids, self.state)
+            logits = logits if len(rows) == len(self.slots) else logits[rows]
+        pieces = []
+        for row, token, logp in zip(rows, *self.choose(logits, rows), strict=True):
+            slot = self.slots[row]
+            grow(slot, token, logp)
+            if slot.completion.finish_reason:
+                self.slots[row] = None
+                if slot.request.options.return_state:
+                    after = {key: v[:, row : row + 1].clone() for key, v in self.state.items()}
+                    slot.completion.state = after
+            pieces.append((slot.request, slot.number, slot.completion))
+        return pieces
+
+    def fill(self):
+        """Start what waits in the free slots -> [(row, logits [V] after the prompt)]"""
+        n_live, started = len(self.live()), []
+        while n_live + len(started) < self.n_slots and (self.ready or self.queue):
+            if not self.ready:
+                self.read()
+            started.append(self.ready.popleft())
+        self.resize(n_live + len(started))
+        free = [row for row, slot in enumerate(self.slots) if slot is None]
+        for row, (slot, _, prompt_state) in zip(free, started, strict=False):
+            self.slots[row] = slot
+            for key, value in prompt_state.items():
+                self.state[key][:, row] = value
+            if slot.request.bias is not None:
+                self.penalties = self.penalties or Penalties(self.model, len(self.slots))
+                self.penalties.start(row, slot.prompt_ids)
+        return [(row, logits) for row, (_, logits, _) in zip(free, started, strict=False)]
+
+    def read(self):
+        """Read what waits, as many prompts as fit in a packed pass, and make their samples ready.
+
+        They are read when their turn comes; equal ones of a request once.
+        """
+        first = list(itertools.islice(self.queue, self.n_slots))
+        lengths = [len(request.prompts[equal[0]]) for request, equal in first]
+        n_prompts = spans(lengths, self.n_slots)[0][1]
+        first = [self.queue.popleft() for _ in range(n_prompts)]
+        like, states = self.model.initial_state(1), []
+        for request, equal in first:
+            state = state_rows(request.options.state, equal[:1], self.ids.device) or like
+            states.append({key: value.to(like[key].dtype) for key, value in state.items()})
+        state = {key: torch.cat([state[key] for state in states], 1) for key in like}
+        prompts = [request.prompts[equal[0]] for request, equal in first]
+        logits, after = prefill(self.model, prompts, state)
+        for row, (request, equal) in enumerate(first):
+            o, state = request.options, {key: value[:, row] for key, value in after.items()}
+            for p, sample in itertools.product(equal, range(o.n)):
+                random = np.random.default_rng((o.seed, o.indices[p], sample))
+                number, limit = p * o.n + sample, o.max_new_tokens[p]
+                slot = Slot(request, number, request.prompts[p], limit, random)
+                self.ready.append((slot, logits[row], state))
+
+    def resize(self, n):
+        """Have rows for n sequences: more where they are too few, fewer where most are idle."""
+        width = len(self.slots)
+        if width / 4 < n <= width:
+            return
+        width = min(self.n_slots, max(n, 2 * width)) if n > width else max(1, 2 * n)
+        keep = self.live()
+        index = torch.tensor(keep + [0] * (width - len(keep)), device=self.ids.device)
+        self.slots = [self.slots[row] for row in keep] + [None] * (width - len(keep))
+        self.state = {key: v.index_select(1, index) for key, v in self.state.items()}
+        self.ids = self.ids[index]
+        if self.penalties:
+            self.penalties.take(index)
+
+    def choose(self, logits, rows):
+        """logits [rows, V] of these slots -> (ids, log-probabilities), lists"""
+        slots = [self.slots[row] for row in rows]
+        u = torch.tensor([slot.random.random(dtype=np.float32) for slot in slots])
+        u, alike = u.to(logits.device), {}
+        for i, slot in enumerate(slots):
+            alike.setdefault(slot.request.how, []).append(i)
+        chosen = {}  # position among these rows -> (id, log-probability)
+        for group in alike.values():
+            request, own = slots[group[0]].request, [rows[i] for i in group]
+            some, changed = logits if len(group) == len(rows) else logits[group], None
+            if request.bias is not None:
+                changed = self.penalties.apply(some, own, request)
+            ids, logps = pick(some, u[group], request.options, changed)
+            self.ids[own] = ids
+            if request.bias is not None:
+                self.penalties.add(own, ids, request.options)
+            chosen.update(zip(group, zip(ids.tolist(), logps.tolist(), strict=True), strict=True))
+        return zip(*[chosen[i] for i in range(len(rows))], strict=True)
+
+
 def stream(model, prompts, **options):
     """Yield (number of the completion, Completion so far) at every new token.
 
-    The options are those of `generate`. A free slot for which nothing waits is computed on and
-    ignored. While this runs dropout is off.
+    The options are those of `generate`. While this runs dropout is off.
     """
     model = getattr(model, "module", model)
-    o = complete(model, prompts, Options(**options))
-    n_slots = min(o.batch_size or slots_for(model, o.memory), len(prompts) * o.n)
-    queue = waiting(model, prompts, o, n_slots)
-    slots, state = [None] * n_slots, None  # state: [L, slots, ...]
-    ids = torch.zeros(n_slots, dtype=torch.long, device=model.emb.weight.device)  # last tokens
-    penalties, changed = None, None
-    if o.presence_penalty or o.frequency_penalty or o.repetition_penalty != 1 or o.logit_bias:
-        penalties = Penalties(model, n_slots, o)
+    request = Request(model, prompts, Options(**options))
+    o = request.options
+    engine = Engine(model, min(o.batch_size or slots_for(model, o.memory), len(prompts) * o.n))
+    engine.submit(request)
     with inference(model):
-        step = fused.decoder(model)  # the native form, which writes the state in place, or None
-        while True:
-            free = [row for row, slot in enumerate(slots) if slot is None]
-            started = list(zip(free, queue, strict=False))
-            for row, (slot, _, prompt_state) in started:
-                slots[row] = slot
-                state = state or empty_state(prompt_state, n_slots)
-                for key, value in prompt_state.items():
-                    state[key][:, row] = value
-                if penalties:
-                    penalties.start(row, slot.prompt_ids)
-            rows = [row for row, slot in enumerate(slots) if slot is not None]
-            if started:  # first tokens come from the prompts' logits
-                rows = [row for row, _ in started]
-                logits = torch.stack([prompt_logits for _, (_, prompt_logits, _) in started])
-            elif rows:
-                logits, state = decode(model, step, ids, state)
-                logits = logits if len(rows) == n_slots else logits[rows]
-            else:
-                return
-            uniform = [slots[row].random.random(dtype=np.float32) for row in rows]
-            uniform = torch.tensor(uniform, device=ids.device)
-            if penalties:
-                changed = penalties.apply(logits, rows)
-            new_ids, logps = pick(logits, uniform, o, changed)
-            ids[rows] = new_ids
-            if penalties:
-                penalties.add(rows, new_ids)
-            for row, token, logp in zip(rows, new_ids.tolist(), logps.tolist(), strict=True):
-                slot = slots[row]
-                grow(slot, token, logp, o)
-                if slot.completion.finish_reason:
-                    slots[row] = None
-                    if o.return_state:
-                        after = {key: v[:, row : row + 1].clone() for key, v in state.items()}
-                        slot.completion.state = after
-                yield slot.number, slot.completion
-
-
-def empty_state(row, n_slots):
-    """row: a state [L, ...] without slots -> zeros [L, slots, ...]"""
-    return {key: v.new_zeros(len(v), n_slots, *v.shape[1:]) for key, v in row.items()}
+        while pieces := engine.step():
+            for _, number, completion in pieces:
+                yield number, completion
 
 
 def decode(model, step, ids, state):
@@ -489,95 +589,3 @@ def generate(model, prompts, *, n=1, callback=None, progress=True, **options):
             if completion.finish_reason:
                 bar.update()
     return completions
-
-
-# ----------------------------------------------------------------------------------------------
-# on top of it
-
-
-@torch.no_grad()
-def score_choices(model, prompts, choices, *, state=None, temperature=1.0, per_token=False):
-    """Log-probabilities of fixed continuations.
-
-    choices: for each prompt a list of lists of ids -> for each prompt a list with each choice's
-    sum, or with per_token its list; an empty one's sum is 0. A prompt is read once; its choices go
-    on from copies of its state, packed. state: as in `generate`.
-    """
-    model = getattr(model, "module", model)
-    if len(choices) != len(prompts) or not temperature > 0:
-        raise UserError(
-            f"{len(prompts)} prompts, {len(choices)} lists of choices, temperature={temperature}: "
-            "expected a list for each prompt and a temperature above 0"
-        )
-    check_temperature(temperature)
-    check_ids(model, prompts)
-    check_ids(model, [ids for of_prompt in choices for ids in of_prompt], "choice", True)
-    scores = []
-    with inference(model):
-        for i, j in spans([len(ids) for ids in prompts], slots_for(model)):
-            start = state_rows(state, range(i, j), model.emb.weight.device)
-            logits, after = prefill(model, prompts[i:j], start)
-            first_logps = (logits.float() / temperature).log_softmax(-1)
-            scores += score_group(model, first_logps, after, choices[i:j], temperature)
-    if per_token:
-        return scores
-    return [[sum(logps, 0.0) for logps in of_prompt] for of_prompt in scores]
-
-
-def score_group(model, first_logps, state, choices, temperature):
-    """Choices of prompts that are read -> their tokens' log-probabilities, lists like `choices`.
-
-    first_logps [P, V]: of what may follow the prompts; state [L, P, ...]: after the prompts.
-    """
-    owner = [p for p, of_prompt in enumerate(choices) for _ in of_prompt]
-    flat = [ids for of_prompt in choices for ids in of_prompt]
-    first_ids = [ids[:1] for ids in flat]  # [] of an empty choice
-    scores = [first_logps[p, ids].tolist() for p, ids in zip(owner, first_ids, strict=True)]
-    for a, b in spans([len(ids) for ids in flat], slots_for(model)):
-        x, cu_seqlens = pack_ids([ids[:-1] for ids in flat[a:b]], first_logps.device)
-        y, _ = pack_ids([ids[1:] for ids in flat[a:b]], first_logps.device)
-        if x.shape[1] == 0:
-            continue
-        forked = {key: value[:, owner[a:b]] for key, value in state.items()}
-        logps = model.token_logprobs(x, y, forked, cu_seqlens=cu_seqlens, temperature=temperature)
-        for row, rest in zip(scores[a:b], logps[0].split(cu_seqlens.diff().tolist()), strict=True):
-            row += rest.tolist()
-    in_order = iter(scores)
-    return [[next(in_order) for _ in of_prompt] for of_prompt in choices]
-
-
-@torch.no_grad()
-def greedy_answer(model, prompt_ids, tokenizer, max_new_tokens=128):
-    """A greedy answer by the plainest loop there is -> text. `generate` is the fast way."""
-    state, device, ids = None, model.emb.weight.device, []
-    for piece in torch.tensor([prompt_ids], device=device).split(PREFILL, 1):
-        logits, state = model(piece, state, last_only=True)
-    for _ in range(max_new_tokens):
-        ids.append(int(logits[0, -1].argmax()))
-        if ids[-1] == tokenizer.end_id:
-            return tokenizer.decode(ids[:-1])
-        text, turn, _ = tokenizer.decode(ids).partition(TURNS[0])
-        if turn:
-            return text
-        logits, state = model(torch.tensor([ids[-1:]], device=device), state)
-    return tokenizer.decode(ids)
-
-
-def show_answers(model, documents, tokenizer, off=False):
-    """Print what a model in eval mode answers where the last reply of each document begins.
-
-    documents: (ids, mask) pairs. off: also what it answers without its adapter or tuned state.
-    """
-    for ids, mask in documents:
-        end = len(mask) - mask[::-1].index(1)
-        start = end
-        while start > 0 and mask[start - 1]:
-            start -= 1
-        if start == 0:  # a document that is a reply from its first token on
-            continue
-        print0(f"  {tokenizer.decode(ids[:start])[-200:]!r}")
-        print0(f"    model: {greedy_answer(model, ids[:start], tokenizer)!r}")
-        if off:
-            with model.reference():
-                print0(f"    off:   {greedy_answer(model, ids[:start], tokenizer)!r}")
-        print0(f"    data:  {tokenizer.decode(ids[start:end])!r}")

@@ -8,6 +8,7 @@ import re
 import statistics
 
 from gosling import engine
+from gosling.answers import score_choices
 from gosling.batch import score_answers
 from gosling.config import UserError
 from gosling.data import render_answer
@@ -174,7 +175,7 @@ class Judge:
         values = torch.tensor(list(self.cfg.judge_choices.values()), dtype=torch.float64)
         prompt_ids = self.encode(prompts, texts, self.cfg.judge_cue)
         every = [choices] * len(texts)
-        logps = engine.score_choices(self.model, prompt_ids, every, state=self.state)
+        logps = score_choices(self.model, prompt_ids, every, state=self.state)
         p = torch.tensor(logps, dtype=torch.float64).softmax(-1)  # [answers, choices]
         p = without_longer(p, choices)
         return [{"score": score, "parsed": 1} for score in (p @ values / p.sum(-1)).tolist()]

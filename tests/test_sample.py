@@ -9,7 +9,7 @@ import sys
 import time
 
 import sample
-from gosling import batch, engine, weights
+from gosling import answers, batch, engine, weights
 from gosling.config import UserError, read_flags
 from gosling.tokenizer import load_tokenizer
 from model import RWKV, RWKVConfig
@@ -674,7 +674,7 @@ def test_answers_shown_are_those_of_generate(model, capsys):
     for prompt, reply in (("hi", "a"), ("User: x", "bc")):
         ids = tokenizer.encode(prompt + reply)
         documents.append((ids, [0] * len(prompt) + [1] * len(reply)))
-    engine.show_answers(model.eval(), documents, tokenizer)
+    answers.show_answers(model.eval(), documents, tokenizer)
     lines = capsys.readouterr().out.splitlines()
     options = dict(max_new_tokens=128, temperature=0, tokenizer=tokenizer, stop="\n\nUser:")
     for i, (prompt, reply) in enumerate((("hi", "a"), ("User: x", "bc"))):
