@@ -6,12 +6,14 @@
     python sample.py --state=none --state=out/state/state-final.pth --prompt="..."
     python sample.py --model=... --prompt="a long text" --save_state=cache.pth
     python sample.py batch in.jsonl out.jsonl --model=... --n=4
+    python sample.py --model=... --state=none --state=out/state/state-final.pth --serve
 
 Several states answer side by side. A state that is saved after a prompt, or by /save in a chat, is
 one that --state goes on from. G1 models think first with --think=on, and answer at once with
 --think=off. batch writes each row again, with "completions"; killed and run again, it goes on. What
-the rows are made with stands in out.jsonl.json. No compiler is needed, and a CPU is enough.
-gosling/engine.py does the work.
+the rows are made with stands in out.jsonl.json. --serve is a page to chat with each state and
+OpenAI's API, for trying a model, not for production; it samples as the flags say, where a request
+does not. No compiler is needed, and a CPU is enough. gosling/engine.py does the work.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ import select
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from gosling import engine, weights
 from gosling.answers import score_choices, settled
@@ -34,9 +36,11 @@ from gosling.engine import TURNS, generate, stream
 from gosling.files import digest, locked, read_json, read_text, seen_from, whole_lines, write_json
 from gosling.processes import pick_device
 from gosling.rows import holds_rows
+from gosling.serve import serve
 from gosling.tokenizer import agree, recorded_tokenizer
 
 import tyro
+from pydantic import Field
 from tqdm import tqdm
 
 __all__ = ["generate", "score_choices"]  # imported from here by code outside this repository
@@ -57,6 +61,9 @@ class Config(engine.Sampling):
     stop: Repeated = ()  # text that ends a sample; repeated: any of them
     escape: bool = False  # read \n, \t, \r and \\ in prompt, system and stop as in Python
     state: Repeated = ()  # tuned state; repeated: side by side; "none" is one too
+    serve: bool = False  # a page to chat, and OpenAI's API under /v1; to try a model
+    host: str = "127.0.0.1"  # serve: the address to listen on; 0.0.0.0 = any, for all who reach it
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000  # serve: 0 = a free one
     save_state: str = ""  # keep the state after the prompt in this file, and stop
     another_base: bool = False  # an adapter or state of another base than this is meant
     tokenizer: str = ""  # name or file; empty = the one recorded with the model or the state
@@ -534,6 +541,13 @@ def main(cfg):
     model, tokenizer, states, path = load(cfg)
     options = options_of(cfg, tokenizer)
     engine.complete(model, [], engine.Options(**options))  # a mistake comes before any output
+    if cfg.serve:
+        if cfg.prompt or cfg.prompts or cfg.chat or cfg.system or cfg.save_state or cfg.n > 1:
+            raise UserError("--serve takes no prompt, chat, system, save_state or n; requests do")
+        name = Path(path).stem
+        models = {name if of == "none" else f"{name}:{of}": state for of, state in states.items()}
+        serve(model, models, options, cfg.host, cfg.port)
+        return
     if cfg.prompts:
         prompts = read_prompts(cfg.prompts, tokenizer)
     else:

@@ -59,6 +59,20 @@ def score_group(model, first_logps, state, choices, temperature):
     return [[next(in_order) for _ in of_prompt] for of_prompt in choices]
 
 
+@torch.no_grad()
+def score_tokens(model, ids, state=None):
+    """Of each token but the first: [(its log-probability, the likeliest id, that one's), ...]."""
+    ids, scores = torch.tensor([ids], device=model.emb.weight.device), []
+    pairs = zip(ids[:, :-1].split(256, 1), ids[0, 1:].split(256), strict=True)
+    for x, y in pairs if ids.shape[1] > 1 else ():
+        logits, state = model(x, state)
+        logps = logits[0].float().log_softmax(-1)  # [T, V]
+        values, likeliest = logps.max(-1)
+        own = logps.gather(-1, y[:, None])[:, 0]
+        scores += zip(own.tolist(), likeliest.tolist(), values.tolist(), strict=True)
+    return scores
+
+
 def settled(text, stop=()):
     """What of a text that still grows will stay, and can be shown.
 

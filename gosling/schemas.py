@@ -1,7 +1,8 @@
 """What the JSON files that are read back hold: a class for each kind, for files.checked.
 
 Keys that a class does not name may hold anything. Numbers are of the right kind from the start,
-so that no text stands for one.
+so that no text stands for one. At the end: what the server of serve.py is sent, where a key that is
+not named is an error.
 """
 
 import math
@@ -259,3 +260,87 @@ class Last(Note):
     waited: Count = 0
     cursor: Count = 0
     groups: list[Group] = []
+
+
+# ----------------------------------------------------------------------------------------------
+# requests to the server
+
+
+class Sent(pydantic.BaseModel):
+    """An object of JSON in which null is as good as nothing."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def leave_out_nulls(cls, sent):
+        if not isinstance(sent, dict):
+            return sent
+        return {key: value for key, value in sent.items() if value is not None}
+
+
+class StreamOptions(Sent):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # the client may ask for padding; none is sent
+
+
+class TextFormat(Sent):
+    type: typing.Literal["text"]
+
+
+StopText = typing.Annotated[Text, Field(max_length=1000)]
+Id = typing.Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+
+
+class Generation(Sent):
+    """What OpenAI's requests for text have in common; the engine checks ranges of sampling."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    n: typing.Annotated[int, Field(ge=1, le=128)] = 1
+    max_tokens: typing.Annotated[int, Field(ge=1)] | None = None
+    stop: StopText | typing.Annotated[list[StopText], Field(max_length=32)] = []
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: dict[Id, float] = {}
+    # Not OpenAI's, but of the engine.
+    top_k: int | None = None
+    min_p: float | None = None
+    penalty_decay: float | None = None
+    repetition_penalty: float | None = None
+    # What clients send and what changes nothing.
+    user: object = None
+    metadata: object = None
+    store: object = None
+    service_tier: object = None
+    prompt_cache_key: object = None
+    safety_identifier: object = None
+
+
+class ChatRequest(Generation):
+    """/v1/chat/completions"""
+
+    messages: typing.Annotated[list[object], Field(min_length=1)]
+    max_completion_tokens: typing.Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: typing.Literal[0] = 0
+    think: typing.Literal["on", "off"] | None = None  # how the reply begins, see chat.THINK
+    # What is good only as it is by default.
+    response_format: TextFormat | None = None
+    tools: typing.Annotated[list[object], Field(max_length=0)] = []
+    tool_choice: typing.Literal["none", "auto"] = "none"
+    parallel_tool_calls: object = None
+
+
+class CompletionRequest(Generation):
+    """/v1/completions"""
+
+    prompt: Text | list[Text] | list[int] | list[list[int]]
+    logprobs: typing.Annotated[int, Field(ge=0, le=1)] | None = None
+    echo: bool = False
+    best_of: typing.Literal[1] = 1
+    suffix: typing.Literal[""] = ""
