@@ -11,6 +11,7 @@ hands a request over and writes what comes. web.py is the HTTP, api.py knows Ope
 
 import contextlib
 import functools
+import json
 import queue
 import threading
 import traceback
@@ -118,7 +119,7 @@ class Handler(web.Handler):
                 is_told = sent.stream or piece[-1] is not None
                 choice = call.choice(*piece) if is_told else None
                 if choice and sent.stream:
-                    self.send_event(call.answer([choice]))
+                    self.send_event(json.dumps(call.answer([choice])))
                 elif choice:
                     choices[piece[0]] = choice
         finally:
@@ -128,8 +129,8 @@ class Handler(web.Handler):
             self.send(200, call.answer(in_order, is_last=True))
             return
         if sent.stream_options.include_usage:
-            self.send_event(call.answer([], is_last=True))
-        self.wfile.write(b"data: [DONE]\n\n")
+            self.send_event(json.dumps(call.answer([], is_last=True)))
+        self.end_stream()
 
     def pieces(self, call):
         """The latest of each completion as it comes; ConnectionError once the client has gone."""

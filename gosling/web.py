@@ -25,7 +25,7 @@ HEADERS = {
     "Connection": "close",
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'",
+    "script-src 'unsafe-inline'; connect-src 'self'; img-src data:; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
@@ -164,12 +164,17 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.connection.settimeout(SECONDS)
 
-    def send_event(self, value):
-        """A piece of a stream; the first one begins it."""
+    def send_event(self, text):
+        """A piece of a stream; the first one begins it. In chunks, so that a torn one is seen."""
         if not self.is_begun:
             self.is_begun = True
-            self.send_head(200, "text/event-stream")
-        self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
+            self.send_head(200, "text/event-stream", **{"Transfer-Encoding": "chunked"})
+        piece = f"data: {text}\n\n".encode()
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+    def end_stream(self):
+        self.send_event("[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
 
     def send_head(self, status, kind, **more):
         self.send_response(status)
@@ -188,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
         error = {"error": {"message": message, "type": kind, "param": key, "code": None}}
         with contextlib.suppress(OSError):
             if self.is_begun:
-                self.send_event(error)
+                self.send_event(json.dumps(error))
             else:
                 self.send(status, error)
 
