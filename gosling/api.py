@@ -27,7 +27,7 @@ def read(kind, sent):
     except pydantic.ValidationError as e:
         first = e.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"][:1]) or None
-        expected = re.sub("Input should be|Value error,|String should", "expected", first["msg"])
+        expected = re.sub("Input should be|Value error,", "expected", first["msg"])
         expected = expected.replace("expected expected", "expected")
         problem = f"{expected}, not {first['input']!r:.60}"
         if first["type"] == "missing":

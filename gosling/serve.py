@@ -74,6 +74,8 @@ class Worker(threading.Thread):
 class Server(web.Server):
     """models: {name: state or None}; defaults: Options of what a request does not say."""
 
+    worker = None
+
     def __init__(self, address, model, models, defaults):
         super().__init__(address, Handler)
         self.model, self.models, self.defaults = model, models, defaults
@@ -83,8 +85,9 @@ class Server(web.Server):
 
     def server_close(self):
         super().server_close()
-        self.worker.inbox.put((None, None))
-        self.worker.join(web.SECONDS)
+        if self.worker:  # None if the port was in use
+            self.worker.inbox.put((None, None))
+            self.worker.join(web.SECONDS)
 
 
 class Handler(web.Handler):

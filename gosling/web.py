@@ -20,6 +20,7 @@ from gosling.config import UserError
 MAX_BODY = 2**20  # bytes of a request
 MAX_CONNECTIONS = 128
 SECONDS = 10  # for a client to send its whole request, and to take a piece of the answer
+LAST_CHUNK = b"0\r\n\r\n"
 NAMES = {"localhost", "127.0.0.1", "::1"}  # by which the browser may know us
 HEADERS = {
     "Connection": "close",
@@ -174,7 +175,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def end_stream(self):
         self.send_event("[DONE]")
-        self.wfile.write(b"0\r\n\r\n")
+        self.wfile.write(LAST_CHUNK)
 
     def send_head(self, status, kind, **more):
         self.send_response(status)
@@ -194,6 +195,7 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             if self.is_begun:
                 self.send_event(json.dumps(error))
+                self.wfile.write(LAST_CHUNK)
             else:
                 self.send(status, error)
 
