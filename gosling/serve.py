@@ -161,7 +161,8 @@ def serve(model, models, defaults, host, port):
             f"--host={host} --port={port} cannot be listened on: {e.strerror}; choose another"
         ) from None
     with server:
-        where = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
+        name = f"[{host}]" if ":" in host else host
+        where = f"http://{name}:{server.server_port}"
         print(f"{where} is the page, {where}/v1 OpenAI's API of {', '.join(models)}")
         print("For trying a model, not for production. Ctrl-C ends it.", flush=True)
         if server.any_address:

@@ -9,7 +9,7 @@ import sys
 import time
 
 import sample
-from gosling import answers, batch, engine, weights
+from gosling import answers, batch, engine, terminal, weights
 from gosling.config import UserError, read_flags
 from gosling.tokenizer import load_tokenizer
 from model import RWKV, RWKVConfig
@@ -690,7 +690,7 @@ def test_streaming_holds_back_half_a_character(capsys):
     for i in range(1, len(ids) + 1):
         pieces.append((0, engine.Completion(tokens=ids[:i])))
     pieces.append((0, engine.Completion(tokens=ids, text="aé漢b", finish_reason="length")))
-    sample.print_stream(iter(pieces), tokenizer)
+    terminal.print_stream(iter(pieces), tokenizer)
     assert capsys.readouterr().out == "aé漢b\n"
 
 
@@ -704,7 +704,7 @@ def test_streaming_never_shows_what_becomes_a_stop_text(capsys):
             shown.append(capsys.readouterr().out)
         yield 0, engine.Completion(tokens=ids, text="a\n\nUs b", finish_reason="stop")
 
-    sample.print_stream(pieces(), tokenizer, ("\n\nUser:",))
+    terminal.print_stream(pieces(), tokenizer, ("\n\nUser:",))
     assert (
         shown[:6] == ["a", "", "", "", "", "\n\nUs "]
         and "".join(shown) + capsys.readouterr().out == "a\n\nUs b\n"

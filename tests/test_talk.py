@@ -13,7 +13,7 @@ import termios
 import time
 
 import sample
-from gosling import engine
+from gosling import engine, terminal
 from gosling.config import UserError, read_flags
 from gosling.data import render_chat
 from gosling.tokenizer import load_tokenizer
@@ -53,28 +53,28 @@ def scripted(monkeypatch, text, tokenizer=BYTES, end="", seen=None):
     def stream(model, prompts, state, **options):
         if seen is not None:
             seen.append(prompts[0])
-        o = engine.complete(model, prompts, engine.Options(**options))
-        slot = engine.Slot(0, prompts[0], o.max_new_tokens[0], None)
+        request = engine.Request(model, prompts, engine.Options(**options))
+        slot = engine.Slot(request, 0, prompts[0], request.options.max_new_tokens[0], None)
         for token in tokenizer.encode(text):
-            engine.grow(slot, token, 0.0, o)
+            engine.grow(slot, token, 0.0)
             yield 0, slot.completion
             if slot.completion.finish_reason:
                 return
         if end == "Ctrl-C":
             raise KeyboardInterrupt
-        engine.grow(slot, tokenizer.end_id, 0.0, o)
+        engine.grow(slot, tokenizer.end_id, 0.0)
         yield 0, slot.completion
 
-    monkeypatch.setattr(sample, "stream", stream)
+    monkeypatch.setattr(terminal, "stream", stream)
 
 
 def say(model, talk, text, think="", tokenizer=BYTES, **options):
     options = {"max_new_tokens": 100, "stop": engine.TURNS, "tokenizer": tokenizer, **options}
-    sample.answer(model, tokenizer, talk, text, options, think)
+    terminal.answer(model, tokenizer, talk, text, options, think)
 
 
 def logits_after(model, talk, text):
-    return engine.prefill(model, [BYTES.encode(text)], sample.catch_up(model, talk, []))[0][0]
+    return engine.prefill(model, [BYTES.encode(text)], terminal.catch_up(model, talk, []))[0][0]
 
 
 CASES = {  # what is generated, how it ends -> the reply in the template
@@ -93,7 +93,7 @@ def test_the_state_is_that_of_the_rendered_conversation(name, model, monkeypatch
     """Logits behind each turn, against the whole text as it is written here, read in one piece."""
     generated, end, options, reply = CASES[name]
     scripted(monkeypatch, generated, end=end)
-    talk = sample.Talk([{"role": "system", "content": "Be kind."}])
+    talk = terminal.Talk([{"role": "system", "content": "Be kind."}])
     whole = "System: Be kind.\n\n"
     for turn, shown in (("hello", "hello"), (" and\n\n\nyou? ", "and\nyou?")):
         say(model, talk, turn, **options)
@@ -105,7 +105,7 @@ def test_the_state_is_that_of_the_rendered_conversation(name, model, monkeypatch
 
 @pytest.mark.parametrize("generated, end", [("", ""), (" \n\u200b", ""), ("", "Ctrl-C")])
 def test_a_turn_without_an_answer_is_taken_back(generated, end, model, monkeypatch, capsys):
-    talk = sample.Talk([{"role": "system", "content": "Be kind."}])
+    talk = terminal.Talk([{"role": "system", "content": "Be kind."}])
     scripted(monkeypatch, " One")
     say(model, talk, "hello")
     state, ids, n_read = talk.state, list(talk.ids), talk.n_read
@@ -117,7 +117,7 @@ def test_a_turn_without_an_answer_is_taken_back(generated, end, model, monkeypat
 
 def test_an_answer_of_the_model_itself_is_read_as_rendered(model, capsys):
     """Two turns of the real engine: what was shown, rendered by hand, is what the state holds."""
-    talk, whole = sample.Talk([]), ""
+    talk, whole = terminal.Talk([]), ""
     for turn in ("hello", "and you?"):
         say(model, talk, turn, max_new_tokens=7, seed=3, temperature=0.7)
         shown = capsys.readouterr().out.split("Assistant:")[1].rpartition("\n(cut off")[0]
@@ -141,7 +141,7 @@ def test_think_forms_are_those_of_training(monkeypatch, capsys):
         ("off", ">\nYes.", {"content": "<think>\n</think>\nYes."}),
         ("", " Yes.", {"content": "Yes."}),
     ):
-        talk, seen = sample.Talk([]), []
+        talk, seen = terminal.Talk([]), []
         scripted(monkeypatch, generated, world, seen=seen)
         messages = []
         for _ in range(2):
@@ -177,7 +177,7 @@ def test_think_forms_are_those_of_training(monkeypatch, capsys):
 )
 def test_lines_become_turns(lines, want):
     waiting = iter(lines)
-    got = sample.read_turn(lambda _: next(waiting), lambda: False)
+    got = terminal.read_turn(lambda _: next(waiting), lambda: False)
     assert (
         got is None
         if want is None
@@ -199,7 +199,7 @@ def test_lines_that_come_at_once_are_one_turn():
             lines.pop(0)
         return lines[0].pop(0)
 
-    typed = sample.read_turn(read, lambda: bool(lines[0]))
+    typed = terminal.read_turn(read, lambda: bool(lines[0]))
     assert typed == ("one\\\n\n/two\nthree", False)
 
 
@@ -208,14 +208,14 @@ def test_colours_are_for_terminals():
         def isatty(self):
             return True
 
-    assert sample.styles_for(Terminal(), {})["name"] == "\033[1m"
-    assert sample.styles_for(Terminal(), {"NO_COLOR": ""})["name"] == "\033[1m"
+    assert terminal.styles_for(Terminal(), {})["name"] == "\033[1m"
+    assert terminal.styles_for(Terminal(), {"NO_COLOR": ""})["name"] == "\033[1m"
     for stream, environment in (
         (io.StringIO(), {}),
         (Terminal(), {"NO_COLOR": "1"}),
         (Terminal(), {"TERM": "dumb"}),
     ):
-        assert set(sample.styles_for(stream, environment).values()) == {""}
+        assert set(terminal.styles_for(stream, environment).values()) == {""}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -261,11 +261,11 @@ def test_a_saved_chat_goes_on_as_if_it_had_not_ended(run, saved, tmp_path):
 
 
 def test_what_is_loaded_is_what_was_saved_bit_for_bit(model, saved, tmp_path):
-    file, talk = tmp_path / "talk.pth", sample.Talk([])
+    file, talk = tmp_path / "talk.pth", terminal.Talk([])
     say(model, talk, "hello", max_new_tokens=7, temperature=0)
     cfg = read_flags(sample.Config, flags(saved))
-    sample.save_talk(model, BYTES, talk, str(file), str(saved), cfg)
-    loaded = sample.load_talk(model, BYTES, str(file), str(saved), cfg)
+    terminal.save_talk(model, BYTES, talk, str(file), str(saved), cfg)
+    loaded = terminal.load_talk(model, BYTES, str(file), str(saved), cfg)
     _, whole = engine.prefill(model, [talk.ids])
     for key, value in talk.state.items():
         assert value.any() and loaded.state[key].equal(value)
