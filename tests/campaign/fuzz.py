@@ -79,6 +79,7 @@ def work_off(target, payloads, pipe):
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # as every command does
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     with os.fdopen(pipe, "wb") as f:
