@@ -1,9 +1,9 @@
 """Pictures of the ladder, as SVG: what each stage gained, and the curve of each stage.
 
-    python runs/pictures.py bench/results/2026-11-28-quick.jsonl --demo=out/demo
+    python runs/pictures.py
 
-writes docs/pictures/ladder.svg from the results of several runs of runs/demo.py (out/demo/
-results.jsonl of each, one after the other) and a curve for each stage of the run in out/demo.
+writes docs/pictures/ladder.svg, from the results of several runs of runs/demo.py (results.jsonl of
+each, one after the other in a file), and a curve for each stage of the run in out/demo.
 Text and lines are grey on no background, which can be read on white and on black.
 """
 
@@ -13,12 +13,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from gosling.config import UserError, read_flags
-from gosling.files import atomic_write, whole_lines
+from gosling.files import atomic_write, read_json, whole_lines
 
 GREY, BEFORE, AFTER, CONTROL = "#808080", "#b0b0b0", "#2f8f6f", "#c08a3e"
 CURVES = {  # stage: the numbers of its metrics.jsonl that its curve shows, a row of axes for each
@@ -29,13 +27,13 @@ CURVES = {  # stage: the numbers of its metrics.jsonl that its curve shows, a ro
     "dpo": (("loss",), ("rewards/accuracies",)),
     "reward": (("loss", "val_loss"), ("accuracy", "val_accuracy")),
     "grpo": (("reward",), ("entropy",)),
-    "self_reward": (("loss",), ("rewards/accuracies",)),
+    "self_reward": (("exact_match",),),
 }
 
 
 @dataclass
 class Config:
-    results: tyro.conf.Positional[tuple[str, ...]]  # results.jsonl of one or more runs
+    results: str = "bench/results/2026-11-28-quick.jsonl"  # results.jsonl of one or more runs
     demo: str = "out/demo"  # a run's folder, for the curves
     out: str = "docs/pictures"  # folder for the pictures
 
@@ -113,20 +111,22 @@ def curve_svg(rows, name):
                 ax.plot(*zip(*points, strict=True), color=color, label=key, marker=marker)
             ax.legend(frameon=False)
             ax.grid(alpha=0.2)
-        each[-1].set_xlabel("step")
+        each[-1].set_xlabel("stage" if name == "self_reward" else "step")
     return found["svg"]
 
 
 def metrics_of(folder):
-    """The rows of a stage's metrics.jsonl; of rounds, those of the last round."""
-    rounds = sorted(folder.glob("*/metrics.jsonl"))
-    return whole_lines(rounds[-1] if rounds else folder / "metrics.jsonl")
+    """The rows of a stage's metrics.jsonl; of self-rewarding, what each of its stages came to."""
+    done = [read_json(path) for path in sorted(folder.glob("*/done.json"))]
+    if done:
+        return [{"step": number, **row["eval"]} for number, row in enumerate(done)]
+    return whole_lines(folder / "metrics.jsonl")
 
 
 def main(cfg):
-    rows = [row for path in cfg.results for row in whole_lines(path)]
+    rows = whole_lines(cfg.results)
     if not rows:
-        raise UserError(f"no results in {', '.join(cfg.results)}; runs/demo.py writes them")
+        raise UserError(f"no results in {cfg.results}; runs/demo.py writes results.jsonl")
     pictures = {"ladder": ladder_svg(rows)}
     for name in CURVES:
         pictures[name] = curve_svg(metrics_of(Path(cfg.demo) / name), name)
