@@ -125,7 +125,7 @@ def sft(cfg):
         after=("pretrain",),
         commands=[command],
         threads=2,
-        expect=choose(cfg, (0.60, 0.90), (0.4, 0.7)),
+        expect=choose(cfg, (0.60, 0.90), (0.45, 0.8)),
     )
 
 
@@ -138,7 +138,7 @@ def state(cfg):
         "a state",
         after=("sft",),
         commands=[command],
-        expect=choose(cfg, (0.94, 1.0), (0.8, 1.0)),
+        expect=choose(cfg, (0.94, 1.0), (0.85, 1.0)),
     )
 
 
@@ -151,7 +151,7 @@ def more(cfg):
         "more SFT",
         after=("sft",),
         commands=[command],
-        expect=choose(cfg, (0.60, 0.90), (0.4, 0.8)),
+        expect=choose(cfg, (0.60, 0.90), (0.45, 0.82)),
         is_control=True,
     )
 
@@ -185,7 +185,7 @@ def grpo(cfg):
         "GRPO",
         after=("sft",),
         commands=[command],
-        expect=choose(cfg, (0.78, 1.0), (0.45, 0.9)),
+        expect=choose(cfg, (0.78, 1.0), (0.57, 0.88)),
     )
 
 
@@ -199,7 +199,7 @@ def dpo(cfg):
         "DPO",
         after=("samples",),
         commands=[command],
-        expect=choose(cfg, (0.72, 1.0), (0.45, 0.9)),
+        expect=choose(cfg, (0.72, 1.0), (0.58, 0.88)),
     )
 
 
@@ -213,7 +213,7 @@ def reward(cfg):
         after=("samples",),
         commands=[command],
         metric="val_accuracy",
-        expect=choose(cfg, (0.92, 0.98), (0.8, 1.0)),
+        expect=choose(cfg, (0.92, 0.98), (0.82, 0.97)),
     )
 
 
@@ -233,7 +233,7 @@ def self_reward(cfg):
         "self-rewarding",
         after=("sft",),
         commands=[command],
-        expect=choose(cfg, (0.66, 0.95), (0.45, 0.9)),
+        expect=choose(cfg, (0.66, 0.95), (0.57, 0.88)),
     )
 
 
