@@ -22,8 +22,8 @@ GREY, BEFORE, AFTER, CONTROL = "#808080", "#b0b0b0", "#2f8f6f", "#c08a3e"
 CURVES = {  # stage: the numbers of its metrics.jsonl that its curve shows, a row of axes for each
     "pretrain": (("loss", "val_loss"),),
     "sft": (("loss", "val_loss"),),
-    "state": (("loss",),),
     "more": (("loss", "val_loss"),),
+    "state": (("loss",),),
     "dpo": (("loss",), ("rewards/accuracies",)),
     "reward": (("loss", "val_loss"), ("accuracy", "val_accuracy")),
     "grpo": (("reward",), ("entropy",)),
@@ -65,10 +65,10 @@ def axes(height, n_rows=1):
 
 
 def by_stage(results):
-    """Rows of results.jsonl, of one run or several -> {stage: its rows}, in the ladder's order,
-    of the stages that are measured in shares of right answers."""
+    """Rows of results.jsonl, of one run or several -> {stage: its rows}, in the order of CURVES, of
+    the stages that are measured in shares of right answers."""
     stages = {}
-    for row in results:
+    for row in sorted(results, key=lambda row: list(CURVES).index(row["stage"])):
         if row["metric"] in ("exact_match", "val_accuracy"):
             stages.setdefault(row["stage"], []).append(row)
     return stages

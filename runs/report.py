@@ -56,17 +56,17 @@ ANSWERING = ("pretrain", "sft", "state", "more", "dpo", "grpo", "self_reward")
 
 STYLE = """\
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2f8f6f; --bad: #c0563e }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h2 { margin-top: 2.5rem }
 table { border-collapse: collapse; font-size: 15px }
-td, th { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line) }
+td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line) }
 pre { background: var(--soft); padding: .7rem 1rem; border-radius: 6px; white-space: pre-wrap;
       overflow-wrap: anywhere; font-size: 13px }
 pre.command { user-select: all; cursor: copy }
 svg { max-width: 100%; height: auto }
 .wide { overflow-x: auto } .mono { font-family: monospace; white-space: nowrap }
 .good { color: var(--good) } .bad { color: var(--bad) }
-p { max-width: 46rem }
+p, pre { max-width: 46rem }
 summary { cursor: pointer }"""
 
 
