@@ -410,12 +410,19 @@ def test_an_engine_that_fails_fails_its_requests_alone(server, monkeypatch, caps
     def fail(*_):
         raise MemoryError("no room")
 
+    def tear(running, n):  # stop between two tables that have to fit each other
+        running.slots = [None] * 7
+        fail()
+
     body = {"model": "m", "prompt": "a", "seed": 1}
     before = ask(server, "/v1/completions", body)
     monkeypatch.setattr(engine, "decode", fail)
     for stream in (False, True):
         text = ask(server, "/v1/completions", {**body, "stream": stream})[1]
         assert "the engine failed" in text
+    monkeypatch.undo()
+    monkeypatch.setattr(engine.Engine, "resize", tear)
+    assert "the engine failed" in ask(server, "/v1/completions", body)[1]
     monkeypatch.undo()
     after = ask(server, "/v1/completions", body)
     assert json.loads(after[1])["choices"] == json.loads(before[1])["choices"]
