@@ -119,7 +119,8 @@ def metrics_of(folder):
     """The rows of a stage's metrics.jsonl; of self-rewarding, what each of its stages came to."""
     done = [read_json(path) for path in sorted(folder.glob("*/done.json"))]
     if done:
-        return [{"step": number, **row["eval"]} for number, row in enumerate(done)]
+        measured = [row["eval"] for row in done if "eval" in row]  # a judge's training is not
+        return [{"step": number, **values} for number, values in enumerate(measured)]
     return whole_lines(folder / "metrics.jsonl")
 
 

@@ -1,5 +1,6 @@
 """runs/report.py and runs/pictures.py: the page and the pictures of a ladder that stopped early."""
 
+import json
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -55,6 +56,16 @@ def test_a_curve_has_what_was_logged_and_nothing_else(tmp_path):
     ET.fromstring(svg)
     assert "loss" in svg and "val_loss" not in svg
     assert pictures.curve_svg([], "sft") is None
+
+
+def test_rounds_of_self_rewarding_and_their_judge(tmp_path):
+    """A stage that trains a judge measures no answers."""
+    for name, done in (("00-start", 0.2), ("01-train_judge", None), ("02-self_reward", 0.3)):
+        (tmp_path / name).mkdir()
+        found = {"eval": {"exact_match": done}} if done else {"stage": name}
+        (tmp_path / name / "done.json").write_text(json.dumps(found))
+    points = [(row["step"], row["exact_match"]) for row in pictures.metrics_of(tmp_path)]
+    assert points == [(0, 0.2), (1, 0.3)]
 
 
 @pytest.mark.parametrize("version", ["x070", "x060"])
