@@ -850,7 +850,7 @@ def test_bad_input_is_a_line_and_keeps_the_data(stages, settings, words, base, t
 def test_the_configs_hold_stages_that_exist(name):
     cfg = load_config(Config, [str(ROOT / f"config/self_reward_{name}.py")])
     for recipe in cfg.stages if isinstance(cfg.stages, dict) else [""]:
-        assert len(self_reward.chosen_stages(dataclasses.replace(cfg, recipe=recipe))) >= 2
+        assert len(self_reward.chosen_stages(dataclasses.replace(cfg, recipe=recipe))) >= 1
     if name == "1b5":
         head = rubric(cfg)
         assert head.endswith('<total points>"\nUser:') and len(head) > 1400

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -336,6 +337,12 @@ def test_flags_that_do_not_go_together(more, words, saved):
 # a terminal
 
 
+def take_terminal():
+    """In the new process: Ctrl-C is for it, also where these tests are a job that ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """The chat in a process of its own behind a terminal."""
 
@@ -350,7 +357,7 @@ class Terminal:
             stdout=end,
             stderr=end,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C is for it
+            preexec_fn=take_terminal,
         )
         os.close(end)
         self.text = ""
