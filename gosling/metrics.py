@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import secrets
 import time
 from pathlib import Path
@@ -119,12 +120,16 @@ def make_logger(cfg):
         if cfg.log == "wandb":
             import wandb
 
-            settings = settings_of(cfg)
-            return wandb.init(**settings, name=name, reinit="finish_previous").log
+            settings = dict(settings_of(cfg), name=name, reinit="finish_previous")
+            settings["dir"] = os.environ.get("WANDB_DIR", cfg.out_dir)
+            settings["settings"] = {"init_timeout": 20}  # seconds to wait for a network
+            return init_or_offline(wandb, settings)
         if cfg.log == "swanlab":
             import swanlab
 
-            return swanlab.init(**settings_of(cfg), experiment_name=name, reinit=True).log
+            settings = dict(settings_of(cfg), experiment_name=name, reinit=True)
+            settings["logdir"] = os.environ.get("SWANLAB_LOG_DIR", f"{cfg.out_dir}/swanlog")
+            return init_or_offline(swanlab, settings)
         if cfg.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -135,6 +140,21 @@ def make_logger(cfg):
             f"pip install {e.name}, or --log=none"
         ) from None
     return ignore
+
+
+def init_or_offline(module, settings):
+    """wandb's or swanlab's init -> its function (values, step).
+
+    Without a key or a network the run is kept on disk, and one line says so.
+    """
+    try:
+        return module.init(**settings).log
+    except Exception as e:
+        why = str(e).strip().splitlines() or [type(e).__name__]
+        print0(f"{module.__name__} is offline ({why[0]:.200}); what it would send is kept on disk")
+        if hasattr(module, "teardown"):  # wandb's own process holds the run that failed
+            module.teardown()
+        return module.init(**settings, mode="offline").log
 
 
 def settings_of(cfg):

@@ -59,6 +59,22 @@ def test_wandb_offline(tmp_path):
     assert all(str(row["loss"]).encode() in kept for row in rows) and kept.count(b"loss") >= 3
 
 
+@pytest.mark.parametrize("log, folder", [("wandb", "wandb"), ("swanlab", "swanlog")])
+def test_without_a_key_a_line_says_so_and_the_run_is_kept_in_its_folder(log, folder, tmp_path):
+    """Nothing lies where the command was typed."""
+    before = set(os.listdir(ROOT))
+    home = {"HOME": str(tmp_path / "home"), "WANDB_API_KEY": "", "SWANLAB_API_KEY": ""}
+    rows = run(tmp_path, log, **home)
+    assert len(rows) == 3 and any((tmp_path / "run" / folder).rglob("*run-*"))
+    assert set(os.listdir(ROOT)) == before
+
+
+def test_wandb_without_a_network(tmp_path):
+    """A key and an address where nobody answers."""
+    rows = run(tmp_path, "wandb", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert len(rows) == 3 and list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
+
+
 def test_swanlab_on_disk(tmp_path):
     rows = run(tmp_path, "swanlab", SWANLAB_MODE="offline", SWANLAB_LOG_DIR=str(tmp_path / "swan"))
     assert len(rows) == 3 and any((tmp_path / "swan").rglob("*"))

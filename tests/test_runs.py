@@ -281,6 +281,25 @@ def test_loggers_go_on_in_the_same_run_and_each_folder_has_its_own(tmp_path, mon
         ids.clear()
 
 
+def test_a_logger_without_a_network_goes_offline_and_says_so(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def init(mode="online", **given):
+        done.append((mode, given["id"]))
+        if mode == "online":
+            raise ConnectionError("no such host\nand more")
+        return types.SimpleNamespace(log=print)
+
+    module = types.SimpleNamespace(
+        __name__="wandb", init=init, teardown=lambda: done.append("torn down")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    runs.Metrics(settings(tmp_path, log="wandb"), ONE_CPU)
+    (_, first_id), torn, (mode, second_id) = done
+    assert (torn, mode) == ("torn down", "offline") and first_id == second_id
+    assert capsys.readouterr().out.startswith("wandb is offline (no such host); ")
+
+
 def test_a_number_of_eval_fn_may_be_called_as_our_arguments_are(tmp_path):
     metrics = runs.Metrics(settings(tmp_path), ONE_CPU)
     metrics.begin({"done": 1.0, "self": 2.0})
