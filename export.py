@@ -3,9 +3,11 @@
     python export.py merge --model=base.pth --adapter=lora.safetensors --out=merged.pth
     python export.py merge --model=base.pth --state=state.pth --out=merged.pth      for RWKV-6
     python export.py convert --model=a.pth --out=b.safetensors --dtype=bfloat16     or bit for bit
+    python export.py convert --model=a.pth --out=a.st --to=web-rwkv                 for Ai00
+    python export.py convert --model=lora.safetensors --out=folder --to=peft        an adapter
     python export.py hub --model=a.pth --out=folder            RWKV-7 for transformers and fla
     python export.py hub --model=folder --out=a.pth            and back
-    python export.py state --state=a.pth --out=a.st --to=web-rwkv                   for Ai00
+    python export.py state --state=a.pth --out=a.st --to=web-rwkv                   or transformers
     python export.py inspect a.pth                             what it is, and what is odd
 
 Each command has its own --help. Nothing is overwritten without --overwrite; a file appears whole or
@@ -27,8 +29,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from gosling.config import UserError, read_flags
-from gosling.files import write_json
-from gosling.hub import FIXED, fla_name
+from gosling.files import seen_from, write_json
+from gosling.hub import FIXED, cache_tensors, fla_name, folder_of, to_peft
 from gosling.tokenizer import tokenizer_of
 from gosling.tune import shape_of
 from gosling.weights import (
@@ -242,9 +244,19 @@ def merge_state(weights, config, cfg):
         )
 
 
+@dataclass
+class ConvertConfig(Config):
+    to: Literal["", "peft", "web-rwkv"] = ""  # a LoRA to a folder of PEFT; a model to a .st
+
+
 def convert(cfg):
-    check_out(cfg, WEIGHTS)
+    """As it is, or in `dtype`; .st: a whole model in web-rwkv's names and float16."""
+    suffixes = {"": WEIGHTS, "peft": (), "web-rwkv": (".st",)}
+    check_out(cfg, suffixes[cfg.to])
     weights, metadata = read_weights(cfg.model), read_metadata(cfg.model)
+    if cfg.to == "web-rwkv":
+        check_for_web_rwkv(weights, cfg)
+        cfg.dtype = "float16"
     if cfg.dtype:
         check_numbers(weights, cfg.model)
         cast(weights, cfg.dtype)
@@ -253,7 +265,38 @@ def convert(cfg):
             f"a .pth cannot carry this LoRA's alpha={metadata['alpha']}, "
             f"rslora={metadata.get('rslora')}; write them down, merging it will ask"
         )
-    write(weights, cfg.out, metadata or None)
+    if cfg.to == "peft":
+        write_peft(weights, metadata, cfg)
+    else:
+        write(weights, cfg.out, metadata or None)
+
+
+def check_for_web_rwkv(weights, cfg):
+    """UserError for what web-rwkv's loader does not read."""
+    if cfg.dtype not in ("", "float16"):
+        raise UserError(f"--dtype={cfg.dtype}: web-rwkv reads float16 alone; leave the flag out")
+    config = config_of(weights, cfg.model)
+    problems = tensor_problems(weights, expected_shapes(config, weights))
+    if problems:
+        raise UserError(f"{cfg.model}: {problems[0]}; --to=web-rwkv is for a whole model")
+    if "score.weight" in weights:
+        raise UserError(f"{cfg.model} is a reward model; web-rwkv has no score.weight")
+    if config.version == "x070" and config.n_layer == 1:
+        raise UserError(
+            f"{cfg.model} has one layer; web-rwkv reads sizes of RWKV-7 from the second"
+        )
+
+
+def write_peft(weights, metadata, cfg):
+    """A folder as PEFT writes it; paths in the metadata become paths as seen from it."""
+    for key in ("model", "tokenizer"):
+        place = folder_of(cfg.model) / metadata.get(key, "")
+        if key in metadata and place.suffix and place.exists():
+            metadata[key] = seen_from(place, cfg.out)
+    theirs, config = to_peft(weights, metadata, cfg.model)
+    weights.clear()
+    write(theirs, Path(cfg.out) / "adapter_model.safetensors", metadata)
+    write_json(Path(cfg.out) / "adapter_config.json", config)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -263,27 +306,33 @@ def convert(cfg):
 @dataclass
 class StateConfig:
     state: str  # the file to read
-    out: str  # the file to write: .pth, for web-rwkv .st
+    out: str  # the file to write: .pth, for web-rwkv .st, for transformers .safetensors
     # what it is; empty = by its ending: a .st is web-rwkv's
     from_: Annotated[Literal["", "rwkv", "web-rwkv"], tyro.conf.arg(name="from")] = ""
-    to: Literal["rwkv", "web-rwkv"] = "rwkv"  # rwkv: gosling, RWKV-PEFT, RWKV-Runner, rwkv package
+    # rwkv: gosling, RWKV-PEFT, RWKV-Runner, rwkv package; transformers: the caches of fla, rwkv7-hf
+    to: Literal["rwkv", "web-rwkv", "transformers"] = "rwkv"
     overwrite: bool = False  # replace --out if it is there
 
 
 def state(cfg):
     """rwkv: blocks.{i}.att.time_state [H, value, key], .pth. web-rwkv: the same names, [H, key,
-    value] in float16, .st.
+    value] in float16, .st. transformers: layers.{i}.recurrent_state [1, H, key, value] and two
+    shift vectors [1, C], .safetensors.
 
     The rwkv package's own state is [value, key] in RWKV-7 and [key, value] in RWKV-6: code that
     hands a file's tensors to an RWKV-6 there transposes them.
     """
-    check_out(cfg, (".st",) if cfg.to == "web-rwkv" else (".pth",))
+    suffixes = {"rwkv": (".pth",), "web-rwkv": (".st",), "transformers": (".safetensors",)}
+    check_out(cfg, suffixes[cfg.to])
     value, about = read_state(cfg.state)
     by_ending = "web-rwkv" if Path(cfg.state).suffix == ".st" else "rwkv"
     if cfg.from_ not in ("", by_ending):
         value["wkv"] = value["wkv"].mT
     if cfg.to == "rwkv":
         write_state(value, cfg.out, **about)
+    elif cfg.to == "transformers":
+        texts = {key: text for key, text in about.items() if isinstance(text, str)}
+        write_weights(cache_tensors(value), cfg.out, texts or None)
     else:
         if value["att_shift"].any() or value["ffn_shift"].any():
             warn("web-rwkv does not read shift vectors; they are left out")
@@ -481,7 +530,7 @@ def inspect_network(weights, states, file):
 
 COMMANDS = {
     "merge": (MergeConfig, merge),
-    "convert": (Config, convert),
+    "convert": (ConvertConfig, convert),
     "hub": (HubConfig, hub),
     "state": (StateConfig, state),
     "inspect": (InspectConfig, inspect),

@@ -1,6 +1,6 @@
-"""Files in Hugging Face's forms: shards, flash-linear-attention's names, PEFT's adapters.
+"""Files in Hugging Face's forms: shards, fla's names (flash-linear-attention), PEFT's adapters.
 
-read_weights of gosling/weights.py reads them through this; export.py writes a folder.
+read_weights of gosling/weights.py reads them through this; export.py writes them.
 """
 
 import re
@@ -148,6 +148,19 @@ def from_fla(theirs, config_file):
     return weights | theirs
 
 
+def cache_tensors(state):
+    """A state [L, 1, ...] -> {name: tensor}, as transformers' caches of RWKV-7 hold each layer.
+
+    recurrent_state [1, H, key, value] is turned, and fla calls attention_shift conv_state.
+    """
+    tensors = {}
+    for i, wkv in enumerate(state["wkv"]):  # [1, H, value, key]
+        tensors[f"layers.{i}.recurrent_state"] = wkv.float().mT.contiguous()
+        tensors[f"layers.{i}.attention_shift"] = state["att_shift"][i].float().clone()  # [1, C]
+        tensors[f"layers.{i}.ffn_shift"] = state["ffn_shift"][i].float().clone()
+    return tensors
+
+
 # ----------------------------------------------------------------------------------------------
 # PEFT's adapters, as RWKV-PEFT saves them
 
@@ -185,3 +198,57 @@ def peft_settings(path):
     about = {"alpha": config.get("lora_alpha"), "rslora": bool(config.get("use_rslora"))}
     about["model"] = config.get("base_model_name_or_path")
     return {key: str(value) for key, value in about.items() if value is not None}
+
+
+def to_peft(weights, about, path):
+    """A LoRA's {name: tensor} -> ({PEFT's name: tensor}, what adapter_config.json says).
+
+    about: read_metadata of `path`. UserError for what PEFT's own loader would lose.
+    """
+    matrices = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
+    if not matrices:
+        raise UserError(f"{path} is not a LoRA, it has no lora_A; --to=peft is for a LoRA")
+    if "alpha" not in about:
+        raise UserError(
+            f"{path} does not say its alpha, which adapter_config.json must; merge it with "
+            "export.py merge --alpha=…, or give the .safetensors that training wrote"
+        )
+    alpha, ranks = float(about["alpha"]), {len(weights[f"{m}.lora_A"]) for m in matrices}
+    if len(ranks) > 1:
+        raise UserError(
+            f"{path} has ranks {sorted(ranks)}, expected one for all matrices; merge it"
+        )
+    theirs, whole_modules = {}, set()
+    for name, w in weights.items():
+        new_name = f"base_model.model.{name}"
+        if re.search(r"\.lora_[AB]$", name):
+            new_name += ".weight"
+        else:
+            whole_modules.add(module_of(name, matrices, path))
+        theirs[new_name] = w
+    config = dict(
+        peft_type="LORA",
+        task_type=None,
+        base_model_name_or_path=about.get("model"),
+        r=ranks.pop(),
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
+        use_rslora=about.get("rslora") == "True",
+        lora_dropout=float(about.get("dropout", 0)),
+        target_modules=matrices,
+        modules_to_save=sorted(whole_modules) or None,
+        bias="none",
+        init_lora_weights=True,
+        inference_mode=True,
+    )
+    return theirs, config
+
+
+def module_of(name, matrices, path):
+    """The module of a parameter that was trained as it is, beside the LoRA's matrices."""
+    module, _, leaf = name.rpartition(".")
+    if leaf not in ("weight", "bias") or module in matrices or name == "score.weight":
+        raise UserError(
+            f"{path}: PEFT cannot hold {name}, which is trained beside the LoRA; it holds whole "
+            "modules, such as a norm or the embedding; merge it (export.py merge)"
+        )
+    return module

@@ -7,7 +7,7 @@ import re
 import zlib
 from pathlib import Path
 
-from gosling import hub
+from gosling import hub, web_rwkv
 from gosling.config import UserError
 from gosling.files import (
     atomic_write,
@@ -37,7 +37,8 @@ def is_safetensors(path):
 def read_weights(path):
     """{official name: tensor} of a `.pth` or `.safetensors` file, or of what gosling/hub.py reads.
 
-    That is a Hugging Face folder, all shards of one of them, fla's RWKV-7 and PEFT's adapters.
+    That is a Hugging Face folder, all shards of one of them, fla's RWKV-7 and PEFT's adapters. A
+    `.st` is web-rwkv's.
     """
     weights = {}
     for file in hub.files_of(path):
@@ -48,7 +49,7 @@ def read_weights(path):
 
 
 def read_tensors(file):
-    """{name: tensor} of one file, a tuned state as [H, value, key]."""
+    """{name: tensor} of one file, a .st under official names and in our orientation."""
     if is_safetensors(file):
         try:
             weights = load_file(file)
@@ -63,7 +64,7 @@ def read_tensors(file):
                 f"{file} is damaged: it is not what was written (if you have changed it, take "
                 "crc32 out of its metadata)"
             )
-        return turn_states(weights) if Path(file).suffix == ".st" else weights
+        return web_rwkv.from_web_rwkv(weights) if Path(file).suffix == ".st" else weights
     weights = load_torch(file)
     is_flat = isinstance(weights, dict)
     if not is_flat or not all(isinstance(w, torch.Tensor) for w in weights.values()):
@@ -107,14 +108,6 @@ def checksum(weights, metadata):
     return f"{value:08x}"
 
 
-def turn_states(weights):
-    """A .st is web-rwkv's, whose states are [H, key, value]: between its orientation and ours."""
-    for name, w in weights.items():
-        if name.endswith(".time_state"):
-            weights[name] = w.transpose(-2, -1).contiguous()
-    return weights
-
-
 def read_metadata(path):
     """{str: str} that weights carry beside the tensors, of an adapter its alpha and rslora.
 
@@ -131,13 +124,13 @@ def read_metadata(path):
 def write_weights(weights, path, metadata=None):
     """`.pth` or `.safetensors` by the path's ending, atomically.
 
-    metadata {str: str} goes into a .safetensors alone. A `.st` is turned, see turn_states.
+    metadata {str: str} goes into a .safetensors alone. A `.st` is web-rwkv's.
     """
     if not is_safetensors(path):
         save_torch(weights, path)
         return
     if Path(path).suffix == ".st":
-        weights = turn_states(dict(weights))
+        weights = web_rwkv.to_web_rwkv(weights)
     metadata = metadata or {}
     with atomic_write(path) as tmp:
         try:
