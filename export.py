@@ -7,6 +7,7 @@
     python export.py convert --model=lora.safetensors --out=folder --to=peft        an adapter
     python export.py hub --model=a.pth --out=folder            RWKV-7 for transformers and fla
     python export.py hub --model=folder --out=a.pth            and back
+    python export.py gguf --model=a.pth --out=a.gguf --dtype=float16          for llama.cpp
     python export.py state --state=a.pth --out=a.st --to=web-rwkv                   or transformers
     python export.py inspect a.pth                             what it is, and what is odd
 
@@ -17,8 +18,10 @@ A hub folder is what flash-linear-attention's RWKV7ForCausalLM reads: pip instal
 flash-linear-attention, `import fla`, AutoModelForCausalLM.from_pretrained(folder). It is written as
 one model.safetensors; such a folder, its shards and PEFT's adapters are read by every command that
 takes a model or a LoRA. Layer 0's v0/v1/v2, which are never used and which fla does not have, are
-left out. A tokenizer.json goes along as it is; any other tokenizer as a vocab.txt, which
-transformers does not read, but prepare.load_tokenizer(folder) does.
+left out. A tokenizer.json goes along as it is. Of any other tokenizer there is a vocab.txt, which
+prepare.load_tokenizer(folder) reads, and a tokenizer.json made of it for AutoTokenizer.
+
+gguf wants the package gguf, and takes a LoRA as merge does: --adapter=lora.safetensors.
 """
 
 import math
@@ -30,7 +33,9 @@ from typing import Annotated, Literal
 
 from gosling.config import UserError, read_flags
 from gosling.files import seen_from, write_json
-from gosling.hub import FIXED, cache_tensors, fla_name, folder_of, to_peft
+from gosling.gguf import gguf_package, write_gguf
+from gosling.hub import cache_tensors, folder_of, to_peft
+from gosling.hub_folder import fla_tensors, hub_settings, write_tokenizer
 from gosling.tokenizer import tokenizer_of
 from gosling.tune import shape_of
 from gosling.weights import (
@@ -40,6 +45,7 @@ from gosling.weights import (
     config_of,
     digest_of,
     expected_shapes,
+    kind_of,
     read_metadata,
     read_state,
     read_weights,
@@ -127,12 +133,16 @@ def total(weights):
 
 
 @dataclass
-class MergeConfig(Config):
+class LoraConfig(Config):
     adapter: str = ""  # a LoRA, gosling's or RWKV-PEFT's; its extra tensors replace the base's
-    state: str = ""  # a tuned state, .pth; goes into the file as it is, for engines of RWKV-6
     alpha: PositiveFloat | None = None  # LoRA: it trained with; none = as its .safetensors says
     rslora: bool = False  # LoRA: its scale is alpha / sqrt(r); a .safetensors says it
     another_base: bool = False  # --model is not what it was trained on, and that is meant
+
+
+@dataclass
+class MergeConfig(LoraConfig):
+    state: str = ""  # a tuned state, .pth; goes into the file as it is, for engines of RWKV-6
 
 
 def merge(cfg):
@@ -142,7 +152,7 @@ def merge(cfg):
     weights = read_weights(cfg.model)
     config = config_of(weights, cfg.model)
     check_numbers(weights, cfg.model)
-    check_origin(weights, config, cfg)
+    check_origin(weights, config, cfg, cfg.state)
     if cfg.adapter:
         merge_lora(weights, cfg)
     cast(weights, cfg.dtype)
@@ -151,13 +161,13 @@ def merge(cfg):
     write(weights, cfg.out)
 
 
-def check_origin(weights, config, cfg):
+def check_origin(weights, config, cfg, state=""):
     """UserError if the adapter or the state was trained on other weights than these."""
     abouts = {}
     if cfg.adapter:
         abouts[cfg.adapter] = read_metadata(cfg.adapter)
-    if cfg.state:
-        abouts[cfg.state] = state_description(cfg.state)
+    if state:
+        abouts[state] = state_description(state)
     says = any("fingerprint" in about for about in abouts.values())
     if not says or tensor_problems(weights, expected_shapes(config, weights)):
         return  # what does not fit is named where it is merged
@@ -354,34 +364,11 @@ class HubConfig(Config):
     tokenizer: str = ""  # name or file; empty = as the model's folder says, or World if V is 65536
 
 
-# What prepare.render_chat writes: blank lines only between turns, none inside them; the end token
-# after a last reply. tokenizer.apply_chat_template(..., enable_thinking=True or False) begins a
-# reply with one of G1's prefixes.
-CHAT_TEMPLATE = r"""{%- for message in messages %}
-    {%- set lines = message['content'].replace('\r', '\n').strip('\n').rstrip().split('\n') %}
-    {%- set text = lines | select | join('\n') %}
-    {%- set is_indented = text.split('\n')[0].strip() and (text[:2] == '  ' or text[:1] == '\t') %}
-    {%- set is_code = is_indented and ('\n ' in text or '\n\t' in text) %}
-    {%- if message['role'] != 'assistant' or not is_code %}{% set text = text.lstrip() %}{% endif %}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] %}
-        {{- raise_exception('a role is system, user or assistant, not ' + message['role']) }}
-    {%- endif %}
-    {{- ((message['role'] | capitalize) + ': ' + text).rstrip() }}
-    {%- if not loop.last or add_generation_prompt %}{{ '\n\n' }}
-    {%- elif message['role'] == 'assistant' %}{{ eos_token }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ 'Assistant:' }}
-    {%- if enable_thinking is defined %}
-        {{- ' <think' if enable_thinking else ' <think>\n</think' }}
-    {%- endif %}
-{%- endif %}
-"""
-
-
 def hub(cfg):
     back = Path(cfg.model).is_dir()
     check_out(cfg, WEIGHTS if back else ())
     weights = read_weights(cfg.model)
+    check_kind(weights, cfg.model, "a hub folder")
     config = config_of(weights, cfg.model)
     if (config.version, config.head_size) != ("x070", 64):
         # fla's RWKV-6 normalises heads with eps 1e-5, not 64e-5
@@ -389,15 +376,7 @@ def hub(cfg):
             f"{cfg.model} is {config.version} with heads of {config.head_size}; "
             "hub is for x070 with heads of 64"
         )
-    if "score.weight" in weights:
-        raise UserError(f"{cfg.model} is a reward model; fla's RWKV-7 has no score.weight")
-    shapes = expected_shapes(config)
-    problems = tensor_problems(weights, shapes)
-    if problems:
-        raise UserError(f"{cfg.model}: {problems[0]}; hub wants a whole RWKV-7 and nothing else")
-    names = [name for name in shapes if name not in NEVER_TRAINED]
-    weights = {name: weights[name].reshape(shapes[name]) for name in names}
-    check_numbers(weights, cfg.model)
+    weights = whole_network(weights, config, cfg.model)
     cast(weights, cfg.dtype)
     if back:
         write(weights, cfg.out)
@@ -405,28 +384,46 @@ def hub(cfg):
         write_folder(weights, config, cfg)
 
 
+def check_kind(weights, path, where):
+    """UserError for what is no model: `where`, the form to write, has no place for it."""
+    kind = kind_of(weights)
+    if kind == "LoRA":
+        raise UserError(
+            f"{path} is a LoRA; merge first: python export.py merge --model=BASE "
+            f"--adapter={path} --out=merged.pth"
+        )
+    if any(name.endswith(".time_state") for name in weights):
+        what = "is a tuned state" if kind == "tuned state" else "has a tuned state inside"
+        raise UserError(
+            f"{path} {what}, for which {where} has no place; give the model that the state was "
+            "tuned on, and the state to an engine that reads states: export.py state"
+        )
+    if "score.weight" in weights:
+        raise UserError(f"{path} is a reward model; {where} has no place for its score.weight")
+
+
+def whole_network(weights, config, path):
+    """{official name: tensor of the network's shape} of a whole model and nothing else, without
+    layer 0's v0/v1/v2."""
+    shapes = expected_shapes(config)
+    problems = tensor_problems(weights, shapes)
+    if problems:
+        raise UserError(f"{path}: {problems[0]}; expected a whole RWKV and nothing else")
+    names = [name for name in shapes if name not in NEVER_TRAINED]
+    check_numbers(weights, path)
+    return {name: weights[name].reshape(shapes[name]) for name in names}
+
+
 def write_folder(weights, config, cfg):
     """A hub folder of {official name: tensor}, which is emptied, and of the model's tokenizer."""
     tokenizer, folder = tokenizer_of(cfg.model, config.vocab_size, cfg.tokenizer), Path(cfg.out)
     dtype = str(weights["emb.weight"].dtype)[6:]
-    theirs = {}
-    for name in list(weights):
-        new_name, transposed = fla_name(name)
-        w = weights.pop(name)
-        if transposed:
-            w = w.T
-        elif w.dim() == 3 and ".attn.x_" not in new_name:  # these alone stay [1, 1, C]
-            w = w.flatten()
-        theirs[new_name] = w
-    write(theirs, folder / "model.safetensors", {"format": "pt"})  # transformers wants to be told
-    for file_of_older_export in ("tokenizer.json", "vocab.txt"):
-        (folder / file_of_older_export).unlink(missing_ok=True)
-    end_token = "<|endoftext|>"
-    if hasattr(tokenizer, "hub"):
-        end_token = tokenizer.hub.id_to_token(tokenizer.end_id)
-    tokenizer.text = tokenizer.text or vocab_text(tokenizer)
-    tokenizer.save(folder)
-    for file, value in hub_settings(config, dtype, tokenizer.end_id, end_token).items():
+    # transformers wants to be told the format
+    write(fla_tensors(weights), folder / "model.safetensors", {"format": "pt"})
+    why_none = write_tokenizer(tokenizer, folder)
+    if why_none:
+        warn(f"AutoTokenizer will not read tokenizer {tokenizer.name}: {why_none}")
+    for file, value in hub_settings(config, dtype, tokenizer).items():
         write_json(folder / file, value)
     print(
         f"{folder}: RWKV7ForCausalLM, {config.n_layer} layers of width {config.n_embd}, "
@@ -434,54 +431,37 @@ def write_folder(weights, config, cfg):
     )
 
 
-def vocab_text(tokenizer):
-    """The vocab file of a tokenizer that is built in."""
-    if tokenizer.words:
-        lines = [token.decode() for token in tokenizer.tokens.values()]
-    else:
-        lines = [f"{i} {token!r} {len(token)}" for i, token in tokenizer.tokens.items()]
-    return "".join(line + "\n" for line in lines)
+# ----------------------------------------------------------------------------------------------
+# gguf: llama.cpp
 
 
-def hub_settings(config, dtype, end_id, end_token):
-    """{file: value} of a hub folder's JSON files."""
-    ids = dict(bos_token_id=end_id, eos_token_id=end_id)
-    tokenizer = dict(
-        tokenizer_class="PreTrainedTokenizerFast",
-        bos_token=end_token,
-        eos_token=end_token,
-        pad_token=end_token,
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+@dataclass
+class GgufConfig(LoraConfig):
+    tokenizer: str = ""  # name or file; empty = as the model's folder says, or World if V is 65536
+
+
+def gguf(cfg):
+    """A whole RWKV-6 or 7, merged with a LoRA or as it is, with its tokenizer."""
+    check_out(cfg, (".gguf",))
+    gguf_package()  # before anything is read that takes long
+    weights = read_weights(cfg.model)
+    check_kind(weights, cfg.model, "a GGUF file")
+    config = config_of(weights, cfg.model)
+    tokenizer = tokenizer_of(cfg.model, config.vocab_size, cfg.tokenizer)
+    if cfg.adapter:
+        check_numbers(weights, cfg.model)
+        check_origin(weights, config, cfg)
+        merge_lora(weights, cfg)
+        check_kind(weights, cfg.adapter, "a GGUF file")
+    dtype = cfg.dtype or str(weights["emb.weight"].dtype)[6:]
+    dtype = "float32" if dtype == "float64" else dtype
+    weights = whole_network(weights, config, cfg.model)
+    n_tensors = write_gguf(weights, config, tokenizer, dtype, cfg.out)
+    megabytes = Path(cfg.out).stat().st_size / 1e6
+    print(
+        f"{cfg.out}: RWKV-{config.version[2]}, {n_tensors} tensors, {dtype}, {megabytes:,.2f} MB, "
+        f"tokenizer {tokenizer.name}"
     )
-    # transformers' own top_k of 50 would not be the model's distribution.
-    sampling = dict(pad_token_id=end_id, do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
-    # There is no pad_token_id in the network's config: fla would hand it to the embedding as
-    # padding_idx, and that row would stop learning.
-    network = dict(
-        architectures=["RWKV7ForCausalLM"],
-        **FIXED,
-        **ids,
-        attn_mode="chunk",
-        hidden_size=config.n_embd,
-        num_hidden_layers=config.n_layer,
-        num_heads=config.n_embd // config.head_size,
-        value_dim=[config.n_embd] * config.n_layer,
-        intermediate_size=config.dim_ffn,
-        hidden_ratio=config.dim_ffn / config.n_embd,
-        vocab_size=config.vocab_size,
-        decay_low_rank_dim=config.decay_rank,
-        a_low_rank_dim=config.iclr_rank,
-        v_low_rank_dim=config.value_rank,
-        gate_low_rank_dim=config.gate_rank,
-        use_cache=True,
-        torch_dtype=dtype,
-    )
-    return {
-        "tokenizer_config.json": tokenizer,
-        "generation_config.json": {**ids, **sampling},
-        "config.json": network,
-    }
 
 
 # ----------------------------------------------------------------------------------------------
@@ -532,6 +512,7 @@ COMMANDS = {
     "merge": (MergeConfig, merge),
     "convert": (ConvertConfig, convert),
     "hub": (HubConfig, hub),
+    "gguf": (GgufConfig, gguf),
     "state": (StateConfig, state),
     "inspect": (InspectConfig, inspect),
 }

@@ -22,7 +22,8 @@ from gosling.schemas import RunConfig
 import pyrwkv_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+END_TOKEN = "<|endoftext|>"
+END_TOKENS = (END_TOKEN, "</s>", "<eos>", "<|end_of_text|>")
 # id, literal, length in bytes
 LITERAL = r"""b?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 WORLD_LINE = re.compile(rf"([0-9]{{1,9}}) ({LITERAL}) ([0-9]{{1,9}})")
@@ -323,10 +324,19 @@ def load_tokenizer(name_or_path, folder="", end_token=""):
 def tokenizer_in(folder):
     """The tokenizer that a folder's config.json names, or whose file lies in it."""
     config = run_config(folder)
-    file = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.txt"
     if not config.get("tokenizer"):
-        return load_tokenizer(file, folder)
+        return load_tokenizer(file_in(folder), folder)
     return noted_tokenizer(config, folder / "config.json")
+
+
+def file_in(folder):
+    """The file of a folder that says its tokenizer; a vocab.txt, not the tokenizer.json made of it,
+    as tokenizer_config.json of an exported folder says."""
+    if not (folder / "tokenizer.json").is_file():
+        return "vocab.txt"
+    says = read_json(folder / "tokenizer_config.json", object)
+    is_made = isinstance(says, dict) and says.get("made_from") == "vocab.txt"
+    return "vocab.txt" if is_made else "tokenizer.json"
 
 
 def run_config(folder):

@@ -8,6 +8,7 @@ import re
 import export
 import prepare
 from gosling.config import UserError
+from gosling.hub_folder import CHAT_TEMPLATE
 from gosling.tokenizer import train_bpe
 from gosling.tune import write_tuned
 from gosling.weights import read_metadata, read_weights, write_weights
@@ -380,6 +381,8 @@ def test_hub_folder_has_flas_names_and_config(tmp_path):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "rwkv_vocab_v20230424.txt",
+        "tokenizer.json",
         "tokenizer_config.json",
         "vocab.txt",
     ]
@@ -572,7 +575,14 @@ def test_hub_refusals(tmp_path):
     hub = f"--out={tmp_path}/hub"
     refused(r"six\.pth is x060 .*; hub is for x070", f"--model={tmp_path}/six.pth", hub)
     refused(r"heads of 32", f"--model={tmp_path}/small.pth", hub)
-    refused(r"is a reward model; fla's", f"--model={tmp_path}/reward.pth", hub)
+    refused(r"is a reward model; a hub folder has no", f"--model={tmp_path}/reward.pth", hub)
+    lora(RWKV.from_pretrained(tmp_path / "seven.pth"), tmp_path / "l.safetensors", r=4, alpha=6.0)
+    refused(r"is a LoRA; merge first: .* --adapter=", f"--model={tmp_path}/l.safetensors", hub)
+    state = {f"blocks.{i}.att.time_state": torch.randn(2, 64, 64) for i in range(3)}
+    torch.save(state, tmp_path / "state.pth")
+    refused(r"state\.pth is a tuned state, for which a hub", f"--model={tmp_path}/state.pth", hub)
+    torch.save({**weights, **state}, tmp_path / "both.pth")
+    refused(r"both\.pth has a tuned state inside, for", f"--model={tmp_path}/both.pth", hub)
     refused(r"expected a folder", f"--model={tmp_path}/seven.pth", f"--out={tmp_path}/x.pth")
     with pytest.raises(UserError, match=r"the tokenizer has 401 ids, \S+seven\.pth only 320"):
         run("hub", f"--model={tmp_path}/seven.pth", hub, "--tokenizer=integers:399")
@@ -603,8 +613,8 @@ MIXED = (
 
 
 def test_the_hub_folders_tokenizer_gives_the_same_ids(tmp_path):
-    """A tokenizer.json goes along as it is, any other as a vocab file; each time the folder is over
-    an older export."""
+    """A tokenizer.json goes along as it is, any other as a vocab file, which is what is read
+    again; each time the folder is over an older export."""
     (tmp_path / "vocab.txt").write_text(
         "1 'a' 1\n2 'ab' 2\n3 'b' 1\n4 'bc' 2\n5 'c' 1\n6 ' ' 1\n7 'ca ' 3\n"
     )
@@ -633,15 +643,19 @@ def test_the_hub_folders_tokenizer_gives_the_same_ids(tmp_path):
         assert (
             theirs.decode(theirs.encode(text)) == text and theirs.vocab_size == tokenizer.vocab_size
         )
-        assert {"vocab.txt", "tokenizer.json"} & {p.name for p in (tmp_path / "hub").iterdir()} == {
-            file
-        }
+        assert theirs.digest == tokenizer.digest
+        present = {p.name for p in (tmp_path / "hub").iterdir()}
+        made = {"tokenizer.json", "vocab.txt", "rwkv_vocab_v20230424.txt"} & present
+        if file == "tokenizer.json":
+            assert made == {"tokenizer.json"}
+        elif "integers" in str(name):  # words: no engine with that file cuts at white space
+            assert made == {"tokenizer.json", "vocab.txt"}
+        else:
+            assert made == {"tokenizer.json", "vocab.txt", "rwkv_vocab_v20230424.txt"}
         if name and "integers" not in str(name) and name != "bytes":
             assert (tmp_path / "hub" / file).read_bytes() == (tmp_path / file).read_bytes()
         says = json.loads((tmp_path / "hub" / "tokenizer_config.json").read_text())
-        assert (
-            says["eos_token"] == "<|endoftext|>" and says["chat_template"] == export.CHAT_TEMPLATE
-        )
+        assert says["eos_token"] == "<|endoftext|>" and says["chat_template"] == CHAT_TEMPLATE
 
 
 def test_chat_template_writes_what_render_chat_writes():
@@ -665,7 +679,7 @@ def test_chat_template_writes_what_render_chat_writes():
         ],
     )
     for options in ({}, dict(trim_blocks=True, lstrip_blocks=True)):  # transformers uses the latter
-        template = jinja2.Environment(**options).from_string(export.CHAT_TEMPLATE)
+        template = jinja2.Environment(**options).from_string(CHAT_TEMPLATE)
         for n in range(1, len(chat) + 1):
             for kw, more in (
                 ({}, {}),
