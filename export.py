@@ -447,6 +447,11 @@ def gguf(cfg):
     weights = read_weights(cfg.model)
     check_kind(weights, cfg.model, "a GGUF file")
     config = config_of(weights, cfg.model)
+    if config.version == "x070" and config.head_size != 64:  # read without an error, other logits
+        raise UserError(
+            f"{cfg.model} is RWKV-7 with heads of {config.head_size}; llama.cpp computes RWKV-7 "
+            "with heads of 64 alone"
+        )
     tokenizer = tokenizer_of(cfg.model, config.vocab_size, cfg.tokenizer)
     if cfg.adapter:
         check_numbers(weights, cfg.model)
