@@ -18,7 +18,10 @@ import pytest
 import torch
 from helpers import RANKS, ROOT, random_model
 
-TEXT = "Hello, world!  Two spaces,\n\n\ttabs - 今天是美好的一天。 наука 🎉 3.14 it's \"x\" 'y' \\n\n----\n"
+TEXT = (
+    "Hello, world!  Two spaces,\n\n\ttabs - "
+    "今天是美好的一天。 наука 🎉 3.14 it's \"x\" 'y' \\n\n----\n"
+)
 CHAT = [
     {"role": "system", "content": "Be kind.\n\n\nAlways. "},
     {"role": "user", "content": " Hi\nthere"},
