@@ -18,10 +18,7 @@ import pytest
 import torch
 from helpers import RANKS, ROOT, random_model
 
-TEXT = (
-    "Hello, world!  Two spaces,\n\n\ttabs - "
-    "今天是美好的一天。 наука 🎉 3.14 it's \"x\" 'y' \\n\n----\n"
-)
+TEXT = "Hello!  Two spaces,\n\n\ttabs. 今天是美好的一天。 наука 🎉 it's \"x\" 'y' \\n\n\n-\n"
 CHAT = [
     {"role": "system", "content": "Be kind.\n\n\nAlways. "},
     {"role": "user", "content": " Hi\nthere"},
@@ -107,6 +104,7 @@ def run(*argv):
 
 def exported(tmp_path, version, tokenizer, dtype="float32", **sizes):
     """-> (our model, what load_tokenizer takes, the GGUF file)"""
+    pytest.importorskip("gguf")
     model = random_model(version, **{**RANKS[version], **sizes}).eval()
     model.save_pretrained(tmp_path / "a.pth")
     if tokenizer == "bpe":
@@ -394,7 +392,7 @@ def test_llama_cpp_reads_half_precision(version, dtype, llama, tmp_path):
     theirs = llama(file)
     theirs.eval(ids)
     got = torch.tensor(theirs.scores[: len(ids)])
-    tolerance = 0.02 if dtype == "float16" else 0.1
+    tolerance = 0.01 if dtype == "float16" else 0.05
     assert (got - want).abs().max() < tolerance * want.std()
 
 
