@@ -23,7 +23,7 @@ from helpers import OFFICIAL, PAGES, ROOT, commands_of, random_model, write
 pytestmark = pytest.mark.slow
 # GPUs, or minutes, or an extra package
 ELSEWHERE = re.compile(
-    r"torchrun|^bash |_1b5|_0b1|runs/|tests|^python eval\.py|--serve"
+    r"torchrun|^bash |_1b5|_0b1|runs/|tests|^python eval\.py|--serve|^python export\.py gguf"
     r"|bench/(cpu|kernels|states)|bench/memory\.py$|--measure|cuda"
 )
 TRAINING = ["--max_steps=2", "--eval_every=0", "--save_every=0"]
