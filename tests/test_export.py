@@ -801,6 +801,7 @@ def test_help_and_unknown_command(capsys):
         ("merge", "--adapter"),
         ("convert", "--dtype"),
         ("hub", "--token"),
+        ("gguf", "--adapter"),
         ("inspect", "a LoRA"),
     ):
         with pytest.raises(SystemExit) as e:
