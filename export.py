@@ -256,12 +256,13 @@ def merge_state(weights, config, cfg):
 
 @dataclass
 class ConvertConfig(Config):
-    to: Literal["", "peft", "web-rwkv"] = ""  # a LoRA to a folder of PEFT; a model to a .st
+    # a LoRA to a folder of PEFT, peft-hub: on a hub folder's model; a model to web-rwkv's .st
+    to: Literal["", "peft", "peft-hub", "web-rwkv"] = ""
 
 
 def convert(cfg):
     """As it is, or in `dtype`; .st: a whole model in web-rwkv's names and float16."""
-    suffixes = {"": WEIGHTS, "peft": (), "web-rwkv": (".st",)}
+    suffixes = {"": WEIGHTS, "peft": (), "peft-hub": (), "web-rwkv": (".st",)}
     check_out(cfg, suffixes[cfg.to])
     weights, metadata = read_weights(cfg.model), read_metadata(cfg.model)
     if cfg.to == "web-rwkv":
@@ -275,7 +276,7 @@ def convert(cfg):
             f"a .pth cannot carry this LoRA's alpha={metadata['alpha']}, "
             f"rslora={metadata.get('rslora')}; write them down, merging it will ask"
         )
-    if cfg.to == "peft":
+    if cfg.to.startswith("peft"):
         write_peft(weights, metadata, cfg)
     else:
         write(weights, cfg.out, metadata or None)
@@ -303,7 +304,7 @@ def write_peft(weights, metadata, cfg):
         place = folder_of(cfg.model) / metadata.get(key, "")
         if key in metadata and place.suffix and place.exists():
             metadata[key] = seen_from(place, cfg.out)
-    theirs, config = to_peft(weights, metadata, cfg.model)
+    theirs, config = to_peft(weights, metadata, cfg.model, cfg.to == "peft-hub")
     weights.clear()
     write(theirs, Path(cfg.out) / "adapter_model.safetensors", metadata)
     write_json(Path(cfg.out) / "adapter_config.json", config)

@@ -74,7 +74,7 @@ def official(weights, path):
     if any(name.startswith("model.layers.") for name in weights):
         return from_fla(weights, folder_of(path) / "config.json")
     if any(name.startswith("base_model.model.") for name in weights):
-        return {peft_name(name): w for name, w in weights.items()}
+        return from_peft(weights)
     return weights
 
 
@@ -137,15 +137,22 @@ def from_fla(theirs, config_file):
                 f"{config_file}: {key} is {config.get(key)!r:.60}, expected {value!r}: "
                 "a folder of fla's RWKV-7, as export.py hub writes it"
             )
-    layers, weights = {name.split(".")[2] for name in theirs if name.startswith("model.l")}, {}
-    with torch.device("meta"):
-        any_sizes = RWKV(RWKVConfig("x070", len(layers), 64, 1))  # for the names alone
-    for name, _ in any_sizes.named_parameters():
+    weights = {}
+    for name in official_names(theirs):
         new_name, transposed = fla_name(name)
         if new_name in theirs:
             w = theirs.pop(new_name)
             weights[name] = w.T.contiguous() if transposed else w
     return weights | theirs
+
+
+def official_names(theirs):
+    """The official names of an RWKV-7 that has the layers of `theirs`, fla's names."""
+    found = [re.match(r"model\.layers\.(\d{1,3})\.", name) for name in theirs]
+    last = max((int(match[1]) for match in found if match), default=0)
+    with torch.device("meta"):
+        any_sizes = RWKV(RWKVConfig("x070", last + 1, 64, 1))
+    return [name for name, _ in any_sizes.named_parameters()]
 
 
 def cache_tensors(state):
@@ -163,6 +170,21 @@ def cache_tensors(state):
 
 # ----------------------------------------------------------------------------------------------
 # PEFT's adapters, as RWKV-PEFT saves them
+
+
+def from_peft(theirs):
+    """{PEFT's name: tensor} of an adapter -> {official name: tensor}, fla's names included."""
+    weights = {peft_name(name): w for name, w in theirs.items()}
+    if not any(name.startswith("model.layers.") for name in weights):
+        return weights
+    modules = {}
+    for name in official_names(weights):
+        modules[fla_name(name)[0].rpartition(".")[0]] = name.rpartition(".")[0]
+    renamed = {}
+    for name, w in weights.items():
+        module, _, leaf = name.rpartition(".")
+        renamed[f"{modules.get(module, module)}.{leaf}"] = w
+    return renamed
 
 
 def peft_name(name):
@@ -200,10 +222,11 @@ def peft_settings(path):
     return {key: str(value) for key, value in about.items() if value is not None}
 
 
-def to_peft(weights, about, path):
+def to_peft(weights, about, path, is_for_hub):
     """A LoRA's {name: tensor} -> ({PEFT's name: tensor}, what adapter_config.json says).
 
-    about: read_metadata of `path`. UserError for what PEFT's own loader would lose.
+    about: read_metadata of `path`. is_for_hub: the model it goes on has fla's names, as a hub
+    folder's has. UserError for what PEFT's own loader would lose.
     """
     matrices = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
     if not matrices:
@@ -218,14 +241,20 @@ def to_peft(weights, about, path):
         raise UserError(
             f"{path} has ranks {sorted(ranks)}, expected one for all matrices; merge it"
         )
-    theirs, whole_modules = {}, set()
+    of_six = [m for m in matrices if m.endswith(("att.gate", "ffn.receptance"))]
+    if is_for_hub and of_six:
+        raise UserError(f"{path} is of an RWKV-6 ({of_six[0]}); --to=peft-hub is for RWKV-7")
+    theirs, lora_modules, whole_modules = {}, set(), set()
     for name, w in weights.items():
-        new_name = f"base_model.model.{name}"
-        if re.search(r"\.lora_[AB]$", name):
-            new_name += ".weight"
-        else:
-            whole_modules.add(module_of(name, matrices, path))
-        theirs[new_name] = w
+        module, _, leaf = name.rpartition(".")
+        is_lora = leaf in ("lora_A", "lora_B")
+        if not is_lora:
+            check_whole_module(name, matrices, path)
+        if is_for_hub:
+            module = fla_name(f"{module}.weight")[0].removesuffix(".weight")
+        (lora_modules if is_lora else whole_modules).add(module)
+        end = ".weight" if is_lora else ""
+        theirs[f"base_model.model.{module}.{leaf}{end}"] = w
     config = dict(
         peft_type="LORA",
         task_type=None,
@@ -234,7 +263,7 @@ def to_peft(weights, about, path):
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,
         use_rslora=about.get("rslora") == "True",
         lora_dropout=float(about.get("dropout", 0)),
-        target_modules=matrices,
+        target_modules=sorted(lora_modules),
         modules_to_save=sorted(whole_modules) or None,
         bias="none",
         init_lora_weights=True,
@@ -243,12 +272,11 @@ def to_peft(weights, about, path):
     return theirs, config
 
 
-def module_of(name, matrices, path):
-    """The module of a parameter that was trained as it is, beside the LoRA's matrices."""
+def check_whole_module(name, matrices, path):
+    """UserError unless a parameter that was trained as it is belongs to a module PEFT can save."""
     module, _, leaf = name.rpartition(".")
     if leaf not in ("weight", "bias") or module in matrices or name == "score.weight":
         raise UserError(
             f"{path}: PEFT cannot hold {name}, which is trained beside the LoRA; it holds whole "
             "modules, such as a norm or the embedding; merge it (export.py merge)"
         )
-    return module

@@ -66,12 +66,12 @@ def lora(model, path, **options):
     return model
 
 
-def to_peft(tmp_path, **options):
+def to_peft(tmp_path, to="peft", **options):
     """-> (base, base with its adapter on, the folder that PEFT reads)"""
     base = saved("x070", tmp_path / "a.pth")
     on = lora(base, tmp_path / "l.safetensors", **options)
     folder = tmp_path / "theirs"
-    run("convert", f"--model={tmp_path}/l.safetensors", f"--out={folder}", "--to=peft")
+    run("convert", f"--model={tmp_path}/l.safetensors", f"--out={folder}", f"--to={to}")
     return base, on, folder
 
 
@@ -92,10 +92,24 @@ def test_a_lora_for_peft_has_its_names_and_settings(tmp_path):
     assert config["base_model_name_or_path"] == "../a.pth"
 
 
+def test_a_lora_for_a_hub_folders_model_has_flas_names(tmp_path):
+    _, _, folder = to_peft(tmp_path, "peft-hub", r=4, alpha=6.0, extra=("ln1", "emb"))
+    kinds = ["attn.r_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "ffn.key", "ffn.value"]
+    modules = {f"model.layers.{i}.{kind}" for i in range(3) for kind in kinds}
+    whole = {"model.embeddings", *(f"model.layers.{i}.attn_norm" for i in range(3))}
+    expected = {f"base_model.model.{m}.lora_{x}.weight" for m in modules for x in "AB"}
+    expected |= {f"base_model.model.{module}.weight" for module in whole}
+    expected |= {f"base_model.model.model.layers.{i}.attn_norm.bias" for i in range(3)}
+    assert load_file(folder / "adapter_model.safetensors").keys() == expected
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == modules and set(config["modules_to_save"]) == whole
+
+
+@pytest.mark.parametrize("to", ["peft", "peft-hub"])
 @pytest.mark.parametrize("says", ["metadata", "adapter_config.json"])
-def test_our_reader_reads_back_what_went_to_peft(says, tmp_path):
+def test_our_reader_reads_back_what_went_to_peft(says, to, tmp_path):
     """From a file that PEFT has saved again there is adapter_config.json alone."""
-    _, on, folder = to_peft(tmp_path, r=4, alpha=6.5, rslora=True, extra=("ln_out",))
+    _, on, folder = to_peft(tmp_path, to, r=4, alpha=6.5, rslora=True, extra=("ln_out",))
     file = folder / "adapter_model.safetensors"
     if says != "metadata":
         save_file(load_file(file), file, {"format": "pt"})
@@ -159,6 +173,23 @@ def test_peft_loads_the_folder_and_merges_to_our_weights(rslora, tmp_path):
     assert len(changed) == len(MATRICES) + 8  # all of them, and four norms
 
 
+def test_peft_puts_the_folder_on_a_hub_folders_model(tmp_path):
+    peft, rwkv7_hf = pytest.importorskip("peft"), pytest.importorskip("rwkv7_hf")
+    extra = ("ln_out", "ln1", "emb")
+    _, on, folder = to_peft(tmp_path, "peft-hub", r=4, alpha=6.0, rslora=True, extra=extra)
+    run("hub", f"--model={tmp_path}/a.pth", f"--out={tmp_path}/hub", "--tokenizer=bytes")
+    theirs = rwkv7_hf.RWKV7ForCausalLM.from_pretrained(tmp_path / "hub")
+    with torch.no_grad():
+        before = theirs(IDX).logits
+        theirs = peft.PeftModel.from_pretrained(theirs, folder)
+        got = theirs(IDX).logits
+    expected = logits(on)
+    assert (got - expected).abs().max() < 1e-5 * expected.std()
+    assert (before - expected).abs().max() > 0.1 * expected.std()  # the adapter matters
+    theirs.save_pretrained(tmp_path / "again")
+    same(read_weights(tmp_path / "again"), read_weights(tmp_path / "l.safetensors"))
+
+
 def test_what_peft_cannot_hold_is_refused(tmp_path):
     saved("x070", tmp_path / "a.pth")
     out = [f"--out={tmp_path}/theirs", "--to=peft"]
@@ -169,6 +200,9 @@ def test_what_peft_cannot_hold_is_refused(tmp_path):
         lora(random_model("x070", **RANKS["x070"]), file, r=4, alpha=6.0, extra=(extra,))
         with pytest.raises(UserError, match=rf"PEFT cannot hold blocks\.0\.{name}.*merge it"):
             run("convert", f"--model={file}", *out)
+    lora(random_model("x060", **RANKS["x060"]), file, r=4, alpha=6.0)
+    with pytest.raises(UserError, match=r"is of an RWKV-6 \(blocks\.0\.att\.gate\)"):
+        run("convert", f"--model={file}", f"--out={tmp_path}/theirs", "--to=peft-hub")
     lora(random_model("x070", **RANKS["x070"]), file, r=4, alpha=6.0)
     weights = load_file(file)
     save_file(weights, file)
