@@ -444,6 +444,8 @@ class GgufConfig(LoraConfig):
 def gguf(cfg):
     """A whole RWKV-6 or 7, merged with a LoRA or as it is, with its tokenizer."""
     check_out(cfg, (".gguf",))
+    if not cfg.adapter and (cfg.alpha or cfg.rslora or cfg.another_base):
+        raise UserError("--alpha, --rslora and --another_base are of a LoRA: give --adapter=LORA")
     gguf_package()  # before anything is read that takes long
     weights = read_weights(cfg.model)
     check_kind(weights, cfg.model, "a GGUF file")

@@ -43,7 +43,7 @@ MIXED = {
 }
 # [in, rank] and [rank, in] here, the other way round there.
 TRANSPOSED = re.compile(r"att\.([wavg][12]|time_maa_w[12]|time_decay_w[12])")
-# llama.cpp's operations on these take nothing but float32.
+# float32 in every file, as llama.cpp's own converter keeps them; vectors are, too.
 ALWAYS_FLOAT32 = re.compile(r".*\.time_mix_(first|w1|w2|decay_w1|decay_w2|lerp_fused)\.weight")
 
 
@@ -59,16 +59,15 @@ def gguf_package():
 
 
 def write_gguf(weights, config, tokenizer, dtype, out):
-    """{official name: tensor of the network's shape}, which is emptied, as `out` -> its size in
-    tensors.
+    """{official name: tensor of the network's shape}, which is emptied, as `out` -> how many
+    tensors the file has.
 
     dtype: float32, float16 or bfloat16, of the matrices; see ALWAYS_FLOAT32. A tokenizer that
     llama.cpp has no form for is a UserError.
     """
     gguf = gguf_package()
     with atomic_write(out) as tmp:
-        # gguf asks the file's name whether it belongs to a split model; this one does not
-        writer = gguf.GGUFWriter(None, "rwkv7" if config.version == "x070" else "rwkv6")
+        writer = gguf.GGUFWriter(tmp, "rwkv7" if config.version == "x070" else "rwkv6")
         write_sizes(writer, config)
         writer.add_file_type(FILE_TYPES[dtype])
         write_tokenizer(writer, gguf.TokenType, tokenizer, config.vocab_size)
@@ -77,7 +76,7 @@ def write_gguf(weights, config, tokenizer, dtype, out):
             keep = w.dim() == 1 or ALWAYS_FLOAT32.fullmatch(name)
             write_tensor(writer, gguf, name, w, "float32" if keep else dtype)
             n_tensors += 1
-        writer.write_header_to_file(tmp)
+        writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
@@ -110,7 +109,7 @@ def write_sizes(writer, config):
 def gguf_name(name):
     """Official name -> llama.cpp's: blocks.1.att.key.weight -> blk.1.time_mix_key.weight"""
     layer, rest = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", name).groups()
-    module, dot, leaf = rest.rpartition(".")
+    module, _, leaf = rest.rpartition(".")
     if leaf not in ("weight", "bias"):  # a parameter of its own, as att.w0
         module, leaf = rest, "weight"
     renamed = module.replace("att.", "time_mix_").replace("ffn.", "channel_mix_")

@@ -281,6 +281,7 @@ def test_refusals(tmp_path):
     refused(r"x\.pth: expected a name in \.gguf", out="x.pth")
     refused(r"cuts at white space, and llama\.cpp has none", tokenizer="integers:9")
     refused(r"token b'ab', but none for its first byte", tokenizer=tmp_path / "v.txt")
+    refused(r"of a LoRA: give --adapter=LORA", alpha=8)
     refused(r"tokenizer has 401 ids", tokenizer="integers:399")
 
 
