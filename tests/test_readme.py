@@ -105,7 +105,7 @@ def change(path, *replacements):
 
 def what_a_reader_brings(folder):
     """The files of docs/commands.md, small."""
-    RWKV(RWKVConfig("x070", 1, 64, 65536)).save_pretrained(folder / OFFICIAL, dtype=torch.bfloat16)
+    RWKV(RWKVConfig("x070", 2, 64, 65536)).save_pretrained(folder / OFFICIAL, dtype=torch.bfloat16)
     chats, prefs = [], []
     for i in range(64):
         turns = [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}!"}]
