@@ -17,23 +17,22 @@ def turned(name, w):
     return w.mT.contiguous() if is_matrix and TURNED.search(name) else w
 
 
-def to_web_rwkv(weights):
-    """{official name: tensor} -> {web-rwkv's name: tensor}"""
-    theirs = {}
+def converted(weights, names):
+    """{name: tensor} under other names, in the other orientation. names: {part of one: its new}"""
+    found = {}
     for name, w in weights.items():
         new_name = name
-        for old, new in RENAMED.items():
+        for old, new in names.items():
             new_name = new_name.replace(old, new)
-        theirs[new_name] = turned(name, w)
-    return theirs
+        found[new_name] = turned(name, w)
+    return found
+
+
+def to_web_rwkv(weights):
+    """{official name: tensor} -> {web-rwkv's name: tensor}"""
+    return converted(weights, RENAMED)
 
 
 def from_web_rwkv(theirs):
     """{web-rwkv's name: tensor} -> {official name: tensor}"""
-    weights = {}
-    for name, w in theirs.items():
-        old_name = name
-        for old, new in RENAMED.items():
-            old_name = old_name.replace(new, old)
-        weights[old_name] = turned(name, w)
-    return weights
+    return converted(theirs, {new: old for old, new in RENAMED.items()})
