@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 
 from gosling import engine, weights
 from gosling.answers import score_choices
-from gosling.config import UserError, read_flags
+from gosling.config import UserError, read_flags, warn
 from gosling.data import read_jsonl, render_prompt
 from gosling.engine import TURNS, generate, stream
 from gosling.files import digest, locked, read_json, read_text, whole_lines, write_json
@@ -122,10 +122,7 @@ def load(cfg):
         state, _ = weights.read_state(name, model.config)
         states[name] = {key: value.to(device) for key, value in state.items()}
         if about.get("fingerprint") not in (None, weights.fingerprint(model)):
-            print(
-                f"warning: {name} was tuned on {about.get('model')}, and {path} has other weights",
-                file=sys.stderr,
-            )
+            warn(f"{name} was tuned on {about.get('model')}, and {path} has other weights")
     return model, tokenizer, states, path
 
 

@@ -33,6 +33,11 @@ class UserError(Exception):
     """What the person at the terminal can mend, in one line: what is wrong, what was expected."""
 
 
+def warn(text):
+    """A line on stderr about what works and may not be meant."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def print0(*args):
     """Print on rank 0, at once: a log that lags is no log.
 
