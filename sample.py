@@ -31,7 +31,6 @@ from gosling.engine import TURNS, generate, stream
 from gosling.files import digest, locked, read_json, read_text, whole_lines, write_json
 from gosling.processes import pick_device
 from gosling.rows import holds_rows
-from gosling.serve import serve
 from gosling.terminal import chat, check_state_name, print_stream, save_state, utf8
 
 import tyro
@@ -268,6 +267,8 @@ def main(cfg):
     options = options_of(cfg, tokenizer)
     engine.complete(model, [], engine.Options(**options))  # a mistake comes before any output
     if cfg.serve:
+        from gosling.serve import serve  # the web library takes a moment
+
         if cfg.prompt or cfg.prompts or cfg.chat or cfg.system or cfg.save_state or cfg.n > 1:
             raise UserError("--serve takes no prompt, chat, system, save_state or n; requests do")
         name = Path(path).stem

@@ -71,18 +71,16 @@ def main(cfg):
         completions = engine.generate(model, prompts, batch_size=cfg.clients, **options)
         made["batch"].append(sum(len(c.tokens) for c in completions))
 
-    with (
-        multiprocessing.get_context("spawn").Pool(1) as elsewhere,
-        serve.Server(("127.0.0.1", 0), model, {"m": None}, defaults) as server,
-    ):
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = serve.Server(("127.0.0.1", 0), model, {"m": None}, defaults)
+    threading.Thread(target=server.run, daemon=True).start()
+    with multiprocessing.get_context("spawn").Pool(1) as elsewhere:
 
         def served():
-            made["served"].append(elsewhere.apply(all_clients, (server.server_port, bodies)))
+            made["served"].append(elsewhere.apply(all_clients, (server.port, bodies)))
 
         sides = {"batch": batch, "served": served}
         seconds = timer.interleaved(sides, cfg.rounds, timer.cpu_and_wall)
-        server.shutdown()
+    server.should_exit = True
     speed = {name: np.array(made[name][1:])[:, None] / seconds[name] for name in sides}
     timer.report(
         "serve",

@@ -1,8 +1,9 @@
 """OpenAI's requests for text, and the engine's completions in the form of OpenAI's answers."""
 
+import asyncio
+import contextlib
 import dataclasses
 import itertools
-import queue
 import re
 import time
 import uuid
@@ -10,8 +11,8 @@ import uuid
 from gosling import engine
 from gosling.answers import settled
 from gosling.chat import THINK, render_chat
+from gosling.config import UserError
 from gosling.schemas import ChatRequest
-from gosling.web import Refused
 
 import pydantic
 
@@ -21,7 +22,7 @@ SAMPLING = {field.name for field in dataclasses.fields(engine.Sampling)} - {"n",
 
 
 def read(kind, sent):
-    """JSON's value -> the request, of a kind of schemas.py; Refused names the key."""
+    """JSON's value -> the request, of a kind of schemas.py; UserError names the key."""
     try:
         return kind.model_validate(sent)
     except pydantic.ValidationError as e:
@@ -34,7 +35,7 @@ def read(kind, sent):
             problem = "it is missing"
         if first["type"] == "extra_forbidden":
             problem = "this server does not know it; leave it out"
-        raise Refused(400, f"{key or 'the request'}: {problem}", key) from None
+        raise UserError(f"{key or 'the request'}: {problem}") from None
 
 
 def prompts_of(sent, tokenizer):
@@ -52,7 +53,7 @@ def prompts_of(sent, tokenizer):
 
 
 class Call(engine.Request):
-    """A request to the engine, with the way back to the thread that waits for it.
+    """A request to the engine, with the way back to the coroutine that waits for it.
 
     state: that the model starts from, or None. defaults: the tokenizer, and what is not sent.
     """
@@ -66,12 +67,12 @@ class Call(engine.Request):
         )
         key, n_tokens = "messages" if self.is_chat else "prompt", sum(map(len, prompts))
         if n_tokens > MAX_PROMPT:
-            raise Refused(400, f"{key}: {n_tokens} tokens; at most {MAX_PROMPT} are read", key)
+            raise UserError(f"{key}: {n_tokens} tokens; at most {MAX_PROMPT} are read")
         if not 0 < sent.n * len(prompts) <= MAX_COMPLETIONS:
             asked = f"{sent.n} of each of {len(prompts)} prompts"
-            raise Refused(400, f"n: {asked}; expected 1 to {MAX_COMPLETIONS} completions", "n")
+            raise UserError(f"n: {asked}; expected 1 to {MAX_COMPLETIONS} completions")
         if self.has_echo and sent.stream:
-            raise Refused(400, "echo: not in a stream; send one of the two", "echo")
+            raise UserError("echo: not in a stream; send one of the two")
         limit = given.get("max_completion_tokens") or sent.max_tokens
         stop = [sent.stop] if isinstance(sent.stop, str) else sent.stop
         options = {**defaults, **{name: given[name] for name in SAMPLING & given.keys()}}
@@ -81,12 +82,25 @@ class Call(engine.Request):
         options = engine.Options(**options, n=sent.n, state=state)
         super().__init__(model, prompts, options)
         if sent.logprobs == 1 and not self.is_chat and options.temperature:
-            raise Refused(400, "logprobs: 1 needs temperature 0; others take 0", "logprobs")
-        self.left = sent.n * len(prompts)  # completions that still grow
-        self.pieces = queue.SimpleQueue()  # (number, Completion, tokens of it, finish_reason)
+            raise UserError("logprobs: 1 needs temperature 0; others take 0")
+        self.n_completions = sent.n * len(prompts)
+        self.loop, self.news = asyncio.get_running_loop(), asyncio.Event()
+        self.latest = {}  # number: (number, Completion, tokens of it, finish_reason), to be sent
         self.echo = []  # of each prompt: what answers.score_tokens says
         self.told = {}  # number: (text, tokens) that the client has
         self.id, self.created = f"gosling-{uuid.uuid4().hex}", int(time.time())
+
+    def tell(self, number, completion):
+        """From the engine's thread: a completion as it is now. None, None: it failed, or ends."""
+        piece = (number, completion, 0, "")
+        if completion:
+            piece = (number, completion, len(completion.tokens), completion.finish_reason)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
+            self.loop.call_soon_threadsafe(self.note, piece)
+
+    def note(self, piece):
+        self.latest[piece[0]] = piece
+        self.news.set()
 
     def choice(self, number, completion, n_tokens, reason):
         """What is new of a completion since the last time, as one of OpenAI's choices, or None."""
