@@ -2,7 +2,11 @@
 
 import json
 import math
+import threading
 
+import export
+import sample
+from gosling import serve
 from gosling.config import UserError, read_flags
 from gosling.data import render_chat
 from gosling.engine import generate
@@ -364,3 +368,39 @@ def test_chat_template(files):
         )
         == "User: hi\n\nAssistant: So"
     )
+
+
+def test_the_harness_through_the_server(files):
+    """Its own client of OpenAI's API, with the tokenizer of the hub folder."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("tenacity")
+    import lm_eval.tasks
+
+    folder, model, tokenizer = files
+    export.main(
+        ["hub", f"--model={folder / 'm.pth'}", f"--out={folder / 'hub'}", "--tokenizer=bytes"]
+    )
+    defaults = sample.options_of(sample.Config(), tokenizer)
+    server = serve.Server(("127.0.0.1", 0), model, {"m": None}, defaults)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    url = f"http://127.0.0.1:{server.port}/v1/completions"
+    found = lm_eval.simple_evaluate(
+        model="local-completions",
+        model_args=dict(model="m", base_url=url, tokenizer=str(folder / "hub"), num_concurrent=4),
+        tasks=list(TASKS),
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(folder)),
+    )["samples"]
+    server.should_exit = True
+    thread.join()
+    for row, choose, write, roll in zip(ROWS, *map(found.get, TASKS), strict=True):
+        question = row["question"]
+        assert choose["doc"]["question"] == write["doc"]["question"] == question
+        for choice, ((total, is_greedy),) in zip(row["choices"], choose["resps"], strict=True):
+            want = logp(model, tokenizer, question, choice)
+            assert (total, is_greedy) == (pytest.approx(want[0], abs=1e-3), want[1])
+        want = logp(model, tokenizer, "", row["text"])[0]
+        assert roll["resps"][0][0] == pytest.approx(want, abs=1e-3)
+        options = dict(temperature=0, max_new_tokens=12, stop=("7",), tokenizer=tokenizer)
+        (want,) = generate(model, [tokenizer.encode(question)], **options)
+        assert write["resps"] == [[want.text]]
