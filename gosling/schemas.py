@@ -329,11 +329,12 @@ class ChatRequest(Generation):
     logprobs: bool = False
     top_logprobs: typing.Literal[0] = 0
     think: typing.Literal["on", "off"] | None = None  # how the reply begins, see chat.THINK
-    # What is good only as it is by default.
-    response_format: TextFormat | None = None
-    tools: typing.Annotated[list[object], Field(max_length=0)] = []
+    # Clients such as Open WebUI offer tools with every message; a model may call none, and none is.
+    tools: list[object] = []
     tool_choice: typing.Literal["none", "auto"] = "none"
     parallel_tool_calls: object = None
+    # What is good only as it is by default.
+    response_format: TextFormat | None = None
 
 
 class CompletionRequest(Generation):

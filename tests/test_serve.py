@@ -220,6 +220,14 @@ def test_both_doors_say_what_generate_says(server, model, stream):
         assert got[1] == [c.finish_reason for c in want]
 
 
+def test_tools_that_are_offered_change_nothing(server):
+    body = dict(model="m", messages=MESSAGES, seed=1, logit_bias=READABLE)
+    tools = [{"type": "function", "function": {"name": "get_current_time"}}]
+    want = texts_of(server, "/v1/chat/completions", body, True)
+    offered = {**body, "tools": tools, "tool_choice": "auto"}
+    assert texts_of(server, "/v1/chat/completions", offered, True) == want
+
+
 def test_numbers_of_an_answer(server, model):
     """Usage, log-probabilities, and what lm-eval reads of a prompt: each token's and the best."""
     prompt = TOKENIZER.encode("some text")
@@ -340,6 +348,11 @@ ERRORS = [  # (bytes, status of the answer, words in it)
         post({"model": "m", "messages": [{"role": "x"}]}, "/v1/chat/completions"),
         400,
         "expected a role",
+    ),
+    (
+        post({"model": "m", "messages": [5], "tool_choice": "required"}, "/v1/chat/completions"),
+        400,
+        "expected 'none' or 'auto'",
     ),
     (post({}, "/v1/embeddings"), 404, "Not Found"),
     (post(b" " * HUGE), 413, "at most 1048576"),
