@@ -363,8 +363,10 @@ class RWKV(nn.Module):
         """The state of B or D sequences that have read nothing."""
         c, weight = self.config, self.emb.weight
         L, C, H, N = c.n_layer, c.n_embd, c.n_embd // c.head_size, c.head_size
-        wkv = fused.as_float32(weight.new_zeros(L, sequences, H, N, N))
-        shift = weight.new_zeros(L, sequences, C, dtype=self.compute_dtype)
+        dtype, device = torch.promote_types(weight.dtype, torch.float32), weight.device
+        wkv = torch.zeros(L, sequences, H, N, N, dtype=dtype, device=device)
+        dtype = self.compute_dtype or weight.dtype
+        shift = torch.zeros(L, sequences, C, dtype=dtype, device=device)
         return {"wkv": wkv, "att_shift": shift, "ffn_shift": shift.clone()}
 
     def initial_state(self, sequences):

@@ -96,6 +96,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
+    shard: Literal["none", "fsdp"] = "none"  # several processes: all weights in each, or a share
     # candidates
     num_candidates: PositiveInt = 4  # answers to each prompt
     max_completion_length: PositiveInt = 512  # longest completion in tokens
@@ -137,7 +138,7 @@ SCRIPTS = {  # whose settings a stage takes, besides those above
     "train_judge": (train_sft, train_state, train_reward),
 }
 # What every script of a stage has from here, unless the stage says otherwise.
-SHARED = ("seed", "device", "dtype", "tokenizer", "skip_bad", "another_base")
+SHARED = ("seed", "device", "dtype", "shard", "tokenizer", "skip_bad", "another_base")
 sft = functools.partial(dict, kind="sft")
 dpo = functools.partial(dict, kind="dpo")
 self_reward = functools.partial(dict, kind="self_reward")
@@ -286,7 +287,7 @@ def write(path, value, run):
 
 
 # What changes no stage's data and weights, so that a restart may have it otherwise.
-FREE = ("stages", "recipe", "out_dir", "fresh", "device", "check")
+FREE = ("stages", "recipe", "out_dir", "fresh", "device", "shard", "check")
 FREE += ("eval_fn", "eval_data", "eval_seconds", "reward_seconds")
 FREE += ("max_drop", "micro_bsz", "grad_cp", "chunk_len", "save_every", "keep_last", "log")
 FREE += ("log_every", "eval_samples")

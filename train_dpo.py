@@ -49,12 +49,12 @@ from gosling.batch import fork, score_forks
 from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.data import read_preferences
 from gosling.engine import load_second
+from gosling.shard import full
 from gosling.tokenizer import tokenizer_of
 
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn.utils import clip_grad_norm_
 
 
 @dataclass
@@ -89,6 +89,9 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
+    shard: Literal["none", "fsdp"] = "none"  # several processes: all weights in each, or a share
+    cpu_offload: bool = False  # fsdp: the shares lie in main memory, and AdamW runs there
+    gather: Literal["auto", "all", "block"] = "auto"  # fsdp: to sample, all weights or by block
     # batch
     micro_bsz: PositiveInt = 4  # samples per process and backward pass: lower it to save memory
     global_bsz: PositiveInt = 32  # samples per optimiser step, over all processes
@@ -113,6 +116,7 @@ class Config:
     watch: str = "val_rewards/accuracies"  # the measured number whose highest value names best.*
     patience: NonNegativeInt = 0  # stop after so many validations without a higher one; 0 = never
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
+    save_minutes: PositiveFloat | None = None  # also save last.pt after so many; none = not
     keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
     log_every: PositiveInt = 10  # steps between progress lines
     log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl
@@ -266,14 +270,15 @@ def reference_logps(model, pairs, batches, cfg, run):
     differs in its last digits.
     """
     logps, counted = torch.zeros(len(pairs), 2), torch.zeros(len(pairs), 1)
-    for numbers in batches:
-        forks = fork_pairs(pairs, numbers, run)
-        scores = score_forks(model, forks, cfg.chunk_len)
-        sums = forks.per_answer(scores.logps).view(-1, 2).float().cpu()
-        for number, of_pair in zip(numbers, sums, strict=True):
-            # A short epoch's last step begins the next one: the first company counts.
-            if not counted[number]:
-                logps[number], counted[number] = of_pair, 1.0
+    with runs.whole(model):
+        for numbers in batches:
+            forks = fork_pairs(pairs, numbers, run)
+            scores = score_forks(model, forks, cfg.chunk_len)
+            sums = forks.per_answer(scores.logps).view(-1, 2).float().cpu()
+            for number, of_pair in zip(numbers, sums, strict=True):
+                # A short epoch's last step begins the next one: the first company counts.
+                if not counted[number]:
+                    logps[number], counted[number] = of_pair, 1.0
     return runs.all_reduce(logps).cpu() / runs.all_reduce(counted).cpu()
 
 
@@ -285,7 +290,7 @@ def cached_reference(name, model, pairs, batches, cfg, run):
     if cfg.reference != "off":
         for key, p in model.named_parameters():
             if ".lora_" in key or key.startswith("tuned."):
-                digest.update(p.detach().float().cpu().numpy().tobytes())
+                digest.update(full(p.detach()).float().cpu().numpy().tobytes())
     fingerprint = digest.hexdigest()
     path = Path(f"{name}.ref.pt")
     if name.startswith("hf:"):
@@ -360,10 +365,11 @@ def check_settings(cfg):
 def validate(model, val_pairs, ref_val, tokenizer, cfg, run):
     """-> {name: number} on held-out pairs and of cfg.eval_fn."""
     model.eval()
-    values = {}
-    if val_pairs:
-        values = evaluate(model, val_pairs, ref_val, cfg, run)
-    values.update(runs.call_eval_fn(cfg, model, tokenizer))
+    with runs.whole(model):
+        values = {}
+        if val_pairs:
+            values = evaluate(model, val_pairs, ref_val, cfg, run)
+        values.update(runs.call_eval_fn(cfg, model, tokenizer))
     asked_for = cfg.patience or cfg.watch != Config.watch
     if cfg.watch not in values and asked_for:
         measured = ", ".join(values) or "nothing; give --val_data"
@@ -434,8 +440,9 @@ def main(cfg):
                         )
                         (batch_loss * run.world).backward()  # DDP averages over processes: x world
                     loss, totals = loss + batch_loss.detach(), totals + batch_metrics
-                grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-                loss, stop, *totals = runs.all_sum(loss, len(signals), *totals)
+                grad_norm = runs.clip_gradients(model, cfg.grad_clip or math.inf)
+                overdue = runs.overdue(cfg, run)
+                loss, stop, overdue, *totals = runs.all_sum(loss, len(signals), overdue, *totals)
                 runs.check_finite(cfg, step, loss, grad_norm, model)
                 opt.step()
                 opt.zero_grad()
@@ -463,7 +470,7 @@ def main(cfg):
                 checkpoint = runs.checkpoint_name(cfg, done, last_step)
                 if checkpoint:
                     tune.save_tuned(model, cfg, run, checkpoint, about)
-                if checkpoint or stop:
+                if checkpoint or stop or overdue:
                     at = dict(step=done, best_loss=best_loss, waited=waited)
                     runs.save_last(cfg, run, model, opt, same, **at)
                     metrics.plot("loss", "val_loss", "rewards/accuracies", "val_rewards/accuracies")

@@ -61,7 +61,6 @@ from gosling.tokenizer import tokenizer_of
 import torch
 import tyro
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
 Functions = tyro.conf.Fixed[Callable | list[Callable] | None]
@@ -122,6 +121,9 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
+    shard: Literal["none", "fsdp"] = "none"  # several processes: all weights in each, or a share
+    cpu_offload: bool = False  # fsdp: the shares lie in main memory, and AdamW runs there
+    gather: Literal["auto", "all", "block"] = "auto"  # fsdp: to sample, all weights or by block
     # batch
     micro_bsz: PositiveInt = 1  # samples per process and backward pass: lower it to save memory
     global_bsz: PositiveInt = 16  # samples per optimiser step, over all processes
@@ -146,6 +148,7 @@ class Config:
     eval_seconds: PositiveFloat | None = None  # longest time of eval_fn; none = no limit
     rollouts_every: NonNegativeInt = 50  # steps between files of rollouts/, three shown; 0 = never
     save_every: NonNegativeInt = 100  # steps between checkpoints; 0 = at the end only
+    save_minutes: PositiveFloat | None = None  # also save last.pt after so many; none = not
     keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
     log_every: PositiveInt = 1  # steps between progress lines
     log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl
@@ -459,20 +462,23 @@ def load_others(cfg, model, tokenizer, run):
 def validate(sampler, val_prompts, cfg, run):
     """-> {name: number} on held-out prompts and of cfg.eval_fn."""
     sampler.model.eval()
-    values, k = {}, cfg.eval_generations
-    if val_prompts:
-        numbers = [HELD_OUT + i for i in range(len(val_prompts))]
-        groups = roll_out(sampler, val_prompts, numbers, k, cfg, run, temperature=cfg.temperature)
-        # Right is what the first reward gives 1 or more; a missing one is not.
-        first = [next(iter(group["rewards"].values())) for group in groups]
-        right = torch.tensor([[r is not None and r >= 1 for r in rewards] for rewards in first])
-        rewards = torch.tensor([group["reward"] for group in groups], dtype=torch.float64)
-        values = {
-            "val_reward": float(rewards.nanmean()),
-            "val_pass@1": float(right.double().mean()),
-            f"val_pass@{k}": float(right.any(1).double().mean()),
-        }
-    values.update(runs.call_eval_fn(cfg, sampler.model, sampler.tokenizer))
+    with runs.whole(sampler.model, sampler.reward_model):
+        values, k = {}, cfg.eval_generations
+        if val_prompts:
+            numbers = [HELD_OUT + i for i in range(len(val_prompts))]
+            groups = roll_out(
+                sampler, val_prompts, numbers, k, cfg, run, temperature=cfg.temperature
+            )
+            # Right is what the first reward gives 1 or more; a missing one is not.
+            first = [next(iter(group["rewards"].values())) for group in groups]
+            right = torch.tensor([[r is not None and r >= 1 for r in rewards] for rewards in first])
+            rewards = torch.tensor([group["reward"] for group in groups], dtype=torch.float64)
+            values = {
+                "val_reward": float(rewards.nanmean()),
+                "val_pass@1": float(right.double().mean()),
+                f"val_pass@{k}": float(right.any(1).double().mean()),
+            }
+        values.update(runs.call_eval_fn(cfg, sampler.model, sampler.tokenizer))
     return values
 
 
@@ -543,7 +549,8 @@ def main(cfg):
                 if step % updates == 0:
                     model.eval()
                     at = dict(step=step, best_loss=best_loss, cursor=cursor, groups=[])
-                    with runs.saving_first(cfg, run, model, opt, same, **at):
+                    saving = runs.saving_first(cfg, run, model, opt, same, **at)
+                    with saving, runs.whole(model, reward_model):
                         groups, cursor = next_rollouts(sampler, prompts, cursor, cfg, run)
                     if updates > 1:  # with one update the policy is still the one that sampled
                         groups = add_old_logps(groups, model, cfg, run)
@@ -595,9 +602,10 @@ def main(cfg):
                         (before - sampler_logps)[mask.bool() & ~sampler_logps.isnan()].abs()
                     )
                 gaps = torch.cat(gaps)
-                grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-                loss, stop, gap_sum, n_gaps, *sums = runs.all_sum(
-                    loss, len(signals), gaps.sum(), len(gaps), *totals.values()
+                grad_norm = runs.clip_gradients(model, cfg.grad_clip or math.inf)
+                overdue = runs.overdue(cfg, run)
+                loss, stop, overdue, gap_sum, n_gaps, *sums = runs.all_sum(
+                    loss, len(signals), overdue, gaps.sum(), len(gaps), *totals.values()
                 )
                 runs.check_finite(cfg, step, loss, grad_norm, model)
                 opt.step()
@@ -629,7 +637,7 @@ def main(cfg):
                         **values,
                     }
                     metrics.progress(done, max_steps, loss, lr, grad_norm, not_shown, **values)
-                if checkpoint or stop:
+                if checkpoint or stop or overdue:
                     at = dict(step=done, best_loss=best_loss, cursor=cursor, groups=groups)
                     runs.save_last(cfg, run, model, opt, same, **at)
                     passes = ("val_pass@1", f"val_pass@{cfg.eval_generations}")

@@ -27,13 +27,14 @@ from typing import Literal
 
 from gosling import runs, tune
 from gosling.config import Decay, Seed, UserError, load_config, print0
+from gosling.shard import place, shards
 from gosling.token_files import TokenFile, tokenizer_of_data
+from gosling.weights import from_pretrained
 from model import RWKV, RWKVConfig
 
 import numpy as np
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn.utils import clip_grad_norm_
 
 
 @dataclass
@@ -55,6 +56,9 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
+    shard: Literal["none", "fsdp"] = "none"  # several processes: all weights in each, or a share
+    cpu_offload: bool = False  # fsdp: the shares lie in main memory, and AdamW runs there
+    gather: Literal["auto", "all", "block"] = "auto"  # fsdp: to sample, all weights or by block
     # batch
     micro_bsz: PositiveInt = 8  # samples per process and backward pass: lower it to save memory
     global_bsz: PositiveInt = 16  # samples per optimiser step, over all processes
@@ -76,6 +80,7 @@ class Config:
     eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
     eval_windows: NonNegativeInt = 0  # windows to validate on, spread over the file; 0 = all
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
+    save_minutes: PositiveFloat | None = None  # also save last.pt after so many; none = not
     keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
     log_every: PositiveInt = 10  # steps between progress lines
     log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl
@@ -142,9 +147,10 @@ def evaluate(model, file, cfg, run):
     if cfg.eval_windows and len(starts) > cfg.eval_windows:
         starts = starts[np.linspace(0, len(starts) - 1, cfg.eval_windows).astype(int)]
     share, nll = starts[run.rank :: run.world], 0.0
-    for some_starts in runs.chunks(share, cfg.micro_bsz):
-        x, y = batch_at(tokens, some_starts, length, run.device)
-        nll -= model(x, targets=y)[0].logps.sum().item()
+    with runs.whole(model):
+        for some_starts in runs.chunks(share, cfg.micro_bsz):
+            x, y = batch_at(tokens, some_starts, length, run.device)
+            nll -= model(x, targets=y)[0].logps.sum().item()
     nll, n_tokens = runs.all_sum(nll, len(share) * length)
     values = {"val_loss": nll / n_tokens}
     if about.get("bytes") and about.get("tokens"):
@@ -173,17 +179,17 @@ def open_model(cfg, run, train_file, val_file):
     """-> (fresh model, or the one in cfg.init_from, on the device; the data's tokenizer)"""
     files = [file for file in (train_file, val_file) if file]
     if cfg.init_from:
-        model = RWKV.from_pretrained(cfg.init_from)
+        model = from_pretrained(cfg.init_from, dtype=None if shards(cfg, run) else torch.float32)
         n_ids = model.config.vocab_size
         tokenizer = tokenizer_of_data(files, cfg.tokenizer, cfg.init_from, n_ids)
     else:
         tokenizer = tokenizer_of_data(files, cfg.tokenizer)
         try:
-            model = RWKV(
-                RWKVConfig(
-                    cfg.version, cfg.n_layer, cfg.n_embd, tokenizer.vocab_size, cfg.head_size
-                )
+            config = RWKVConfig(
+                cfg.version, cfg.n_layer, cfg.n_embd, tokenizer.vocab_size, cfg.head_size
             )
+            with torch.device("meta" if shards(cfg, run) else "cpu"):
+                model = RWKV(config)
         except ValueError as e:
             raise UserError(str(e)) from None
     vocab_size = model.config.vocab_size
@@ -194,9 +200,9 @@ def open_model(cfg, run, train_file, val_file):
         )
     for file in files:
         file.check_vocab(vocab_size)
-    model.set_tune("full")
-    model.to(run.device)
+    model.set_tune("full", cast=not shards(cfg, run))
     model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
+    place(model, cfg, run)
     return model, tokenizer
 
 
@@ -251,8 +257,8 @@ def main(cfg):
                         nll = -scores.logps.sum() / tokens_per_step
                         (nll * run.world).backward()  # DDP averages over processes: x world
                     loss += nll.detach()
-                grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-                loss, stop = runs.all_sum(loss, len(signals))
+                grad_norm = runs.clip_gradients(model, cfg.grad_clip or math.inf)
+                loss, stop, overdue = runs.all_sum(loss, len(signals), runs.overdue(cfg, run))
                 runs.check_finite(cfg, step, loss, grad_norm, model)
                 opt.step()
                 opt.zero_grad()
@@ -268,7 +274,7 @@ def main(cfg):
                     best_loss = tune.save_best(model, cfg, run, values["val_loss"], best_loss)
                 if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
                     metrics.progress(done, max_steps, loss, lr, grad_norm, **values)
-                if checkpoint or stop:
+                if checkpoint or stop or overdue:
                     runs.save_last(cfg, run, model, opt, same, step=done, best_loss=best_loss)
                     metrics.plot("loss", "val_loss")
                 if stop and done < max_steps:

@@ -46,7 +46,6 @@ from gosling.tokenizer import tokenizer_of
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn.utils import clip_grad_norm_
 
 
 @dataclass
@@ -78,6 +77,9 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
+    shard: Literal["none", "fsdp"] = "none"  # several processes: all weights in each, or a share
+    cpu_offload: bool = False  # fsdp: the shares lie in main memory, and AdamW runs there
+    gather: Literal["auto", "all", "block"] = "auto"  # fsdp: to sample, all weights or by block
     # batch
     micro_bsz: PositiveInt = 4  # samples per process and backward pass: lower it to save memory
     global_bsz: PositiveInt = 32  # samples per optimiser step, over all processes
@@ -99,6 +101,7 @@ class Config:
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
     eval_seconds: PositiveFloat | None = None  # longest time of eval_fn; none = no limit
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
+    save_minutes: PositiveFloat | None = None  # also save last.pt after so many; none = not
     keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
     log_every: PositiveInt = 10  # steps between progress lines
     log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl
@@ -271,10 +274,11 @@ def write_scores(cfg, run):
 def validate(model, val_rows, tokenizer, cfg, run):
     """-> {name: number} on held-out rows and of cfg.eval_fn."""
     model.eval()
-    values = {}
-    if val_rows:
-        values = evaluate(model, val_rows, cfg, run)
-    values.update(runs.call_eval_fn(cfg, model, tokenizer))
+    with runs.whole(model):
+        values = {}
+        if val_rows:
+            values = evaluate(model, val_rows, cfg, run)
+        values.update(runs.call_eval_fn(cfg, model, tokenizer))
     return values
 
 
@@ -337,9 +341,9 @@ def main(cfg):
                     loss += batch_loss.detach()
                     n_right += (gaps > 0).sum()
                     margin += gaps.sum()
-                grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-                loss, n_right, margin, n_tokens, stop = runs.all_sum(
-                    loss, n_right, margin, n_tokens, len(signals)
+                grad_norm = runs.clip_gradients(model, cfg.grad_clip or math.inf)
+                loss, n_right, margin, n_tokens, stop, overdue = runs.all_sum(
+                    loss, n_right, margin, n_tokens, len(signals), runs.overdue(cfg, run)
                 )
                 runs.check_finite(cfg, step, loss, grad_norm, model)
                 opt.step()
@@ -362,7 +366,7 @@ def main(cfg):
                     means = dict(accuracy=n_right / cfg.global_bsz, margin=margin / cfg.global_bsz)
                     values = {**means, **values}
                     metrics.progress(done, max_steps, loss, lr, grad_norm, **values)
-                if checkpoint or stop:
+                if checkpoint or stop or overdue:
                     runs.save_last(cfg, run, model, opt, same, step=done, best_loss=best_loss)
                     metrics.plot("loss", "val_loss", "accuracy", "val_accuracy")
                 if stop and done < max_steps:

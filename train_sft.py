@@ -35,7 +35,6 @@ from gosling.tokenizer import tokenizer_of
 from model import pieces
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn.utils import clip_grad_norm_
 
 
 @dataclass
@@ -65,6 +64,9 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
+    shard: Literal["none", "fsdp"] = "none"  # several processes: all weights in each, or a share
+    cpu_offload: bool = False  # fsdp: the shares lie in main memory, and AdamW runs there
+    gather: Literal["auto", "all", "block"] = "auto"  # fsdp: to sample, all weights or by block
     # batch
     micro_bsz: PositiveInt = 8  # samples per process and backward pass: lower it to save memory
     global_bsz: PositiveInt = 32  # samples per optimiser step, over all processes
@@ -90,6 +92,7 @@ class Config:
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
     eval_seconds: PositiveFloat | None = None  # longest time of eval_fn; none = no limit
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
+    save_minutes: PositiveFloat | None = None  # also save last.pt after so many; none = not
     keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
     log_every: PositiveInt = 10  # steps between progress lines
     log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl
@@ -98,12 +101,13 @@ class Config:
 def validate(model, val_documents, tokenizer, cfg, run):
     """-> {name: number} on held-out documents and of cfg.eval_fn; prints a few greedy answers."""
     model.eval()
-    values = {}
-    if val_documents:
-        values = evaluate(model, val_documents, cfg, run)
-        if run.main:
-            show_answers(model, val_documents[: cfg.eval_samples], tokenizer)
-    values.update(runs.call_eval_fn(cfg, model, tokenizer))
+    with runs.whole(model):
+        values = {}
+        if val_documents:
+            values = evaluate(model, val_documents, cfg, run)
+            if run.main:
+                show_answers(model, val_documents[: cfg.eval_samples], tokenizer)
+        values.update(runs.call_eval_fn(cfg, model, tokenizer))
     return values
 
 
@@ -172,8 +176,9 @@ def main(cfg):
                         state = {key: value.detach() for key, value in state.items()}
                         loss += nll.detach()
                         hits += (weight[:, a:b] * scores.hits).sum() / n_targets
-                grad_norm = clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-                loss, accuracy, stop = runs.all_sum(loss, hits, len(signals))
+                grad_norm = runs.clip_gradients(model, cfg.grad_clip or math.inf)
+                overdue = runs.overdue(cfg, run)
+                loss, accuracy, stop, overdue = runs.all_sum(loss, hits, len(signals), overdue)
                 runs.check_finite(cfg, step, loss, grad_norm, model)
                 opt.step()
                 opt.zero_grad()
@@ -194,7 +199,7 @@ def main(cfg):
                 if values or done in (1, max_steps) or runs.due(done, cfg.log_every):
                     values = {"accuracy": accuracy, **values}
                     metrics.progress(done, max_steps, loss, lr, grad_norm, **values)
-                if checkpoint or stop:
+                if checkpoint or stop or overdue:
                     runs.save_last(cfg, run, model, opt, same, step=done, best_loss=best_loss)
                     metrics.plot("loss", "val_loss")
                 if stop and done < max_steps:

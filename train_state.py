@@ -37,6 +37,7 @@ from gosling.config import Decay, Seed, UserError, load_config, print0, show
 from gosling.data import read_examples
 from gosling.engine import prefill
 from gosling.rows import ROWS, holds_rows
+from gosling.shard import place, shards
 from gosling.tokenizer import tokenizer_of
 from gosling.weights import check_base, fingerprint, from_pretrained, read_state
 from wkv_cuda import fused
@@ -69,6 +70,9 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 on CUDA
     hang_minutes: PositiveFloat = 60.0  # longest wait of processes for one another
+    shard: Literal["none", "fsdp"] = "none"  # several processes: all weights in each, or a share
+    cpu_offload: bool = False  # fsdp: the shares lie in main memory, and AdamW runs there
+    gather: Literal["auto", "all", "block"] = "auto"  # fsdp: to sample, all weights or by block
     # batch
     micro_bsz: PositiveInt = 8  # samples per process and backward pass: lower it to save memory
     global_bsz: PositiveInt = 32  # samples per optimiser step, over all processes
@@ -93,6 +97,7 @@ class Config:
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
     eval_seconds: PositiveFloat | None = None  # longest time of eval_fn; none = no limit
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 = at the end only
+    save_minutes: PositiveFloat | None = None  # also save last.pt after so many; none = not
     keep_last: NonNegativeInt = 2  # numbered checkpoints to keep; 0 = all
     log_every: PositiveInt = 10  # steps between progress lines
     log: Literal["none", "wandb", "tensorboard", "swanlab"] = "none"  # besides metrics.jsonl
@@ -160,10 +165,12 @@ def open_model(cfg, run):
     """The frozen model on the device, and its tokenizer."""
     if not cfg.init_from:
         raise UserError("which model? --init_from=FILE, the .pth or .safetensors to start from")
-    model = from_pretrained(cfg.init_from, dtype=run.dtype)
+    in_shares = shards(cfg, run)  # in memory each process then needs its share alone
+    model = from_pretrained(cfg.init_from, dtype=None if in_shares else run.dtype)
     tokenizer = tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
     model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
-    model.to(run.device)
+    if not in_shares:
+        model.to(run.device)
     fused.build(run.device)
     return model, tokenizer
 
@@ -246,20 +253,21 @@ def validate(model, val_documents, tasks, tokenizer, cfg, run):
     """-> {name: number} of each task on held-out documents and of cfg.eval_fn; prints answers."""
     model.eval()
     values = {}
-    for number, task in enumerate(tasks):
-        model.task = number
-        of_task = {}
-        if task in val_documents:
-            of_task = evaluate(model, val_documents[task], cfg, run)
-            if cfg.eval_off:
-                with model.reference():
-                    off = evaluate(model, val_documents[task], cfg, run)
-                of_task["val_loss_off"] = off["val_loss"]
-            if run.main:
-                shown = val_documents[task][: cfg.eval_samples]
-                show_answers(model, shown, tokenizer, off=cfg.eval_off)
-        of_task.update(runs.call_eval_fn(cfg, model, tokenizer))
-        values.update({metric(name, task): value for name, value in of_task.items()})
+    with runs.whole(model):
+        for number, task in enumerate(tasks):
+            model.task = number
+            of_task = {}
+            if task in val_documents:
+                of_task = evaluate(model, val_documents[task], cfg, run)
+                if cfg.eval_off:
+                    with model.reference():
+                        off = evaluate(model, val_documents[task], cfg, run)
+                    of_task["val_loss_off"] = off["val_loss"]
+                if run.main:
+                    shown = val_documents[task][: cfg.eval_samples]
+                    show_answers(model, shown, tokenizer, off=cfg.eval_off)
+            of_task.update(runs.call_eval_fn(cfg, model, tokenizer))
+            values.update({metric(name, task): value for name, value in of_task.items()})
     return values
 
 
@@ -283,6 +291,7 @@ def main(cfg):
         # ---- a state for each task
         make_states(model, tokenizer, cfg, len(tasks))
         base = fingerprint(model)
+        place(model, cfg, run)
         abouts = describe(model, tokenizer, cfg, tasks, base)
 
         # ---- optimiser; a new run, or on from last.pt
@@ -330,8 +339,9 @@ def main(cfg):
                         nll = -(weight * scores.logps)[0]  # [T]
                         (nll.sum() * run.world).backward()  # DDP averages over processes: x world
                     losses.index_add_(0, token_tasks, nll.detach())
+                runs.average_gradients(model)
                 grad_norm = clip_each(model.tuned, counts, cfg.grad_clip)
-                stop, *losses = runs.all_sum(len(signals), *losses)
+                stop, overdue, *losses = runs.all_sum(len(signals), runs.overdue(cfg, run), *losses)
                 present = [k for k, count in enumerate(counts) if count > 0]
                 loss = sum(losses[k] for k in present) / len(present)
                 runs.check_finite(cfg, step, loss, grad_norm, model)
@@ -354,7 +364,7 @@ def main(cfg):
                     if len(tasks) > 1:
                         values.update({metric("loss", tasks[k]): losses[k] for k in present})
                     metrics.progress(done, max_steps, loss, lr, grad_norm, **values)
-                if checkpoint or stop:
+                if checkpoint or stop or overdue:
                     at = dict(step=done, best_losses=best_losses)
                     runs.save_last(cfg, run, model, opt, same, **at)
                     metrics.plot(*(metric(n, task) for n in ("loss", "val_loss") for task in tasks))

@@ -52,7 +52,7 @@ class Forks(NamedTuple):
     """A answers to P prompts, both packed."""
 
     prompt_x: torch.Tensor  # [1, T1] all but the last token of each prompt
-    prompt_cu_seqlens: torch.Tensor  # [P + 1]
+    prompt_cu_seqlens: torch.Tensor  # [P + 1], or one more
     owner: torch.Tensor  # [A] the prompt of each answer
     x: torch.Tensor  # [1, T] the prompt's last token and the answer
     y: torch.Tensor  # [1, T] what follows each
@@ -79,7 +79,10 @@ def fork(groups, device="cpu", whole=False):
     prompts = [prompt_ids for prompt_ids, _ in groups]
     pairs = [(prompt_ids, answer) for prompt_ids, answers in groups for answer in answers]
     owner = [i for i, (_, answers) in enumerate(groups) for _ in answers]
-    prompt_x, prompt_cu_seqlens = pack_ids([prompt_ids[:-1] for prompt_ids in prompts], device)
+    beginnings = [prompt_ids[:-1] for prompt_ids in prompts]
+    if not any(beginnings):
+        beginnings.append([0])  # the network wants a token; no answer goes on from it
+    prompt_x, prompt_cu_seqlens = pack_ids(beginnings, device)
     if whole:
         x, cu_seqlens = pack_ids([prompt_ids[-1:] + answer for prompt_ids, answer in pairs], device)
         y, _ = pack_ids([answer + [0] for _, answer in pairs], device)
@@ -94,12 +97,8 @@ def fork(groups, device="cpu", whole=False):
 
 def forked_state(model, forks, chunk_len=0):
     """The state after each answer's prompt, but for its last token: [L, A, ...]."""
-    if forks.prompt_x.shape[1]:
-        prompts = dict(cu_seqlens=forks.prompt_cu_seqlens, chunk_len=chunk_len)
-        _, state = model(forks.prompt_x, last_only=True, **prompts)
-    else:
-        network = getattr(model, "module", model)  # DDP's wrapper knows `forward` alone
-        state = network.initial_state(len(forks.prompt_cu_seqlens) - 1)
+    prompts = dict(cu_seqlens=forks.prompt_cu_seqlens, chunk_len=chunk_len)
+    _, state = model(forks.prompt_x, last_only=True, **prompts)
     return {key: value[:, forks.owner] for key, value in state.items()}
 
 

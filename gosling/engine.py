@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from gosling.batch import pack_ids
 from gosling.config import Share, UserError, check
+from gosling.shard import place, shards
 from gosling.tokenizer import agree, recorded_tokenizer, tokenizer_of
 from gosling.tune import load_model
 from wkv_cuda import fused
@@ -95,7 +96,8 @@ def load_second(what, path, model, tokenizer, cfg, run):
 
     UserError unless it reads the same tokens as `model` and `tokenizer`.
     """
-    second, about = load_model(path, run.device, run.dtype, cfg.another_base)
+    device = "cpu" if shards(cfg, run) else run.device
+    second, about = load_model(path, device, run.dtype, cfg.another_base)
     if second.config.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{what}={path} has a vocabulary of {second.config.vocab_size}, the model one of "
@@ -103,6 +105,8 @@ def load_second(what, path, model, tokenizer, cfg, run):
         )
     recorded = recorded_tokenizer(path, 0, tokenizer.name, about)
     agree({"the model that trains": tokenizer, f"{what}={path}": recorded})
+    second.compute_dtype = run.dtype
+    place(second, cfg, run)
     return second.eval()
 
 
@@ -186,7 +190,7 @@ def prefill(model, prompts, state=None):
     check_ids(model, prompts)
     state = state or model.initial_state(len(prompts))
     if not prompts:
-        return model.emb.weight.new_zeros(0, model.config.vocab_size), state
+        return torch.zeros(0, model.config.vocab_size, device=model.emb.weight.device), state
     logits, states = [], []
     for i, j in spans([len(ids) for ids in prompts], len(prompts)):
         ids, cu_seqlens = pack_ids(prompts[i:j], model.emb.weight.device)  # [1, T]

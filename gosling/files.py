@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -61,8 +62,13 @@ def put_in_place(tmp, path):
     os.umask(umask)
     tmp.chmod(0o666 & ~umask)
     os.replace(tmp, path)
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself; Windows cannot open a folder
-        folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path):
+    """Make the names in a folder durable; Windows cannot open one."""
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
@@ -104,7 +110,10 @@ def remove_half_written(folder, name=None):
     for tmp in Path(folder).glob(f".{start}.*.gosling.tmp"):
         written_by = re.fullmatch(r"\..+\.(\d+)\.gosling\.tmp", tmp.name)
         if written_by and not is_running(int(written_by[1])):
-            tmp.unlink(missing_ok=True)
+            if tmp.is_dir():  # of last.write_shares
+                shutil.rmtree(tmp, ignore_errors=True)
+            else:
+                tmp.unlink(missing_ok=True)
 
 
 def is_running(pid):
@@ -204,15 +213,19 @@ def keep_as(path, previous):
         os.replace(path, previous)
 
 
-def load_torch(path, device="cpu"):
-    """torch.load of tensors and primitives; a file that is none is an error that names it."""
+def load_torch(path, device="cpu", in_place=False):
+    """torch.load of tensors and primitives; a file that is none is an error that names it.
+
+    in_place: numbers are read from the file when they are used.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
     try:
         damage = damage_of(path)
         if damage:
             raise UserError(f"{path} cannot be read as a PyTorch file of tensors: {damage}")
-        return torch.load(path, map_location=device, weights_only=True)
+        in_place = in_place and zipfile.is_zipfile(path)  # PyTorch's old format cannot be
+        return torch.load(path, map_location=device, weights_only=True, mmap=in_place)
     except UserError:
         raise
     except Exception as e:

@@ -1,10 +1,31 @@
-"""last.pt: read, and looked through before a run goes on from it."""
+"""last.pt: read, and looked through before a run goes on from it; with shard=fsdp, its shares.
+
+What trains and its moments are then not in last.pt but in a folder that it names, shares-<step>, as
+torch.distributed.checkpoint writes it: each process its own file. Any number of processes reads it.
+"""
+
+import itertools
+import os
+import shutil
+from pathlib import Path
 
 from gosling.config import UserError, print0
-from gosling.files import checked, load_torch
-from gosling.schemas import Last, Optimizer
+from gosling.files import (
+    checked,
+    digest,
+    first_line,
+    load_torch,
+    read_json,
+    sync_folder,
+    write_json,
+)
+from gosling.processes import gather
+from gosling.schemas import Last, Optimizer, RunNotes
+from gosling.shard import fill
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 
 def read_last(path):
@@ -76,3 +97,94 @@ def expect(is_good, path, problem):
             f"{path} cannot be gone on from: {problem}; put the file back as a run wrote it, or "
             "start a new run with --init_from in another --out_dir"
         )
+
+
+# ----------------------------------------------------------------------------------------------
+# shares
+
+
+def write_shares(trained, opt, step, out, run):
+    """A folder of what trains and its moments, by all processes -> (its name, {file: digest}).
+
+    trained: {name: parameter}. The folder is there whole or not at all.
+    """
+    tensors = {}
+    for name, p in trained.items():
+        tensors[f"model.{name}"] = p.detach()
+        tensors |= {f"{key}.{name}": value for key, value in opt.state.get(p, {}).items()}
+    names = (f"shares-{step}" + (f"-{i}" if i else "") for i in itertools.count())
+    name = next(name for name in names if not (Path(out) / name).exists())
+    name, tmp = gather([(name, f".{name}.{os.getpid()}.gosling.tmp")])[0]  # as rank 0 sees it
+    tmp = Path(out) / tmp
+    try:
+        dcp.save(tensors, checkpoint_id=tmp, no_dist=run.world == 1)
+    except Exception as e:
+        raise UserError(
+            f"cannot write {Path(out) / name}: {first_line(e)}; what was there before is untouched"
+        ) from e
+    own = sorted(tmp.glob(f"__{run.rank}_*")) + [tmp / ".metadata"] * run.main
+    digests = dict(gather([(file.name, digest(file)) for file in own]))
+    if run.main:
+        notes = read_json(Path(out) / "run.json", RunNotes)
+        notes["shares"] = [*notes.get("shares", []), name]
+        write_json(Path(out) / "run.json", notes)
+        sync_folder(tmp)
+        os.replace(tmp, Path(out) / name)
+        sync_folder(out)
+    return name, digests
+
+
+def remove_shares(out):
+    """Delete the folders, of those that this run wrote, that no last.pt names any more."""
+    notes, named = read_json(out / "run.json", RunNotes), set()
+    if not notes.get("shares"):
+        return
+    for file in (out / "last.pt", out / "last.previous.pt"):
+        if file.exists():
+            named.add(load_torch(file).get("shares"))
+    for name in set(notes["shares"]) - named:
+        shutil.rmtree(out / name, ignore_errors=True)
+    write_json(out / "run.json", {**notes, "shares": sorted(named - {None})})
+
+
+def check_shares(last, out):
+    """-> {name: sizes} of what is in the shares. UserError, on every process, for damage."""
+    folder, problems, rank, world = Path(out) / last["shares"], [], 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    for number, (name, expected) in enumerate(sorted(last["digests"].items())):
+        if number % world == rank:
+            file = folder / name
+            found = digest(file) if file.is_file() else "missing"
+            if found != expected:
+                problems.append(f"{file} is not what was written: it is {found}, was {expected}")
+    for problem in gather(problems):
+        raise UserError(f"{problem}; put it back, or start a new run from the weights")
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {key: getattr(value, "size", None) for key, value in metadata.items()}
+
+
+def read_shares(trained, opt, folder, sizes):
+    """Values for what trains and its moments, of which each process reads its part."""
+    tensors = {}
+    for name, p in trained.items():
+        tensors[f"model.{name}"] = p.detach()
+        opt.state[p] = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{key}.{name}" in sizes:
+                like = torch.zeros(()) if key == "step" else torch.zeros_like(p.detach())
+                opt.state[p][key] = tensors[f"{key}.{name}"] = like
+        if not opt.state[p]:
+            del opt.state[p]
+    dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def in_shares(optimizer, opt):
+    """The state of a whole optimiser, as it was saved -> of one whose parameters are in shares."""
+    parameters, state = [p for group in opt.param_groups for p in group["params"]], {}
+    for number, values in optimizer["state"].items():
+        state[number] = {"step": values["step"]}
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[number][key] = torch.zeros_like(parameters[number].detach())
+            fill(state[number][key], values[key])
+    return {**optimizer, "state": state}

@@ -8,6 +8,7 @@ import platform
 import signal
 import time
 import types
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ class Run:
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)  # locks
     described: dict = dataclasses.field(default_factory=dict)  # what config.json says besides cfg
     tokenizer: object = None  # whose file lies beside it
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)  # when last.pt was written
 
     @property
     def main(self):
@@ -78,13 +80,13 @@ _noted = types.SimpleNamespace(store=None)  # where processes note things for ea
 
 def join(rank, world, device, hang_minutes):
     """The process group of all processes; UserError names those that are not there in time."""
-    limit = timedelta(minutes=START_MINUTES)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    until = time.monotonic() + 60 * START_MINUTES
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-        _noted.store = dist.PrefixStore(f"gosling/{attempt}", store)
+        store, _, _ = next(dist.rendezvous("env://", timeout=left_until(until)))
+        store = dist.PrefixStore(f"gosling/{meet(store, rank, world, until)}", store)
+        _noted.store = store
         note("started")
-        _noted.store.wait([f"started/{r}" for r in range(world)], limit)
+        store.wait([f"started/{r}" for r in range(world)], left_until(until))
     except dist.DistError:
         raise UserError(
             f"rank {rank}: {without('started', world)} did not start within {START_MINUTES:g} "
@@ -92,6 +94,37 @@ def join(rank, world, device, hang_minutes):
         ) from None
     backend, hang = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=hang_minutes)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hang)
+
+
+def left_until(until):
+    return timedelta(seconds=max(until - time.monotonic(), 0.1))
+
+
+def meet(store, rank, world, until):
+    """A name for this meeting of all processes, the same on each.
+
+    torchrun's store outlives the processes that it restarts, and what ended ones have left there,
+    such as their addresses, must not be taken for that of the living. So each process says hello
+    with a word of its own, and rank 0 answers to the word.
+    """
+    if rank > 0:
+        word = uuid.uuid4().hex
+        store.set(f"gosling/hello/{rank}", word)
+        store.wait([f"gosling/{rank}/{word}"], left_until(until))
+        return store.get(f"gosling/{rank}/{word}").decode()
+    name, waited_for, words = uuid.uuid4().hex, set(range(1, world)), {}
+    while waited_for and time.monotonic() < until:
+        for other in range(1, world):
+            if not store.check([f"gosling/hello/{other}"]):
+                continue
+            word = store.get(f"gosling/hello/{other}").decode()
+            if words.get(other) != word:  # the first may be of a process that has ended
+                store.set(f"gosling/{other}/{word}", name)
+                words[other] = word
+            if store.check([f"gosling/{name}/started/{other}"]):
+                waited_for.discard(other)
+        time.sleep(0.05)
+    return name
 
 
 def note(what):
@@ -202,10 +235,15 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
+before_talk = []  # what shard.in_step wants done before processes exchange anything
+
+
 def all_reduce(x):
     """The sum of a tensor over all processes."""
     if dist.is_initialized():
         note("alive")
+        for act in before_talk:
+            act()
         x = x.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(x)
     return x
@@ -222,16 +260,8 @@ def gather(items):
     if not dist.is_initialized():
         return list(items)
     note("alive")
+    for act in before_talk:
+        act()
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, list(items))
     return [item for of_rank in lists for item in of_rank]
-
-
-def wrap(model, run):
-    """-> (the model to call while training, its no_sync): DDP when there are several processes."""
-    if run.world == 1:
-        return model, contextlib.nullcontext
-    device_ids = [run.device] if run.device.type == "cuda" else None
-    wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
-    run.wrappers.append(wrapped)
-    return wrapped, wrapped.no_sync

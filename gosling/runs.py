@@ -17,7 +17,16 @@ from pathlib import Path
 from gosling import files
 from gosling.config import UserError, config_dict, print0, show
 from gosling.files import primitive, read_json, save_torch, write_json
-from gosling.last import check_last, checked_optimizer, read_last
+from gosling.last import (
+    check_last,
+    check_shares,
+    checked_optimizer,
+    in_shares,
+    read_last,
+    read_shares,
+    remove_shares,
+    write_shares,
+)
 from gosling.metrics import OWN_NAMES, Metrics, duration
 from gosling.processes import (
     Run,
@@ -28,9 +37,18 @@ from gosling.processes import (
     gather,
     pick_device,
     processes,
-    wrap,
 )
 from gosling.schemas import RunNotes
+from gosling.shard import (
+    average_gradients,
+    clip_gradients,
+    fill,
+    full,
+    is_sharded,
+    local,
+    whole,
+    wrap,
+)
 from gosling.user_code import call, catch_signals, received
 
 import numpy as np
@@ -38,7 +56,8 @@ import torch
 
 # What a loop also calls by `runs.`, from other rooms.
 __all__ = ["Metrics", "Run", "all_reduce", "all_sum", "catch_signals", "cpu_name", "fast_dtype"]
-__all__ += ["gather", "pick_device", "processes", "wrap"]
+__all__ += ["average_gradients", "clip_gradients", "gather", "pick_device", "processes", "whole"]
+__all__ += ["wrap"]
 
 # ----------------------------------------------------------------------------------------------
 # steps: how many, which samples, at which learning rate
@@ -152,11 +171,12 @@ def check_finite(cfg, step, loss, grad_norm, model):
 def check_weights(cfg, model, before="not saved"):
     """UserError if what trains holds NaN or infinity. Called before it is written."""
     trained = trained_parameters(model)
-    sums = torch.stack([p.sum(dtype=torch.float32) for p in trained.values()])  # one look at all
-    if sums.isfinite().all():
+    sums = [local(p).sum(dtype=torch.float32) for p in trained.values()]
+    is_finite = bool(torch.stack(sums).isfinite().all())  # one look at all
+    if all(gather([is_finite])) if is_sharded(model) else is_finite:
         return
     for name, p in trained.items():
-        if not p.isfinite().all():
+        if not full(p).isfinite().all():
             last = Path(cfg.out_dir) / "last.pt"
             stands = f"{last} stands; " if last.exists() else ""
             raise UserError(
@@ -177,9 +197,10 @@ def trained_parameters(model):
 # What may be otherwise on resume: it changes nothing, or only how long, where and how it is run.
 # So are all settings of evaluation, eval_….
 MAY_CHANGE = ("out_dir", "resume", "device", "micro_bsz", "packing", "chunk_len", "grad_cp")
-MAY_CHANGE += ("gen_batch_size", "max_steps", "epochs", "patience", "save_every", "keep_last")
+MAY_CHANGE += ("gen_batch_size", "max_steps", "epochs", "patience")
+MAY_CHANGE += ("save_every", "save_minutes", "keep_last")
 MAY_CHANGE += ("log", "log_every", "rollouts_every", "val_data", "watch")
-MAY_CHANGE += ("hang_minutes", "reward_seconds")
+MAY_CHANGE += ("hang_minutes", "reward_seconds", "shard", "cpu_offload", "gather")
 
 NAME_FILES = ("data", "init_from", "adapter", "init_state", "tokenizer", "reference")
 NAME_FILES += ("reward_model",)
@@ -228,8 +249,12 @@ def resume(cfg, model, opt, same):
         )
     last, trained = read_last(path), trained_parameters(model)
     check_last(last, path)
+    sizes, in_file = {}, shapes(last["model"])
+    if last.get("shares"):
+        sizes = check_shares(last, cfg.out_dir)
+        in_file = {n[6:]: list(size) for n, size in sizes.items() if n.startswith("model.")}
     # A setting that this version has and the one that wrote the file had not is passed over.
-    before = {**same, **last["same"], **shapes(last["model"])}
+    before = {**same, **last["same"], **in_file}
     today = {**same, **shapes(trained)}
     for key in [*today, *before]:
         if before.get(key) != today.get(key):
@@ -241,10 +266,13 @@ def resume(cfg, model, opt, same):
                 "settings it was made with, or start a new run with --init_from in another "
                 "--out_dir"
             )
-    optimizer = checked_optimizer(last.get("optimizer"), opt, path)
-    for name, p in trained.items():
-        p.copy_(last["model"][name])
-    opt.load_state_dict(optimizer)
+    if last.get("shares"):
+        read_shares(trained, opt, Path(cfg.out_dir) / last["shares"], sizes)
+    else:
+        optimizer = checked_optimizer(last.get("optimizer"), opt, path)
+        for name, p in trained.items():
+            fill(p, last["model"][name])
+        opt.load_state_dict(in_shares(optimizer, opt) if is_sharded(model) else optimizer)
     torch.set_rng_state(last["rng"])
     print0(f"resumed {path} at step {last['step']}")
     return last
@@ -261,22 +289,25 @@ def save_last(cfg, run, model, opt, same, **values):
     The last.pt from before is kept as last.previous.pt. A folder that is gone is described again.
     """
     check_weights(cfg, model)
+    run.saved_at = time.monotonic()
+    out, trained = Path(cfg.out_dir), trained_parameters(model)
+    if is_sharded(model):
+        shares, digests = write_shares(trained, opt, values["step"], out, run)
+        tensors = {"model": {}, "shares": shares, "digests": digests}
+    else:
+        tensors = {"model": {name: p.detach() for name, p in trained.items()}}
+        tensors["optimizer"] = opt.state_dict()
     if run.main:
-        if run.tokenizer and not (Path(cfg.out_dir) / "config.json").exists():
+        if run.tokenizer and not (out / "config.json").exists():
             write_description(cfg, run)
         # Tensors stay: a second optimiser's state is a value, too.
         values = {name: primitive(value, name, keep_tensors=True) for name, value in values.items()}
         save_torch(
-            {
-                "model": {name: p.detach() for name, p in trained_parameters(model).items()},
-                "optimizer": opt.state_dict(),
-                "rng": torch.get_rng_state(),
-                "same": same,
-                **values,
-            },
-            Path(cfg.out_dir) / "last.pt",
-            Path(cfg.out_dir) / "last.previous.pt",
+            {**tensors, "rng": torch.get_rng_state(), "same": same, **values},
+            out / "last.pt",
+            out / "last.previous.pt",
         )
+        remove_shares(out)
 
 
 def open_run(cfg, run, model, tokenizer, first_step, max_steps):
@@ -357,6 +388,13 @@ def prune(path, keep, out_dir=None):
         (out / name).unlink(missing_ok=True)
         (out / name).with_suffix(".json").unlink(missing_ok=True)  # of a state
     write_json(out / "run.json", {**notes, "checkpoints": sorted(written)})
+
+
+def overdue(cfg, run):
+    """Whether last.pt is to be saved by the clock of rank 0, which decides for all."""
+    if not run.main or cfg.save_minutes is None:
+        return 0
+    return int(time.monotonic() - run.saved_at > 60 * cfg.save_minutes)
 
 
 def checkpoint_name(cfg, done, max_steps):

@@ -73,6 +73,10 @@ Checkpoint = typing.Annotated[
 ]
 
 
+# A folder beside last.pt, see last.write_shares.
+Shares = typing.Annotated[str, Field(pattern=r"^shares-[0-9]{1,18}(-[0-9]{1,9})?$")]
+
+
 class Note(pydantic.BaseModel):
     """An object of JSON."""
 
@@ -102,6 +106,7 @@ class RunNotes(Note):
 
     id: typing.Annotated[str, Field(max_length=128)] = ""
     checkpoints: list[Checkpoint] = []
+    shares: list[Shares] = []
 
 
 class Adapter(Note):
@@ -260,6 +265,8 @@ class Last(Note):
     waited: Count = 0
     cursor: Count = 0
     groups: list[Group] = []
+    shares: Shares | None = None
+    digests: dict[str, str] = {}  # of its files
 
 
 # ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 from gosling.config import UserError, print0
 from gosling.files import seen_from
 from gosling.runs import check_weights, prune
+from gosling.shard import fill, full, local, place, shards
 from gosling.weights import (
     TunedState,
     base_of,
@@ -77,14 +78,14 @@ def task_states(model, tasks):
 # choosing what trains
 
 
-def set_tune(model, tune, tasks=1, **options):
+def set_tune(model, tune, tasks=1, cast=True, **options):
     """What trains, in float32; everything else gets requires_grad = False and keeps its dtype.
 
     tune: "full" = every weight; "lora" = adapters, options as in add_adapters; "state" = the states
     that sequences start from, `tasks` of them, options as in TunedState; "head" = the scalar head
     alone. A scalar head (add_score) trains with any of them, in place of the language model's. An
     adapter or a state that was there goes; a state inside the model's file stays as it is, or is
-    what a tuned one starts from.
+    what a tuned one starts from. cast: False leaves it to shard.place to make weights float32.
     """
     if tune not in ("full", "lora", "state", "head") or (tune == "head" and model.score is None):
         raise UserError(f"tune={tune!r}: expected full, lora or state, or for a reward model head")
@@ -94,7 +95,8 @@ def set_tune(model, tune, tasks=1, **options):
     model.requires_grad_(False)
     if tune == "full":
         for name, p in base_weights(model):
-            p.requires_grad, p.data = name not in frozen_names(model), fused.as_float32(p.data)
+            p.requires_grad = name not in frozen_names(model)
+            p.data = fused.as_float32(p.data) if cast else p.data
     elif tune == "lora":
         add_adapters(model, **options)
     elif tune == "state":
@@ -137,7 +139,7 @@ def add_adapters(model, r=32, alpha=64.0, dropout=0.0, rslora=False, targets=(),
     for name in extras_of(model, extra):
         p = model.get_parameter(name)
         p.data, p.requires_grad = fused.as_float32(p.data), True
-        model.extra_base[name] = nn.Parameter(p.detach().clone(), False)
+        model.extra_base[name] = p.detach().clone()
     model.lora = dict(r=r, alpha=alpha, rslora=rslora, dropout=dropout)
 
 
@@ -182,21 +184,20 @@ def reference(model):
     """
     adapters = [m for m in model.modules() if isinstance(m, LoRALinear) and m.enabled]
     tuned, base = model.tuned, getattr(model, "extra_base", {})
-    trained = {name: model.get_parameter(name) for name in base}
     for adapter in adapters:
         adapter.enabled = False
     model.tuned = nn.ModuleList(states_inside(model))
-    for name, p in base.items():
-        p.data = p.data.to(trained[name].device)  # the network may have moved since
-        put(model, name, p)
+    trained = {name: local(model.get_parameter(name).detach()).clone() for name in base}
+    for name, value in base.items():
+        fill(model.get_parameter(name).data, value)
     try:
         yield model
     finally:
         for adapter in adapters:
             adapter.enabled = True
         model.tuned = tuned
-        for name, p in trained.items():
-            put(model, name, p)
+        for name, value in trained.items():
+            local(model.get_parameter(name).data).copy_(value)
 
 
 def load_to_tune(cfg, run, score=False):
@@ -213,7 +214,8 @@ def load_to_tune(cfg, run, score=False):
             f"adapter is for --tune=lora or state, not {cfg.tune}; merge it first (export.py merge)"
         )
     dtype = torch.float32 if cfg.tune == "full" else run.dtype
-    model = from_pretrained(cfg.init_from, dtype=dtype)
+    in_shares = shards(cfg, run)  # read block by block, so that no process ever has all in memory
+    model = from_pretrained(cfg.init_from, dtype=None if in_shares else dtype)
     if not score:
         model.score = None
     elif model.score is None:
@@ -223,11 +225,11 @@ def load_to_tune(cfg, run, score=False):
         check_base(cfg.adapter, about, model, cfg.init_from, cfg.another_base)
     options = lora_flags(cfg, model) if cfg.tune == "lora" else {}
     torch.manual_seed(cfg.seed)
-    set_tune(model, cfg.tune, **options)
+    set_tune(model, cfg.tune, cast=not in_shares, **options)
     if cfg.adapter:
         load_tuned(model, cfg.adapter)
     model.compute_dtype, model.grad_cp = run.dtype, cfg.grad_cp
-    model.to(run.device)
+    place(model, cfg, run)
     fused.build(run.device)
     return model
 
@@ -279,8 +281,9 @@ def lora_flags(cfg, model):
 def save_tuned(model, cfg, run, name, about=None):
     """Rank 0 writes what trains into cfg.out_dir, see write_tuned; the oldest numbered ones go."""
     check_weights(cfg, model)
+    path = write_tuned(model, cfg.out_dir, name, run.dtype, about, run.main)
     if run.main:
-        prune(write_tuned(model, cfg.out_dir, name, run.dtype, about), cfg.keep_last)
+        prune(path, cfg.keep_last)
 
 
 def save_best(model, cfg, run, value, best, about=None):
@@ -306,21 +309,23 @@ def tuned_path(model, folder, name):
     return Path(folder) / (stem + (".safetensors" if kind == "lora" else ".pth"))
 
 
-def write_tuned(model, folder, name, dtype=None, about=None):
+def write_tuned(model, folder, name, dtype=None, about=None, main=True):
     """What trains, as tuned_path says -> the path. dtype: of whole weights; None = as they are.
 
     about: what an adapter's or a state's file says of itself, see `origin`. A LoRA has RWKV-PEFT's
-    keys, ....lora_A [r, in] and ....lora_B [out, r]; extra parameters have their own names.
+    keys, ....lora_A [r, in] and ....lora_B [out, r]; extra parameters have their own names. main:
+    False = only hand this process's share over.
     """
     path, about = tuned_path(model, folder, name), about or {}
-    if model.tune == "state":
-        save_state(model, path, **about)
-    elif model.tune == "lora":
-        trained = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+    if model.tune == "lora":
+        trained = {n: full(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
         metadata = {key: str(value) for key, value in {**model.lora, **about}.items()}
-        write_weights({n: w.contiguous() for n, w in trained.items()}, path, metadata)
-    else:
-        save_pretrained(model, path, dtype)
+        if main:
+            write_weights({n: w.cpu().contiguous() for n, w in trained.items()}, path, metadata)
+    elif model.tune != "state":
+        save_pretrained(model, path, dtype, main)
+    elif main:
+        save_state(model, path, **about)
     return path
 
 
@@ -358,7 +363,7 @@ def load_tuned(model, path):
                 f"{path} is of another base or other settings: {name} is {in_file} in the file, "
                 f"{in_model} in the model; check --lora_r, --lora_targets and --init_from"
             )
-        trained[name].copy_(saved[name])
+        fill(trained[name], saved[name])
 
 
 def check_scale(model, path):

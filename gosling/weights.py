@@ -19,6 +19,7 @@ from gosling.files import (
     save_torch,
 )
 from gosling.schemas import About, State
+from gosling.shard import full
 from model import NEVER_TRAINED, RWKV, RWKVConfig
 
 import torch
@@ -34,21 +35,21 @@ def is_safetensors(path):
     return Path(path).suffix in (".safetensors", ".st")
 
 
-def read_weights(path):
+def read_weights(path, in_place=False):
     """{official name: tensor} of a `.pth` or `.safetensors` file, or of what gosling/hub.py reads.
 
     That is a Hugging Face folder, all shards of one of them, fla's RWKV-7 and PEFT's adapters. A
-    `.st` is web-rwkv's.
+    `.st` is web-rwkv's. in_place: numbers are read from the file when they are used.
     """
     weights = {}
     for file in hub.files_of(path):
-        weights |= read_tensors(file)
+        weights |= read_tensors(file, in_place)
     if not weights:
         raise UserError(f"{path} holds no tensors")
     return hub.official(weights, path)
 
 
-def read_tensors(file):
+def read_tensors(file, in_place=False):
     """{name: tensor} of one file, a .st under official names and in our orientation."""
     if is_safetensors(file):
         try:
@@ -65,7 +66,7 @@ def read_tensors(file):
                 "crc32 out of its metadata)"
             )
         return web_rwkv.from_web_rwkv(weights) if Path(file).suffix == ".st" else weights
-    weights = load_torch(file)
+    weights = load_torch(file, in_place=in_place)
     is_flat = isinstance(weights, dict)
     if not is_flat or not all(isinstance(w, torch.Tensor) for w in weights.values()):
         raise UserError(
@@ -295,10 +296,11 @@ def from_pretrained(path, device="cpu", dtype=torch.float32, weights=None):
     """A whole x060 or x070, any file or folder of read_weights -> RWKV, a scalar head included.
 
     A tuned state inside, as RWKV-6 files may have, is what sequences start from; it is frozen.
-    Tensors are converted one by one, so that the peak is about the model's own size. weights: of a
-    file that has been read; converted in place. UserError names what does not fit.
+    Tensors are converted one by one, so that the peak is about the model's own size. dtype: None
+    leaves them as they are, and where they are, in the file. weights: of a file that has been read;
+    converted in place. UserError names what does not fit.
     """
-    weights = read_weights(path) if weights is None else weights
+    weights = read_weights(path, in_place=dtype is None) if weights is None else weights
     config = config_of(weights, path)
     problems = tensor_problems(weights, expected_shapes(config, weights))
     if problems:
@@ -314,7 +316,7 @@ def from_pretrained(path, device="cpu", dtype=torch.float32, weights=None):
     for name, p in model.named_parameters():
         w = weights[name] if name in weights else torch.zeros(p.shape)  # zeros: of NEVER_TRAINED
         to_dtype = torch.float32 if name == "score.weight" else dtype
-        weights[name] = w.to(device=device, dtype=to_dtype).reshape(p.shape)
+        weights[name] = w.to(device=device, dtype=to_dtype or w.dtype).reshape(p.shape)
     model.load_state_dict(weights, assign=True)
     if layers:
         state = TunedState(config).to(device).requires_grad_(False)
@@ -324,15 +326,21 @@ def from_pretrained(path, device="cpu", dtype=torch.float32, weights=None):
     return model
 
 
-def save_pretrained(model, path, dtype=None):
+def save_pretrained(model, path, dtype=None, main=True):
     """Official names and shapes, `.pth` or `.safetensors`. dtype None: as they are.
 
-    The scalar head keeps its float32, and so does a state that the model's file had inside.
+    The scalar head keeps its float32, and so does a state that the model's file had inside. Of a
+    model in shares one tensor after the other is whole. main: False = only hand the shares over.
     """
     weights = {}
     for name, p in base_weights(model):
-        to_dtype = p.dtype if dtype is None or name == "score.weight" else dtype
-        weights[name] = p.detach().to("cpu", to_dtype).contiguous()
+        w, to_dtype = full(p.detach()), p.dtype
+        if dtype is not None and name != "score.weight":
+            to_dtype = dtype
+        if main:
+            weights[name] = w.to("cpu", to_dtype).contiguous()
+    if not main:
+        return
     for inside in states_inside(model):
         layers = [wkv.detach().cpu().clone() for wkv in inside.wkv]
         weights |= dict(zip(state_names(len(layers)), layers, strict=True))
@@ -366,7 +374,7 @@ def digest_of(weights):
     for name, w in sorted(weights.items()):
         if name not in NEVER_TRAINED and name != "score.weight":
             digest.update(f"{name} {list(w.shape)}".encode())
-            bits = w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+            bits = full(w.detach()).to("cpu", torch.bfloat16).contiguous().view(torch.int16)
             digest.update(bits.numpy())
     return digest.hexdigest()
 

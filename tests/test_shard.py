@@ -1,0 +1,231 @@
+"""Models in shares (shard=fsdp), in two processes on a CPU: the numbers of DDP."""
+
+import json
+import os
+import subprocess
+import sys
+
+from gosling.token_files import TokenFileWriter
+from gosling.weights import read_weights
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, random_model, rows, write
+
+REWARD = '''
+def reward(prompts, completions, **columns):
+    """How many of a few letters there are; another length of text, another number."""
+    return [sum(c in "aeiou0123" for c in text) / 8 for text in completions]
+'''
+COMMON = dict(
+    tokenizer="bytes",
+    device="cpu",
+    micro_bsz=2,
+    global_bsz=8,
+    max_steps=20,
+    lr=1e-3,
+    adam_eps=1e-4,  # with upstream's 1e-18 Adam makes a full step of a gradient of rounding errors
+    eval_every=10,
+    save_every=0,
+    log_every=1,
+    grad_clip=0.3,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_files(tmp_path_factory.mktemp("shard"))
+
+
+def make_files(folder):
+    """Small models and data of every kind."""
+    for version in ("x070", "x060"):
+        model = random_model(version, n_layer=2, n_embd=64, vocab_size=257)
+        model.save_pretrained(folder / f"{version}.pth")
+        model.add_score()
+        torch.nn.init.normal_(model.score.weight)
+        model.save_pretrained(folder / f"{version}-score.pth")
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": w * (1 + i % 4)},
+                {"role": "assistant", "content": w[::-1]},
+            ]
+        }
+        for i, w in enumerate(words * 3)
+    ]
+    write(folder / "sft.jsonl", *chats[:20])
+    write(folder / "val.jsonl", *chats[20:27])  # the processes get different numbers of batches
+    pairs = [
+        {"prompt": w * (1 + i % 3), "chosen": w[::-1] * (1 + i % 2), "rejected": w}
+        for i, w in enumerate(words * 2)
+    ]
+    write(folder / "pairs.jsonl", *pairs[:16])
+    write(folder / "val_pairs.jsonl", *pairs[15:])
+    write(folder / "prompts.jsonl", *({"prompt": w} for w in words))
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "empty.py").write_text("")
+    text = (ROOT / "LICENSE").read_bytes()
+    for name, part in (("text_train", text[:800]), ("text_val", text[800:950])):
+        with TokenFileWriter(folder / name, np.uint16) as file:
+            file.add([byte + 1 for byte in part])
+    return folder
+
+
+def config_of(base, script, version, out, **over):
+    """One run's settings."""
+    cfg = {**COMMON, "out_dir": str(out)}
+    data = {
+        "train_sft": ("sft.jsonl", "val.jsonl"),
+        "train_state": ("sft.jsonl", "val.jsonl"),
+        "train_reward": ("pairs.jsonl", "val_pairs.jsonl"),
+        "train_dpo": ("pairs.jsonl", "val_pairs.jsonl"),
+        "train_grpo": ("prompts.jsonl", "prompts.jsonl"),
+        "train_pretrain": ("text_train", "text_val"),
+    }[script]
+    cfg |= dict(zip(("data", "val_data"), (str(base / name) for name in data), strict=True))
+    if script == "train_pretrain":
+        cfg |= dict(n_layer=2, n_embd=64, version=version, ctx_len=32)
+    else:
+        cfg["init_from"] = str(base / f"{version}.pth")
+    if script == "train_grpo":
+        cfg |= dict(num_generations=4, max_completion_length=6, global_bsz=4, beta=0.05)
+    return {**cfg, **over}
+
+
+def torchrun(folder, wanted, nproc=2):
+    """The runs, one after the other, in so many processes -> the completed process."""
+    (folder / "runs.json").write_text(json.dumps(wanted))
+    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"]
+    line += ["--master_port", str(29500 + os.getpid() % 1000), "tests/several.py"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*line, str(folder / "runs.json")],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+RUNS = [  # script, version, what else is set
+    ("train_sft", "x070", dict(chunk_len=16, gather="block")),
+    ("train_grpo", "x070", dict(reward_model="score", gather="block", steps_per_generation=2)),
+    ("train_state", "x070", dict(eval_off=True)),
+    ("train_dpo", "x060", dict(tune="lora", lora_extra=("ln",), reference="off", chunk_len=8)),
+    ("train_pretrain", "x070", {}),
+    ("train_pretrain", "x060", dict(grad_cp=True)),
+    ("train_sft", "x060", dict(tune="lora", lora_extra=("ln",))),
+    ("train_sft", "x070", dict(dtype="bfloat16", tune="lora")),
+    ("train_state", "x070", dict(eval_off=True, gather="block")),
+    ("train_reward", "x070", {}),
+    ("train_reward", "x070", dict(tune="head")),
+    ("train_dpo", "x070", dict(gather="block")),
+    ("train_grpo", "x070", dict(tune="lora")),
+]
+NOT_COMPARED = {"time", "tokens_per_s", "seconds/rollout", "seconds/train"}
+
+
+def both(base, folder, number, steps):
+    """Two runs that differ in `shard` alone, of RUNS."""
+    script, version, over = RUNS[number]
+    over = {**over, "max_steps": steps, "eval_every": steps // 2}
+    if over.get("reward_model"):
+        over["reward_model"] = str(base / f"{version}-score.pth")
+    file = str(base / ("reward.py" if script == "train_grpo" else "empty.py"))
+    wanted = []
+    for shard in ("none", "fsdp"):
+        cfg = config_of(base, script, version, folder / f"{number}-{shard}", **over, shard=shard)
+        wanted.append({"script": script, "config": cfg, "file": file})
+    return wanted
+
+
+def check_equal(folder, number):
+    """What both runs logged, and what they made."""
+    one, other = folder / f"{number}-none", folder / f"{number}-fsdp"
+    for a, b in zip(rows(one), rows(other), strict=True):
+        for key in a.keys() - NOT_COMPARED:
+            if key.endswith("accuracies") and abs(a.get("rewards/margins", 1)) < 1e-4:
+                continue  # of ties, which rounding decides
+            assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5), (RUNS[number], key, a)
+    (final,) = [file.name for file in one.glob("*-final.*") if file.suffix != ".json"]
+    check_weights(one / final, other / final)
+
+
+def check_weights(one, other):
+    a, b = read_weights(one), read_weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], atol=1e-5, rtol=1e-5)
+
+
+def test_scripts_give_what_ddp_gives(base, tmp_path):
+    """Losses, gradient norms, validations and weights to 1e-5."""
+    numbers = range(4)
+    done = torchrun(tmp_path, [one for i in numbers for one in both(base, tmp_path, i, 4)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number in numbers:
+        check_equal(tmp_path, number)
+
+
+@pytest.mark.slow
+def test_every_script_gives_what_ddp_gives_for_20_steps(base, tmp_path):
+    numbers = range(len(RUNS))
+    done = torchrun(tmp_path, [one for i in numbers for one in both(base, tmp_path, i, 20)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number in numbers:
+        check_equal(tmp_path, number)
+
+
+def test_a_run_goes_on_in_another_number_of_processes_and_back(base, tmp_path):
+    """Whole, in shares of 2, of 4, whole in one process, in shares again: as if never stopped."""
+
+    def one(name, **more):
+        over = dict(max_steps=12, eval_every=0, val_data="", save_every=0, global_bsz=8)
+        cfg = config_of(base, "train_sft", "x070", tmp_path / name, **over, **more)
+        return {"script": "train_sft", "config": cfg, "file": str(base / "empty.py")}
+
+    whole = dict(shard="none")
+    shares = dict(shard="fsdp", eval_samples=0)
+    plan = [
+        (2, [one("undisturbed", **whole), {**one("moved", **whole), "stop": 1}]),
+        (2, [{**one("moved", **shares, resume=True), "stop": 3}]),
+        (4, [{**one("moved", **shares, resume=True), "stop": 5}]),
+        (1, [{**one("moved", **shares, resume=True), "stop": 7}]),
+        (2, [{**one("moved", **shares, resume=True), "stop": 9}]),
+        (2, [one("moved", **whole, resume=True)]),
+    ]
+    out = tmp_path / "moved"
+    for step, (nproc, wanted) in enumerate(plan, 1):
+        done = torchrun(tmp_path, wanted, nproc)
+        assert done.returncode == 0, done.stderr[-3000:]
+        last = torch.load(out / "last.pt", weights_only=True)
+        previous = torch.load(out / "last.previous.pt", weights_only=True) if step > 1 else {}
+        named = {last.get("shares"), previous.get("shares")} - {None}
+        assert last["step"] == 2 * step and named == {path.name for path in out.glob("*shares-*")}
+        assert bool(last["model"]) == (step in (1, 4, 6))
+    for a, b in zip(rows(tmp_path / "undisturbed"), rows(out), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    check_weights(tmp_path / "undisturbed" / "rwkv-final.pth", out / "rwkv-final.pth")
+
+
+def test_damaged_shares_are_named_and_the_ones_before_go_on(base, tmp_path):
+    over = dict(max_steps=2, eval_every=0, val_data="", save_every=1, shard="fsdp")
+    cfg = config_of(base, "train_sft", "x070", tmp_path / "run", **over)
+    run = {"script": "train_sft", "config": cfg, "file": str(base / "empty.py")}
+    done = torchrun(tmp_path, [run])
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "run").glob("shares-2/__1_*")
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    again = {**run, "config": {**cfg, "resume": True, "max_steps": 3}}
+    done = torchrun(tmp_path, [again])
+    assert done.returncode != 0 and f"{file} is not what was written" in done.stderr
+    (tmp_path / "run" / "last.previous.pt").replace(tmp_path / "run" / "last.pt")
+    done = torchrun(tmp_path, [again])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "at step 1" in done.stdout and rows(tmp_path / "run")[-1]["step"] == 3
