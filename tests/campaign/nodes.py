@@ -55,7 +55,8 @@ def remove_namespaces():
 def node(number, in_spaces, words, log):
     """One node's torchrun -> the process, with a group of its own."""
     space = ["ip", "netns", "exec", SPACES[number]] if in_spaces else []
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Without it torch 2.13 does not tell a node that joins later where the first one's store is.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if in_spaces:
         env["GLOO_SOCKET_IFNAME"] = ("va", "vb")[number]
     line = [*space, sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2"]
