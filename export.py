@@ -5,8 +5,9 @@
     python export.py convert --model=a.pth --out=b.safetensors --dtype=bfloat16     or bit for bit
     python export.py convert --model=a.pth --out=a.st --to=web-rwkv                 for Ai00
     python export.py convert --model=lora.safetensors --out=folder --to=peft        an adapter
-    python export.py hub --model=a.pth --out=folder            RWKV-7 for transformers and fla
+    python export.py hub --model=a.pth --out=folder            for transformers, fla, rwkv7-hf
     python export.py hub --model=folder --out=a.pth            and back
+    python export.py hub --model=a.pth --out=folder --to=rwkvtune       and rwkvserve
     python export.py gguf --model=a.pth --out=a.gguf --dtype=float16          for llama.cpp
     python export.py state --state=a.pth --out=a.st --to=web-rwkv                   or transformers
     python export.py inspect a.pth                             what it is, and what is odd
@@ -14,12 +15,13 @@
 Each command has its own --help. Nothing is overwritten without --overwrite; a file appears whole or
 not at all.
 
-A hub folder is what flash-linear-attention's RWKV7ForCausalLM reads: pip install
-flash-linear-attention, `import fla`, AutoModelForCausalLM.from_pretrained(folder). It is written as
-one model.safetensors; such a folder, its shards and PEFT's adapters are read by every command that
-takes a model or a LoRA. Layer 0's v0/v1/v2, which are never used and which fla does not have, are
-left out. A tokenizer.json goes along as it is. Of any other tokenizer there is a vocab.txt, which
-prepare.load_tokenizer(folder) reads, and a tokenizer.json made of it for AutoTokenizer.
+A hub folder of an RWKV-7 has flash-linear-attention's names and a model for transformers beside
+them: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True). That of an RWKV-6 is for
+llama.cpp's converter. It is written as one model.safetensors; such folders, their shards and PEFT's
+adapters are read by every command that takes a model or a LoRA. Layer 0's v0/v1/v2, which are never
+used and which fla does not have, are left out, and are zeros on the way back. A tokenizer.json goes
+along as it is. Of any other tokenizer there is a vocab.txt, which prepare.load_tokenizer(folder)
+reads, and a tokenizer.json made of it for AutoTokenizer.
 
 gguf wants the package gguf, and takes a LoRA as merge does: --adapter=lora.safetensors.
 """
@@ -33,7 +35,17 @@ from gosling.config import UserError, read_flags, warn
 from gosling.files import seen_from, write_json
 from gosling.gguf import gguf_package, write_gguf
 from gosling.hub import cache_tensors, folder_of, to_peft
-from gosling.hub_folder import fla_tensors, hub_settings, write_tokenizer
+from gosling.hub_folder import (
+    check_for_rwkvtune,
+    hub_settings,
+    hub_tensors,
+    ranks_of_six,
+    remove_older,
+    rwkvtune_settings,
+    write_model,
+    write_tokenizer,
+    write_vocab,
+)
 from gosling.merge import check_origin, merge_lora, merge_state
 from gosling.tokenizer import tokenizer_of
 from gosling.tune import shape_of
@@ -52,7 +64,6 @@ from gosling.weights import (
     write_weights,
     wrong_numbers,
 )
-from model import NEVER_TRAINED
 
 import torch
 import tyro
@@ -253,25 +264,25 @@ def state(cfg):
 
 
 # ----------------------------------------------------------------------------------------------
-# hub: flash-linear-attention's RWKV-7
+# hub: folders
 
 
 @dataclass
 class HubConfig(Config):
     tokenizer: str = ""  # name or file; empty = as the model's folder says, or World if V is 65536
+    # rwkvtune: its folder and rwkvserve's; empty: transformers, fla, rwkv7-hf, llama.cpp
+    to: Literal["", "rwkvtune"] = ""
 
 
 def hub(cfg):
-    back = Path(cfg.model).is_dir()
+    back = Path(cfg.model).is_dir() and not cfg.to
     check_out(cfg, WEIGHTS if back else ())
     weights = read_weights(cfg.model)
     check_kind(weights, cfg.model, "a hub folder")
     config = config_of(weights, cfg.model)
-    if (config.version, config.head_size) != ("x070", 64):
-        # fla's RWKV-6 normalises heads with eps 1e-5, not 64e-5
+    if config.version == "x070" and config.head_size != 64:  # see FIXED of gosling/hub.py
         raise UserError(
-            f"{cfg.model} is {config.version} with heads of {config.head_size}; "
-            "hub is for x070 with heads of 64"
+            f"{cfg.model} is RWKV-7 with heads of {config.head_size}; hub is for heads of 64"
         )
     weights = whole_network(weights, config, cfg.model)
     cast(weights, cfg.dtype)
@@ -300,30 +311,46 @@ def check_kind(weights, path, where):
 
 
 def whole_network(weights, config, path):
-    """{official name: tensor of the network's shape} of a whole model and nothing else, without
-    layer 0's v0/v1/v2."""
+    """{official name: tensor of the network's shape} of a whole model and nothing else; layer 0's
+    v0/v1/v2 if the file has them."""
     shapes = expected_shapes(config)
     problems = tensor_problems(weights, shapes)
     if problems:
         raise UserError(f"{path}: {problems[0]}; expected a whole RWKV and nothing else")
-    names = [name for name in shapes if name not in NEVER_TRAINED]
     check_numbers(weights, path)
-    return {name: weights[name].reshape(shapes[name]) for name in names}
+    return {name: weights[name].reshape(shapes[name]) for name in shapes if name in weights}
 
 
 def write_folder(weights, config, cfg):
     """A hub folder of {official name: tensor}, which is emptied, and of the model's tokenizer."""
     tokenizer, folder = tokenizer_of(cfg.model, config.vocab_size, cfg.tokenizer), Path(cfg.out)
     dtype = str(weights["emb.weight"].dtype)[6:]
-    # transformers wants to be told the format
-    write(fla_tensors(weights), folder / "model.safetensors", {"format": "pt"})
-    why_none = write_tokenizer(tokenizer, folder)
+    why_none = ""
+    if cfg.to == "rwkvtune":
+        check_for_rwkvtune(config, tokenizer, cfg.model)
+        remove_older(folder)
+        write(weights, folder / "model.pth")
+        settings = rwkvtune_settings(config, tokenizer)
+        write_vocab(tokenizer, folder)
+    else:
+        remove_older(folder)
+        # transformers wants to be told the format
+        theirs = hub_tensors(weights, config.version)
+        write(theirs, folder / "model.safetensors", {"format": "pt"})
+        settings = hub_settings(config, dtype, tokenizer)
+        why_none = write_tokenizer(tokenizer, folder)
     if why_none:
         warn(f"AutoTokenizer will not read tokenizer {tokenizer.name}: {why_none}")
-    for file, value in hub_settings(config, dtype, tokenizer).items():
+    other_ranks = ranks_of_six(config)
+    if other_ranks:
+        warn(f"llama.cpp's converter will not do for {other_ranks}; take export.py gguf")
+    for file, value in settings.items():
         write_json(folder / file, value)
+    if "auto_map" in settings["config.json"]:
+        write_model(folder)
+    kind = settings["config.json"]["architectures"][0]
     print(
-        f"{folder}: RWKV7ForCausalLM, {config.n_layer} layers of width {config.n_embd}, "
+        f"{folder}: {kind}, {config.n_layer} layers of width {config.n_embd}, "
         f"tokenizer {tokenizer.name}"
     )
 

@@ -1,4 +1,5 @@
-"""Files in Hugging Face's forms: shards, fla's names (flash-linear-attention), PEFT's adapters.
+"""Files in Hugging Face's forms: shards, fla's RWKV-7 (flash-linear-attention), RWKV-6 as it is
+published there, PEFT's adapters.
 
 read_weights of gosling/weights.py reads them through this; export.py writes them.
 """
@@ -9,7 +10,7 @@ from pathlib import Path
 from gosling.config import UserError
 from gosling.files import read_json
 from gosling.schemas import Adapter
-from model import RWKV, RWKVConfig
+from model import NEVER_TRAINED, RWKV, RWKVConfig
 
 import torch
 
@@ -17,6 +18,7 @@ import torch
 SHARD = re.compile(r"(.+-)(\d+)(-of-)(\d+)(\.safetensors|\.bin)")
 IN_FOLDERS = ("model.safetensors", "adapter_model.safetensors", "adapter_model.bin")
 IN_FOLDERS += ("pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+IN_FOLDERS += ("model.pth",)  # rwkvtune's
 
 
 def files_of(path):
@@ -67,12 +69,15 @@ def folder_of(path):
 
 
 def official(weights, path):
-    """{name: tensor} of a file -> the same under our names: fla's RWKV-7 and PEFT's adapters.
+    """{name: tensor} of a file -> the same under our names: fla's RWKV-7, RWKV-6 and PEFT's
+    adapters.
 
-    Weights that are neither are given back as they are.
+    Weights that are none of these are given back as they are.
     """
     if any(name.startswith("model.layers.") for name in weights):
         return from_fla(weights, folder_of(path) / "config.json")
+    if any(name.startswith("rwkv.blocks.") for name in weights):
+        return from_six(weights, folder_of(path) / "config.json")
     if any(name.startswith("base_model.model.") for name in weights):
         return from_peft(weights)
     return weights
@@ -126,33 +131,57 @@ def fla_name(name):
 
 
 def from_fla(theirs, config_file):
-    """{fla's name: tensor}, which is emptied -> {official name: tensor}, vectors as [C].
+    """{fla's name: tensor}, which is emptied -> {official name: tensor}, vectors as [1, 1, C].
 
     What has no official name keeps its own. UserError where config.json is of another network.
     """
-    config = read_json(config_file)
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            raise UserError(
-                f"{config_file}: {key} is {config.get(key)!r:.60}, expected {value!r}: "
-                "a folder of fla's RWKV-7, as export.py hub writes it"
-            )
+    config = settings_of(config_file, FIXED, "fla's RWKV-7")
+    down = theirs.get("model.layers.1.attn.v_lora.lora.0.weight")  # [rank, C]
+    rank = config.get("v_low_rank_dim", 1) if down is None else len(down)
     weights = {}
-    for name in official_names(theirs):
+    for name, n_dims in official_names(theirs).items():
         new_name, transposed = fla_name(name)
         if new_name in theirs:
             w = theirs.pop(new_name)
+            is_flat = w.dim() == 1 and n_dims == 3
+            w = w.reshape(1, 1, -1) if is_flat else w
             weights[name] = w.T.contiguous() if transposed else w
+        elif name in NEVER_TRAINED and "blocks.0.att.a1" in weights:
+            weights[name] = never_used(name, weights["blocks.0.att.a1"], rank)
     return weights | theirs
 
 
+def never_used(name, a1, rank):
+    """Layer 0's v0, v1 or v2, which fla leaves out and RWKV-LM's trainer wants: zeros, for no
+    engine reads them. Upstream begins with others, random ones in v2; that could not be repeated.
+
+    a1 [C, rank of a]: of this layer.
+    """
+    C = len(a1)
+    shapes = dict(zip(NEVER_TRAINED, ((1, 1, C), (C, rank), (rank, C)), strict=True))
+    return a1.new_zeros(shapes[name])
+
+
+def settings_of(config_file, fixed, what):
+    """config.json of a folder of `what`; UserError unless its settings are the `fixed` ones."""
+    config = read_json(config_file)
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise UserError(
+                f"{config_file}: {key} is {config.get(key)!r:.60}, expected {value!r}: "
+                f"a folder of {what}, as export.py hub writes it"
+            )
+    return config
+
+
 def official_names(theirs):
-    """The official names of an RWKV-7 that has the layers of `theirs`, fla's names."""
+    """{official name: dimensions of the tensor} of an RWKV-7 that has the layers of `theirs`,
+    fla's names."""
     found = [re.match(r"model\.layers\.(\d{1,3})\.", name) for name in theirs]
     last = max((int(match[1]) for match in found if match), default=0)
     with torch.device("meta"):
         any_sizes = RWKV(RWKVConfig("x070", last + 1, 64, 1))
-    return [name for name, _ in any_sizes.named_parameters()]
+    return {name: p.dim() for name, p in any_sizes.named_parameters()}
 
 
 def cache_tensors(state):
@@ -166,6 +195,32 @@ def cache_tensors(state):
         tensors[f"layers.{i}.attention_shift"] = state["att_shift"][i].float().clone()  # [1, C]
         tensors[f"layers.{i}.ffn_shift"] = state["ffn_shift"][i].float().clone()
     return tensors
+
+
+# ----------------------------------------------------------------------------------------------
+# RWKV-6 as it is published at Hugging Face, and as llama.cpp's converter reads it
+
+# As FIXED. The eps of the head norm is 1e-5 * head_size_divisor ** 2, for heads of any size.
+FIXED_SIX = dict(
+    model_type="rwkv6", layer_norm_epsilon=1e-5, head_size_divisor=8, tie_word_embeddings=False
+)
+RENAMED_SIX = {"emb": "embeddings", "ln0": "pre_ln", "att": "attention", "ffn": "feed_forward"}
+
+
+def six_name(name):
+    """Official name -> the one there: rwkv.blocks.0.attention.key.weight; tensors are the same."""
+    parts = [RENAMED_SIX.get(part, part) for part in name.split(".")]
+    return ".".join(parts if parts[0] == "head" else ["rwkv", *parts])
+
+
+def from_six(theirs, config_file):
+    """{name there: tensor} -> {official name: tensor}. UserError as from_fla."""
+    settings_of(config_file, FIXED_SIX, "RWKV-6")
+    back, weights = {new: old for old, new in RENAMED_SIX.items()}, {}
+    for name, w in theirs.items():
+        parts = [back.get(part, part) for part in name.removeprefix("rwkv.").split(".")]
+        weights[".".join(parts)] = w
+    return weights
 
 
 # ----------------------------------------------------------------------------------------------

@@ -381,6 +381,7 @@ def test_hub_folder_has_flas_names_and_config(tmp_path):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "modeling_rwkv7.py",
         "rwkv_vocab_v20230424.txt",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -424,6 +425,10 @@ def test_hub_folder_has_flas_names_and_config(tmp_path):
         bos_token_id=0,
         eos_token_id=0,
         torch_dtype="float32",
+        auto_map={
+            "AutoConfig": "modeling_rwkv7.RWKV7Config",
+            "AutoModelForCausalLM": "modeling_rwkv7.RWKV7ForCausalLM",
+        },
     )
     assert {key: config.get(key) for key in facts} == facts and "pad_token_id" not in config
     assert (
@@ -501,7 +506,7 @@ def test_fla_reads_the_folder_and_computes_the_same(sizes, fla, tmp_path):
         theirs.pad_token_id,
     ) == (0, 0, None)
     # what the file has and this class does not know would be silently without effect
-    known = RWKV7Config().to_dict().keys() | {"dtype", "torch_dtype", "architectures"}
+    known = RWKV7Config().to_dict().keys() | {"dtype", "torch_dtype", "architectures", "auto_map"}
     assert json.loads((tmp_path / "hub" / "config.json").read_text()).keys() <= known
     network, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "hub", output_loading_info=True, fuse_norm=False
@@ -527,10 +532,12 @@ def test_hub_there_and_back_is_bit_exact(dtype, tmp_path):
     run("hub", f"--model={tmp_path}/hub", f"--out={tmp_path}/b.pth")
     run("hub", f"--model={tmp_path}/hub", f"--out={tmp_path}/b.safetensors")
     a, b = torch.load(tmp_path / "a.pth"), torch.load(tmp_path / "b.pth")
-    same({name: w for name, w in a.items() if name not in V012}, b)
-    assert {name: w.shape for name, w in b.items()} == {
-        n: p.shape for n, p in a.items() if n not in V012
-    }
+    same(a, b, [name for name in a if name not in V012])
+    for name, w in b.items():  # what RWKV-LM's trainer loads with strict=True
+        assert w.shape == a[name].shape and w.dtype == a[name].dtype
+        assert w.any() == (name not in V012)
+    run("convert", f"--model={tmp_path}/hub", f"--out={tmp_path}/c.pth")
+    same(b, torch.load(tmp_path / "c.pth"))
     safe = load_file(tmp_path / "b.safetensors")
     same(b, {name: safe[name] for name in b})
     one, other = (RWKV.from_pretrained(tmp_path / name) for name in ("a.pth", "b.pth"))
@@ -561,7 +568,6 @@ def test_hub_of_official_forms_and_odd_sizes(tmp_path):
 
 
 def test_hub_refusals(tmp_path):
-    saved("x060", tmp_path / "six.pth")
     saved("x070", tmp_path / "seven.pth")
     saved("x070", tmp_path / "small.pth", head_size=32)
     weights = torch.load(tmp_path / "seven.pth")
@@ -573,8 +579,7 @@ def test_hub_refusals(tmp_path):
         assert "\n" not in str(e.value)
 
     hub = f"--out={tmp_path}/hub"
-    refused(r"six\.pth is x060 .*; hub is for x070", f"--model={tmp_path}/six.pth", hub)
-    refused(r"heads of 32", f"--model={tmp_path}/small.pth", hub)
+    refused(r"small\.pth is RWKV-7 with heads of 32", f"--model={tmp_path}/small.pth", hub)
     refused(r"is a reward model; a hub folder has no", f"--model={tmp_path}/reward.pth", hub)
     lora(RWKV.from_pretrained(tmp_path / "seven.pth"), tmp_path / "l.safetensors", r=4, alpha=6.0)
     refused(r"is a LoRA; merge first: .* --adapter=", f"--model={tmp_path}/l.safetensors", hub)
