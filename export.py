@@ -43,8 +43,8 @@ from gosling.hub_folder import (
     remove_older,
     rwkvtune_settings,
     write_model,
+    write_rwkvtune_vocab,
     write_tokenizer,
-    write_vocab,
 )
 from gosling.merge import check_origin, merge_lora, merge_state
 from gosling.tokenizer import tokenizer_of
@@ -330,8 +330,8 @@ def write_folder(weights, config, cfg):
         check_for_rwkvtune(config, tokenizer, cfg.model)
         remove_older(folder)
         write(weights, folder / "model.pth")
-        settings = rwkvtune_settings(config, tokenizer)
-        write_vocab(tokenizer, folder)
+        settings = rwkvtune_settings(config)
+        write_rwkvtune_vocab(tokenizer, folder)
     else:
         remove_older(folder)
         # transformers wants to be told the format

@@ -81,7 +81,8 @@ def write_tokenizer(tokenizer, folder):
     if hasattr(tokenizer, "hub"):
         tokenizer.save(folder)
         return ""
-    write_vocab(tokenizer, folder)
+    tokenizer.text = tokenizer.text or vocab_text(tokenizer)
+    tokenizer.save(folder)
     # llama.cpp's converter counts the lines and takes them for the ids.
     is_counted = list(tokenizer.tokens) == list(range(1, len(tokenizer.tokens) + 1))
     if is_counted and not tokenizer.words:
@@ -90,12 +91,6 @@ def write_tokenizer(tokenizer, folder):
     if text:
         write_text(folder / "tokenizer.json", text)
     return why_none
-
-
-def write_vocab(tokenizer, folder):
-    """The vocab.txt of a tokenizer that is no tokenizer.json."""
-    tokenizer.text = tokenizer.text or vocab_text(tokenizer)
-    tokenizer.save(folder)
 
 
 def write_text(path, text):
@@ -216,10 +211,17 @@ def check_for_rwkvtune(config, tokenizer, path):
         )
 
 
-def rwkvtune_settings(config, tokenizer):
+def write_rwkvtune_vocab(tokenizer, folder):
+    """The vocab file, with a line for id 0, the end, which World's file does not have: ids without
+    a token make their decoder give up. Not as vocab.txt, for here that is a file without the line.
+    """
+    end = f"0 {END_TOKEN!r} {len(END_TOKEN)}\n"
+    write_text(folder / VOCAB_OF_ENGINES, end + vocab_text(tokenizer))
+
+
+def rwkvtune_settings(config):
     """{file: value} of that folder's JSON files; every size is told, none is left to a rule."""
-    end_id = tokenizer.end_id
-    ids = dict(bos_token_id=None, eos_token_id=end_id, pad_token_id=end_id)
+    ids = dict(bos_token_id=None, eos_token_id=0, pad_token_id=0)
     network = dict(
         model_type="rwkv7",
         architectures=["RWKV7Model"],
@@ -242,7 +244,6 @@ def rwkvtune_settings(config, tokenizer):
         tokenizer_class="RWKV_TOKENIZER",
         eos_token=END_TOKEN,
         pad_token=END_TOKEN,
-        additional_special_tokens=[{"token": END_TOKEN, "id": end_id}],
         clean_up_tokenization_spaces=False,
         # Their template knows no eos_token.
         chat_template=CHAT_TEMPLATE.replace("eos_token", repr(END_TOKEN)),
