@@ -151,6 +151,37 @@ def test_a_page_fits_a_narrow_window(page):
 
 
 # ----------------------------------------------------------------------------------------------
+# docs/files.md: the engines
+
+
+def engines():
+    """[cells of a row] of the table of engines."""
+    page = (ROOT / "docs/files.md").read_text(encoding="utf-8")
+    head = "| engine | command of `export.py` | compared | figure | test |\n|---|---|---|---|---|\n"
+    table = page.split(head)[1].split("\n\n")[0]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+
+
+def names_in(name):
+    """The names of the tests in tests/test_NAME.py."""
+    path = ROOT / f"tests/test_{name}.py"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return re.findall(r"^def (test_\w+)", text, re.M)
+
+
+@pytest.mark.parametrize("row", engines(), ids=lambda row: row[0])
+def test_every_engine_has_a_test(row):
+    *_, test = row
+    name, word = re.fullmatch(r"`(\w+): (\w+)`", test).groups()
+    assert any(word in function for function in names_in(name)), test
+
+
+def test_a_missing_test_of_an_engine_would_be_seen():
+    assert len(engines()) > 12 and all(len(row) == 5 for row in engines())
+    assert names_in("hubb") == [] and "test_a_folder_of_rwkv_6" in names_in("hub")
+
+
+# ----------------------------------------------------------------------------------------------
 # README's map, and links
 
 

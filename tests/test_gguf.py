@@ -4,19 +4,22 @@ llama-cpp-python is."""
 
 import ctypes
 import sys
+import textwrap
 
 import export
 import prepare
 from gosling.config import UserError
+from gosling.engine import generate
 from gosling.gguf import gguf_name, unlike_gpt2
 from gosling.hub_folder import CHAT_TEMPLATE
 from gosling.tokenizer import train_bpe
 from gosling.tune import write_tuned
+from gosling.weights import write_state
 from model import RWKV
 
 import pytest
 import torch
-from helpers import RANKS, ROOT, random_model
+from helpers import RANKS, ROOT, blocks_of, random_model
 
 TEXT = "Hello!  Two spaces,\n\n\ttabs. 今天是美好的一天。 наука 🎉 it's \"x\" 'y' \\n\n\n-\n"
 CHAT = [
@@ -332,6 +335,7 @@ CASES = [
     ("x070", "vocab", {}),
     ("x060", "vocab", dict(head_size=32)),
     ("x070", "world", dict(vocab_size=65536, n_embd=64, n_layer=1)),
+    ("x060", "world", dict(vocab_size=65536, n_embd=64, n_layer=1)),
 ]
 
 
@@ -373,7 +377,7 @@ def test_llama_cpp_computes_the_same(version, tokenizer, sizes, llama, tmp_path)
     theirs.eval(ids)
     got = torch.tensor(theirs.scores[: len(ids)])
     assert (got - want[0]).abs().max() < 1e-4 * want.std()
-    for _ in range(32):  # greedy, each from its own last choice
+    for _ in range(48):  # greedy, each from its own last choice
         token = int(want[0, -1].argmax())
         assert int(torch.tensor(theirs.scores[theirs.n_tokens - 1]).argmax()) == token
         theirs.eval([token])
@@ -411,3 +415,57 @@ def test_llama_cpp_chats_as_render_chat_does(llama, tmp_path):
     ids = theirs.tokenize(prompt.encode(), add_bos=False, special=True)
     assert ids == prepare.render_chat(CHAT, ours, generation_prompt=True)[0]
     assert theirs.create_chat_completion(CHAT, max_tokens=4, temperature=0)["choices"]
+
+
+def recipe():
+    """What docs/files.md shows for a tuned state."""
+    (block,) = [b for b in blocks_of(ROOT / "docs/files.md", "python") if "state_seq_set_data" in b]
+    return textwrap.dedent(block)
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_llama_cpp_starts_from_a_tuned_state(version, llama, tmp_path, monkeypatch):
+    """By the lines of docs/files.md, word for word."""
+    model, name, file = exported(tmp_path, version, "bytes")
+    g = torch.Generator().manual_seed(5)
+    start = model.zero_state(1)
+    start["wkv"] = torch.randn(start["wkv"].shape, generator=g)
+    write_state(start, tmp_path / "state-final.pth")
+    llm, ids = llama(file), prepare.load_tokenizer(name).encode(TEXT)
+    monkeypatch.chdir(tmp_path)
+    names = dict(llm=llm, is_v7=version == "x070", prompt=ids)
+    exec(recipe(), names)
+    found = []
+    for token in llm.generate(names["tokens"], temp=0):
+        found.append(token)
+        if len(found) == 48:
+            break
+    with torch.no_grad():
+        want, zero = (model(torch.tensor([ids]), state)[0][0] for state in (start, None))
+    got = torch.tensor(llm.scores[1 : 1 + len(ids)])
+    print(float((got - want).abs().max() / want.std()))
+    assert (got - want).abs().max() < 1e-4 * want.std()
+    assert (zero - want).abs().max() > 0.1 * want.std()  # the state matters
+    options = dict(max_new_tokens=48, temperature=0, stop_ids=[], state=start)
+    assert found == generate(model, [ids], **options)[0].tokens
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+@pytest.mark.parametrize("kind, tolerance, size", [("Q8_0", 0.02, 0.4), ("Q4_K_M", 0.15, 0.3)])
+def test_llama_cpp_quantises_the_file(version, kind, tolerance, size, llama, tmp_path):
+    import llama_cpp
+
+    model, name, file = exported(tmp_path, version, "bytes", n_embd=256, n_layer=4, vocab_size=512)
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), 1
+    names = [str(path).encode() for path in (file, tmp_path / "q.gguf")]
+    assert llama_cpp.llama_model_quantize(*names, ctypes.byref(options)) == 0
+    ids = prepare.load_tokenizer(name).encode((ROOT / "README.md").read_text("utf-8")[:400])
+    theirs = llama(tmp_path / "q.gguf")
+    theirs.eval(ids)
+    got = torch.tensor(theirs.scores[: len(ids)])
+    with torch.no_grad():
+        want = model(torch.tensor([ids]))[0][0]
+    share = (tmp_path / "q.gguf").stat().st_size / file.stat().st_size
+    print(f"{share:.2f} of the size, {float((got - want).std() / want.std()):.3f}")
+    assert (got - want).std() < tolerance * want.std() and share < size

@@ -15,7 +15,7 @@ import prepare
 from gosling.config import UserError
 from gosling.engine import generate
 from gosling.tokenizer import train_bpe
-from gosling.weights import read_weights
+from gosling.weights import read_weights, write_state
 from model import RWKV
 
 import pytest
@@ -66,9 +66,10 @@ def written(tmp_path, version, tokenizer, *flags, **sizes):
     return model, prepare.load_tokenizer(name), file, folder
 
 
-def greedy(model, ids):
+def greedy(model, ids, state=None):
     """48 tokens of our engine."""
-    return generate(model, [ids], max_new_tokens=48, temperature=0, stop_ids=[])[0].tokens
+    options = dict(max_new_tokens=48, temperature=0, stop_ids=[], state=state)
+    return generate(model, [ids], **options)[0].tokens
 
 
 def logits(model, ids):
@@ -415,13 +416,23 @@ import sys
 import triton.runtime.autotuner as autotuner
 autotuner.Autotuner.do_bench = property(lambda self: lambda f, **k: [0.0] * 3, lambda self, f: None)
 import fla, torch
+from fla.models.utils import Cache
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 folder, ids = sys.argv[1], [int(i) for i in sys.argv[2].split(",")]
 model = AutoModelForCausalLM.from_pretrained(folder, fuse_norm=False).eval()
 assert type(model).__module__.startswith("fla.")
-found = []
+found, cache = [], None
+if len(sys.argv) > 4:
+    state, cache = load_file(sys.argv[4]), Cache()
+    for i in range(model.config.num_hidden_layers):
+        wkv, att, ffn = (
+            state[f"layers.{i}.{kind}"]
+            for kind in ("recurrent_state", "attention_shift", "ffn_shift")
+        )
+        cache.update(recurrent_state=wkv, conv_state=att, ffn_state=ffn, layer_idx=i, offset=0)
 with torch.no_grad():
-    out = model(torch.tensor([ids]), use_cache=True)
+    out = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
     torch.save(out.logits, sys.argv[3])
     for _ in range(48):
         found.append(int(out.logits[0, -1].argmax()))
@@ -431,25 +442,44 @@ print(found)
 """
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_fla_gives_the_same_text(tokenizer, tmp_path):
+def by_fla(folder, ids, tmp_path, *state):
     """Its own kernels, on a CPU in Triton's interpreter, step by step through its cache; its
-    generate() is wrong with the newest transformers."""
+    generate() is wrong with the newest transformers. -> (logits of the prompt, 48 greedy tokens)"""
     for package in ("fla", "triton"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    model, ours, _, folder = written(tmp_path, "x070", tokenizer)
-    ids = ours.encode("Hello, 今天.")
+    out = tmp_path / "logits.pt"
     done = subprocess.run(
-        [sys.executable, "-c", FLA, folder, ",".join(map(str, ids)), tmp_path / "logits.pt"],
+        [sys.executable, "-c", FLA, folder, ",".join(map(str, ids)), out, *state],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert close(torch.load(tmp_path / "logits.pt"), logits(model, ids))
-    assert json.loads(done.stdout.splitlines()[-1]) == greedy(model, ids)
+    return torch.load(out), json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_fla_gives_the_same_text(tokenizer, tmp_path):
+    model, ours, _, folder = written(tmp_path, "x070", tokenizer)
+    ids = ours.encode("Hello, 今天.")
+    got, found = by_fla(folder, ids, tmp_path)
+    assert close(got, logits(model, ids)) and found == greedy(model, ids)
+
+
+def test_fla_starts_from_a_tuned_state(tmp_path):
+    model, ours, _, folder = written(tmp_path, "x070", "bytes")
+    g = torch.Generator().manual_seed(5)
+    start = {name: torch.randn(w.shape, generator=g) for name, w in model.zero_state(1).items()}
+    write_state(start, tmp_path / "s.pth")
+    state = tmp_path / "s.safetensors"
+    run("state", f"--state={tmp_path}/s.pth", f"--out={state}", "--to=transformers")
+    ids = ours.encode("Hello.")
+    got, found = by_fla(folder, ids, tmp_path, state)
+    with torch.no_grad():
+        assert close(got, model(torch.tensor([ids]), start)[0])
+    assert found == greedy(model, ids, state=start) != greedy(model, ids)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "world"])
