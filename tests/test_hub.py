@@ -355,6 +355,8 @@ def test_what_else_transformers_does(hf, tmp_path):
     assert theirs.generate(ids, state=start, max_new_tokens=9, do_sample=False)[0, 2:].tolist() == (
         want.tokens
     )
+    with torch.no_grad():  # a state of one row is for all
+        assert close(theirs(IDX.view(4, 10), state=start).logits[2], model(IDX[:, 20:30], start)[0])
     with pytest.raises(ValueError, match="the state has read 40 tokens already"):
         theirs.generate(ids, state=theirs(IDX).state, max_new_tokens=1)
     loss = theirs(IDX, labels=IDX).loss
