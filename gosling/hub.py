@@ -136,9 +136,7 @@ def from_fla(theirs, config_file):
     What has no official name keeps its own. UserError where config.json is of another network.
     """
     config = settings_of(config_file, FIXED, "fla's RWKV-7")
-    down = theirs.get("model.layers.1.attn.v_lora.lora.0.weight")  # [rank, C]
-    rank = config.get("v_low_rank_dim", 1) if down is None else len(down)
-    weights = {}
+    weights, zeros = {}, never_used(theirs, config)
     for name, n_dims in official_names(theirs).items():
         new_name, transposed = fla_name(name)
         if new_name in theirs:
@@ -146,20 +144,25 @@ def from_fla(theirs, config_file):
             is_flat = w.dim() == 1 and n_dims == 3
             w = w.reshape(1, 1, -1) if is_flat else w
             weights[name] = w.T.contiguous() if transposed else w
-        elif name in NEVER_TRAINED and "blocks.0.att.a1" in weights:
-            weights[name] = never_used(name, weights["blocks.0.att.a1"], rank)
+        elif name in zeros:
+            weights[name] = zeros[name]
     return weights | theirs
 
 
-def never_used(name, a1, rank):
-    """Layer 0's v0, v1 or v2, which fla leaves out and RWKV-LM's trainer wants: zeros, for no
-    engine reads them. Upstream begins with others, random ones in v2; that could not be repeated.
+def never_used(theirs, config):
+    """{official name: zeros} of layer 0's v0, v1, v2, which fla leaves out, no engine reads, and
+    RWKV-LM's trainer wants; {} of a file that is not whole.
 
-    a1 [C, rank of a]: of this layer.
+    Upstream begins with others, random ones in v2; they could not be repeated.
     """
-    C = len(a1)
-    shapes = dict(zip(NEVER_TRAINED, ((1, 1, C), (C, rank), (rank, C)), strict=True))
-    return a1.new_zeros(shapes[name])
+    emb = theirs.get("model.embeddings.weight", torch.empty(0))
+    down = theirs.get("model.layers.1.attn.v_lora.lora.0.weight")  # [rank, C]
+    rank = config.get("v_low_rank_dim") if down is None else down.shape[:1].numel()
+    if emb.dim() != 2 or not isinstance(rank, int) or not 0 < rank < 2**16:
+        return {}
+    C = emb.shape[1]
+    shapes = (1, 1, C), (C, rank), (rank, C)
+    return {name: emb.new_zeros(s) for name, s in zip(NEVER_TRAINED, shapes, strict=True)}
 
 
 def settings_of(config_file, fixed, what):

@@ -38,8 +38,8 @@ def is_safetensors(path):
 def read_weights(path, in_place=False):
     """{official name: tensor} of a `.pth` or `.safetensors` file, or of what gosling/hub.py reads.
 
-    That is a Hugging Face folder, all shards of one of them, fla's RWKV-7 and PEFT's adapters. A
-    `.st` is web-rwkv's. in_place: numbers are read from the file when they are used.
+    That is a Hugging Face folder, all shards of one of them, fla's RWKV-7, RWKV-6 as it is there,
+    and PEFT's adapters. A `.st` is web-rwkv's. in_place: numbers are read when they are used.
     """
     weights = {}
     for file in hub.files_of(path):
