@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 from gosling.batch import pack_ids
 from gosling.config import Share, UserError, check
+from gosling.grammar import grammar_of, masked
+from gosling.penalties import Penalties
 from gosling.shard import place, shards
 from gosling.tokenizer import agree, recorded_tokenizer, tokenizer_of
 from gosling.tune import load_model
@@ -67,6 +69,9 @@ class Options(Sampling):
     state: Any = None  # one row for all prompts, or a row for each; none = the initial state
     return_state: bool = False  # whether each completion gets its .state
     indices: Any = None  # the prompts' numbers, for their random streams; none = 0 .. P - 1
+    json_schema: dict | None = None  # that each text fits, see grammar.py
+    regex: str | None = None  # that each text matches as a whole
+    grammar: Any = None  # of one of the two; `complete` fills it in
     memory: int | None = None  # bytes that batch_size follows from, see slots_for
 
 
@@ -254,45 +259,6 @@ def pick(logits, u, o, changed=None):
     return ids, logp.gather(-1, ids[:, None])[:, 0]
 
 
-class Penalties:
-    """What moves the logits away from the model's own: which tokens each slot had, how often."""
-
-    def __init__(self, model, width):
-        device, shape = model.emb.weight.device, (width, model.config.vocab_size)
-        self.count = torch.zeros(shape, device=device)  # how often generated, decaying
-        self.generated = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.read = torch.zeros_like(self.generated)  # generated or in the prompt
-
-    def take(self, index):
-        """Go on with these rows, in this order."""
-        self.count, self.generated = self.count[index], self.generated[index]
-        self.read = self.read[index]
-
-    def start(self, row, prompt_ids):
-        """A slot begins anew."""
-        self.count[row], self.generated[row], self.read[row] = 0, False, False
-        self.read[row, prompt_ids] = True
-
-    def apply(self, logits, rows, request):
-        """logits [rows, V] of these slots -> those that the choice is made from"""
-        o, logits = request.options, logits.float()
-        factor = torch.where(logits > 0, 1 / o.repetition_penalty, o.repetition_penalty)
-        logits = torch.where(self.read[rows], logits * factor, logits)
-        held_back = o.presence_penalty * self.generated[rows]
-        held_back = held_back + o.frequency_penalty * self.count[rows]
-        return logits - held_back + request.bias
-
-    def add(self, rows, ids, options):
-        """Count the tokens chosen. As in the RWKV runners, blanks and digits count 0 times."""
-        weights = torch.ones(len(ids), device=ids.device)
-        if options.tokenizer is not None:
-            texts = [options.tokenizer.decode([token]) for token in ids.tolist()]
-            weights = torch.tensor([text not in " \t0123456789" for text in texts]).to(weights)
-        self.count[rows] *= options.penalty_decay
-        self.count[rows, ids] += weights
-        self.generated[rows, ids] = self.read[rows, ids] = True
-
-
 # ----------------------------------------------------------------------------------------------
 # the engine
 
@@ -323,6 +289,7 @@ def complete(model, prompts, options):
     check_temperature(o.temperature)
     check_biases(o.logit_bias, model.config.vocab_size)
     check_stop(o)
+    o.grammar = grammar_of(o, prompts, model.config.vocab_size)
     return o
 
 
@@ -369,6 +336,8 @@ def grow(slot, token, logp):
     recent = o.tokenizer.decode(c.tokens[-tail:]) if o.stop else ""
     if token in o.stop_ids or any(text in recent for text in o.stop):
         c.finish_reason = "stop"
+    elif slot.matcher is not None:
+        c.finish_reason = slot.matcher.accept(token, len(c.tokens) == slot.limit)
     elif len(c.tokens) == slot.limit:
         c.finish_reason = "length"
     if c.finish_reason and o.tokenizer is not None:
@@ -383,7 +352,7 @@ class Request:
     def __init__(self, model, prompts, options):
         o = complete(model, prompts, options)
         self.prompts, self.options = prompts, o
-        how = (o.temperature, o.top_p, o.top_k, o.min_p)
+        how = (o.temperature, o.top_p, o.top_k, o.min_p, o.grammar is None)
         self.bias = None  # [V] if the logits are to be changed
         if o.presence_penalty or o.frequency_penalty or o.repetition_penalty != 1 or o.logit_bias:
             self.bias = torch.zeros(model.config.vocab_size, device=model.emb.weight.device)
@@ -411,6 +380,7 @@ class Slot:
     prompt_ids: list
     limit: int  # most tokens
     random: np.random.Generator
+    matcher: Any  # of a grammar: what may come next
     completion: Completion = field(default_factory=Completion)
 
 
@@ -514,7 +484,8 @@ class Engine:
             for p, sample in itertools.product(equal, range(o.n)):
                 random = np.random.default_rng((o.seed, o.indices[p], sample))
                 number, limit = p * o.n + sample, o.max_new_tokens[p]
-                slot = Slot(request, number, request.prompts[p], limit, random)
+                matcher = o.grammar and o.grammar.begin(p)
+                slot = Slot(request, number, request.prompts[p], limit, random, matcher)
                 self.ready.append((slot, logits[row], state))
 
     def resize(self, n):
@@ -544,6 +515,9 @@ class Engine:
             some, changed = logits if len(group) == len(rows) else logits[group], None
             if request.bias is not None:
                 changed = self.penalties.apply(some, own, request)
+            if request.options.grammar is not None:
+                matchers = [slots[i].matcher for i in group]
+                changed = masked(some if changed is None else changed, matchers)
             ids, logps = pick(some, u[group], request.options, changed)
             self.ids[own] = ids
             if request.bias is not None:
@@ -582,6 +556,10 @@ def generate(model, prompts, *, n=1, callback=None, progress=True, **options):
     options: the fields of Sampling and of Options. model: with its weights of this moment; it may
     be a DDP wrapper. callback(number, Completion so far) is called at every token. progress: a bar,
     on a terminal, when it takes longer than two seconds.
+
+    With json_schema or regex, a text fits where its finish_reason is "stop", unless a stop text cut
+    it; at "length" it may be unfinished. After "Assistant:", as the chat template ends a prompt, it
+    begins behind a space. The log-probabilities stay those without a grammar.
     """
     completions = [None] * (len(prompts) * n)
     hidden = None if progress else True  # None: hidden unless on a terminal
