@@ -6,6 +6,7 @@
     python sample.py --state=none --state=out/state/state-final.pth --prompt="..."
     python sample.py --model=... --prompt="a long text" --save_state=cache.pth
     python sample.py batch in.jsonl out.jsonl --model=... --n=4
+    python sample.py --model=... --prompt="A fox as JSON:" --json_schema=schema.json
     python sample.py --model=... --state=none --state=out/state/state-final.pth --serve
 
 Several states answer side by side. A state that is saved after a prompt, or by /save in a chat, is
@@ -29,6 +30,7 @@ from gosling.config import UserError, read_flags, warn
 from gosling.data import read_jsonl, render_prompt
 from gosling.engine import TURNS, generate, stream
 from gosling.files import digest, locked, read_json, read_text, whole_lines, write_json
+from gosling.grammar import read_schema
 from gosling.processes import pick_device
 from gosling.rows import holds_rows
 from gosling.terminal import chat, check_state_name, print_stream, save_state, utf8
@@ -53,6 +55,8 @@ class Config(engine.Sampling):
     system: str = ""  # chat: a system turn to begin with
     think: Literal["", "on", "off"] = ""  # chat: begin replies as G1 models do that think, or not
     stop: Repeated = ()  # text that ends a sample; repeated: any of them
+    json_schema: str = ""  # file with a JSON schema; every sample fits it
+    regex: str = ""  # a regular expression; every sample matches it as a whole
     escape: bool = False  # read \n, \t, \r and \\ in prompt, system and stop as in Python
     state: Repeated = ()  # tuned state; repeated: side by side; "none" is one too
     serve: bool = False  # a page to chat, and OpenAI's API under /v1; to try a model
@@ -175,6 +179,7 @@ def made_with(cfg, tokenizer, path):
     about = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in free}
     states = [name if name == "none" else digest(name) for name in cfg.state or ("none",)]
     files = {"model": digest(path), "state": states, "tokenizer": f"digest {tokenizer.digest}"}
+    files["json_schema"] = digest(cfg.json_schema) if cfg.json_schema else ""
     return {**about, **files, "stop": list(cfg.stop)}
 
 
@@ -249,6 +254,7 @@ def options_of(cfg, tokenizer):
     """The keywords of `stream`, all but n."""
     options = {field.name: getattr(cfg, field.name) for field in fields(engine.Sampling)}
     del options["n"]
+    options.update(json_schema=read_schema(cfg.json_schema), regex=cfg.regex or None)
     return {**options, "tokenizer": tokenizer}
 
 

@@ -87,6 +87,8 @@ class Config:
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # of sampling: total of the likeliest tokens
     top_k: NonNegativeInt = 0  # sample from so many likeliest tokens; 0 = all
     stop: tuple[str, ...] = ("\n\nUser:",)  # texts that end a completion, besides the end id
+    json_schema: str = ""  # file with a JSON schema for completions; log-probabilities ignore it
+    regex: str = ""  # expression that completions match as a whole; the same holds
     gen_batch_size: PositiveInt | None = None  # sequences decoded together; none = what fits
     steps_per_generation: PositiveInt = 1  # optimiser steps that share one batch of rollouts
     num_iterations: PositiveInt = 1  # passes over a batch of rollouts
@@ -490,7 +492,8 @@ def main(cfg):
         tokenizer = tokenizer_of(cfg.init_from, model.config.vocab_size, cfg.tokenizer)
         about = tune.origin(cfg, model, tokenizer)
         reward_model, reference_model = load_others(cfg, model, tokenizer, run)
-        sampler = Sampler(model, tokenizer, reward_model)
+        fits = rollouts.what_fits(cfg, model, tokenizer)
+        sampler = Sampler(model, tokenizer, reward_model, fits)
 
         # ---- data
         longest = cfg.ctx_len - cfg.max_completion_length

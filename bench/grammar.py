@@ -34,7 +34,20 @@ SCHEMA = {  # strings, numbers, an enum and a list, all bounded
     "required": ["name", "age", "score", "kind", "tags"],
     "additionalProperties": False,
 }
-WORDS = "river green naïve 東京 ship café twelve Ωmega stone quick 雪 paper".split()
+WORDS = [
+    "river",
+    "green",
+    "naïve",
+    "東京",
+    "ship",
+    "café",
+    "twelve",
+    "Ωmega",
+    "stone",
+    "quick",
+    "雪",
+    "paper",
+]
 
 
 @dataclass
@@ -66,9 +79,9 @@ def documents(n):
 
 
 def llguidance_steps(tokens, end_id):
-    from llguidance import LLMatcher, LLTokenizer
-
     from gosling.grammar import Vocabulary
+
+    from llguidance import LLMatcher, LLTokenizer
 
     def compile_schema(tokenizer):
         grammar = LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(SCHEMA))
@@ -79,7 +92,11 @@ def llguidance_steps(tokens, end_id):
         matcher = grammar.deep_copy()
         return matcher.compute_bitmask, matcher.consume_token
 
-    return lambda: LLTokenizer(Vocabulary(tokens, end_id), n_vocab=len(tokens)), compile_schema, begin
+    return (
+        lambda: LLTokenizer(Vocabulary(tokens, end_id), n_vocab=len(tokens)),
+        compile_schema,
+        begin,
+    )
 
 
 def xgrammar_steps(tokens, end_id):
@@ -104,7 +121,8 @@ def outlines_steps(tokens, end_id):
     import outlines_core
     from outlines_core.json_schema import build_regex_from_schema
 
-    global G_mask; mask = G_mask = np.zeros((len(tokens) + 31) // 32, np.int32)
+    global G_mask
+    mask = G_mask = np.zeros((len(tokens) + 31) // 32, np.int32)
 
     def build():
         ids = {}
@@ -118,7 +136,11 @@ def outlines_steps(tokens, end_id):
         write = (mask.ctypes.data, mask.size, 4)
         return lambda: guide.write_mask_into(*write), lambda i: guide.advance(i, False)
 
-    return build, lambda v: outlines_core.Index(build_regex_from_schema(json.dumps(SCHEMA)), v), begin
+    return (
+        build,
+        lambda v: outlines_core.Index(build_regex_from_schema(json.dumps(SCHEMA)), v),
+        begin,
+    )
 
 
 def measure(cfg, name, steps):

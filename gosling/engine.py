@@ -380,7 +380,7 @@ class Slot:
     prompt_ids: list
     limit: int  # most tokens
     random: np.random.Generator
-    matcher: Any  # of a grammar: what may come next
+    matcher: Any = None  # of a grammar: what may come next
     completion: Completion = field(default_factory=Completion)
 
 

@@ -7,14 +7,15 @@ A group is of primitives, so that it can be gathered, saved and read back; one f
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gosling import files, runs
 from gosling.batch import score_answers
 from gosling.config import UserError, print0, show
-from gosling.engine import Completion, generate
+from gosling.engine import Completion, Options, complete, generate
 from gosling.files import primitive
+from gosling.grammar import read_schema
 from gosling.rewards import call_reward, columns_of, reward_functions
 from gosling.user_code import call
 
@@ -23,11 +24,22 @@ import torch
 
 @dataclass
 class Sampler:
-    """What turns prompts into groups: the policy, its tokenizer, the reward model or None."""
+    """What turns prompts into groups: the policy, its tokenizer, the reward model or None.
+
+    fits: keywords of `generate`, the json_schema or the regex of every completion.
+    """
 
     model: torch.nn.Module
     tokenizer: object
     reward_model: torch.nn.Module | None
+    fits: dict = field(default_factory=dict)
+
+
+def what_fits(cfg, model, tokenizer):
+    """Sampler.fits of a config; UserError for what is no schema or no regex."""
+    fits = dict(json_schema=read_schema(cfg.json_schema), regex=cfg.regex or None)
+    complete(model, [], Options(tokenizer=tokenizer, **fits))
+    return fits
 
 
 def roll_out(sampler, prompts, numbers, n, cfg, run, process=None, **sampling):
@@ -51,6 +63,7 @@ def roll_out(sampler, prompts, numbers, n, cfg, run, process=None, **sampling):
             indices=numbers,
             batch_size=cfg.gen_batch_size,
             progress=False,
+            **sampler.fits,
             **sampling,
         )
         try:

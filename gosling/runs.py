@@ -203,7 +203,7 @@ MAY_CHANGE += ("log", "log_every", "rollouts_every", "val_data", "watch")
 MAY_CHANGE += ("hang_minutes", "reward_seconds", "shard", "cpu_offload", "gather")
 
 NAME_FILES = ("data", "init_from", "adapter", "init_state", "tokenizer", "reference")
-NAME_FILES += ("reward_model",)
+NAME_FILES += ("reward_model", "json_schema")
 
 
 def identity(cfg, model, **of_the_data):

@@ -22,6 +22,7 @@ from gosling.engine import TURNS, stream
 from gosling.files import seen_from
 from gosling.tokenizer import agree, recorded_tokenizer
 
+N_LAST = 16  # ids of a turn that the engine reads itself, which sees from them how the turn ends
 COMMANDS = {"/reset": False, "/save": True, "/load": True, "/help": False}  # whether with a file
 HELP = '''\
 /reset      begin again, where this chat began
@@ -175,13 +176,14 @@ def answer(model, tokenizer, talk, text, options, think):
     messages = [*talk.opening, {"role": "user", "content": text}]
     ids, _ = render_chat(messages, tokenizer, generation_prompt=True)
     begun, _ = render_chat(messages, tokenizer, generation_prompt=True, think=think)
+    n_reply, n_last = len(begun) - len(ids), min(len(ids), N_LAST)
     reply = tokenizer.decode(begun[len(ids) :])
     styles, note, has_text = styles_for(sys.stdout, os.environ), "", False
     print(f"\n{styles['name']}Assistant:{styles['plain']}", end="")
     print(f"{styles['thought']}{reply}{styles['plain']}", end="", flush=True)
     try:
-        before = catch_up(model, talk, ids[:-1])
-        pieces = stream(model, [ids[-1:] + begun[len(ids) :]], state=before, **options)
+        before = catch_up(model, talk, ids[:-n_last])
+        pieces = stream(model, [begun[-n_last - n_reply :]], state=before, **options)
         for piece, completion in new_text(pieces, tokenizer, options["stop"]):
             reply, has_text = reply + piece, has_text or not is_blank(piece)
             if reply.rfind("<think") > reply.rfind("</think>"):
@@ -200,7 +202,7 @@ def answer(model, tokenizer, talk, text, options, think):
     # ends in the blank line that comes before another turn.
     messages.append({"role": "assistant", "content": reply})
     rendered = render_chat(messages, tokenizer)[0][:-1] + tokenizer.encode("\n\n")
-    talk.n_read = len(talk.ids) + len(ids) - 1
+    talk.n_read = len(talk.ids) + len(ids) - n_last
     talk.state, talk.ids, talk.opening = before, talk.ids + rendered, []
 
 

@@ -152,9 +152,9 @@ def test_think_forms_are_those_of_training(monkeypatch, capsys):
             messages.append({"role": "assistant", **reply})
             trained, _ = render_chat(messages, world)
             assert talk.ids == trained[:-1] + [261]  # a blank line, where training ends in 0
-            began = world.decode(seen[-1])
-            assert prompt[-len(seen[-1]) :] == seen[-1] and began.startswith(":")
-            assert began[1:] == {"on": " <think", "off": " <think>\n</think", "": ""}[think]
+            began = {"on": " <think", "off": " <think>\n</think", "": ""}[think]
+            assert prompt[-len(seen[-1]) :] == seen[-1]
+            assert world.decode(seen[-1]).endswith(f"\n\nAssistant:{began}")
 
 
 # ----------------------------------------------------------------------------------------------
