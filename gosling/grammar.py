@@ -106,8 +106,8 @@ def token_bytes(tokenizer):
     for token, i in tokenizer.hub.get_vocab(with_added_tokens=False).items():
         if all(letter in bytes_of for letter in token):
             tokens[i] = bytes(bytes_of[letter] for letter in token)
-    for added in file.get("added_tokens", []):
-        tokens[added["id"]] = b"" if added["special"] else added["content"].encode()
+    for i, added in tokenizer.hub.get_added_tokens_decoder().items():
+        tokens[i] = b"" if added.special else added.content.encode()
     return tokens
 
 
@@ -186,9 +186,10 @@ class Grammar:
         ruled_out = np.zeros(vocab_size, bool)
         ruled_out[[i for i, bias in o.logit_bias.items() if bias == -math.inf]] = True
         ruled_out[readable(o.tokenizer).vocab_size :] = True
-        self.text = np.packbits(~(ruled_out | stop), bitorder="little")
-        self.stop = np.packbits(stop & ~ruled_out, bitorder="little")
         self.end_id, self.warned = o.tokenizer.end_id, False
+        self.stop = np.packbits(stop & ~ruled_out, bitorder="little")
+        stop[self.end_id] = True  # is no text, even where it ends nothing
+        self.text = np.packbits(~(ruled_out | stop), bitorder="little")
         self.leads = [lead_of(ids, o.tokenizer) for ids in prompts]
         self.begins = {}
         for lead in [(False, ""), *self.leads]:  # the first says what is wrong with the regex alone
@@ -227,7 +228,7 @@ class Matcher:
         """Find out what is allowed -> (whether the text can go on, whether it may end here)"""
         g = self.grammar
         bits = np.frombuffer(self.follower.compute_bitmask(), np.uint8)
-        may_end = bool(bits[g.end_id // 8] >> g.end_id % 8 & 1)
+        may_end = self.follower.is_accepting()
         self.allowed = np.zeros_like(g.text)
         n = min(len(bits), len(g.text))
         self.allowed[:n] = bits[:n] & g.text[:n]
