@@ -87,8 +87,8 @@ class Config:
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # of sampling: total of the likeliest tokens
     top_k: NonNegativeInt = 0  # sample from so many likeliest tokens; 0 = all
     stop: tuple[str, ...] = ("\n\nUser:",)  # texts that end a completion, besides the end id
-    json_schema: str = ""  # file with a JSON schema for completions; log-probabilities ignore it
-    regex: str = ""  # expression that completions match as a whole; the same holds
+    json_schema: str = ""  # file with a JSON schema of completions; logps are those without it
+    regex: str = ""  # expression that completions match as a whole; logps are those without it
     gen_batch_size: PositiveInt | None = None  # sequences decoded together; none = what fits
     steps_per_generation: PositiveInt = 1  # optimiser steps that share one batch of rollouts
     num_iterations: PositiveInt = 1  # passes over a batch of rollouts

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gosling import config, engine
+from gosling import config, engine, grammar
 from gosling.tokenizer import load_tokenizer
 from model import RWKV, RWKVConfig
 
@@ -34,20 +34,7 @@ SCHEMA = {  # strings, numbers, an enum and a list, all bounded
     "required": ["name", "age", "score", "kind", "tags"],
     "additionalProperties": False,
 }
-WORDS = [
-    "river",
-    "green",
-    "naïve",
-    "東京",
-    "ship",
-    "café",
-    "twelve",
-    "Ωmega",
-    "stone",
-    "quick",
-    "雪",
-    "paper",
-]
+WORDS = ["river", "green", "naïve", "東京", "ship", "café", "Ωmega", "stone", "雪", "paper"]
 
 
 @dataclass
@@ -74,114 +61,168 @@ def documents(n):
     return texts
 
 
+def fits(text):
+    """Whether a text is JSON of SCHEMA."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return (
+        sorted(value) == sorted(SCHEMA["properties"])
+        and len(value["name"]) <= 40
+        and isinstance(value["age"], int)
+        and 0 <= value["age"] <= 150
+        and value["kind"] in SCHEMA["properties"]["kind"]["enum"]
+        and len(value["tags"]) <= 5
+        and all(len(tag) <= 12 for tag in value["tags"])
+    )
+
+
 # ----------------------------------------------------------------------------------------------
-# each library: tokens -> a tokenizer; that -> a grammar; that -> (mask(), accept(id)) of a text
+# Each library in three steps: the bytes of each id and the end id -> build() a tokenizer,
+# compile(it) -> a grammar, begin(that) -> (mask(), which gives bits as bytes, and accept(id)).
 
 
-def llguidance_steps(tokens, end_id):
-    from gosling.grammar import Vocabulary
+class Llguidance:
+    def __init__(self, tokens, end_id):
+        import llguidance
 
-    from llguidance import LLMatcher, LLTokenizer
+        self.library, self.tokens, self.end_id = llguidance, tokens, end_id
 
-    def compile_schema(tokenizer):
-        grammar = LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(SCHEMA))
-        assert not grammar.is_error(), grammar.get_error()
-        return grammar
+    def build(self):
+        vocabulary = grammar.Vocabulary(self.tokens, self.end_id)
+        return self.library.LLTokenizer(vocabulary, n_vocab=len(self.tokens))
 
-    def begin(grammar):
-        matcher = grammar.deep_copy()
+    def compile(self, tokenizer):
+        compiled = self.library.LLMatcher(tokenizer, grammar.rules(SCHEMA, None))
+        assert not compiled.is_error(), compiled.get_error()
+        return compiled
+
+    def begin(self, compiled):
+        matcher = compiled.deep_copy()
         return matcher.compute_bitmask, matcher.consume_token
 
-    return (
-        lambda: LLTokenizer(Vocabulary(tokens, end_id), n_vocab=len(tokens)),
-        compile_schema,
-        begin,
-    )
+
+class Xgrammar:
+    def __init__(self, tokens, end_id):
+        import xgrammar
+
+        self.library, self.tokens, self.end_id = xgrammar, tokens, end_id
+        self.bits = xgrammar.allocate_token_bitmask(1, len(tokens))
+
+    def build(self):
+        raw = self.library.VocabType.RAW
+        info = self.library.TokenizerInfo(self.tokens, raw, stop_token_ids=[self.end_id])
+        return self.library.GrammarCompiler(info, max_threads=1)
+
+    def compile(self, compiler):
+        return compiler.compile_json_schema(json.dumps(SCHEMA))
+
+    def begin(self, compiled):
+        matcher = self.library.GrammarMatcher(compiled)
+
+        def mask():
+            matcher.fill_next_token_bitmask(self.bits)
+            return self.bits.numpy().tobytes()
+
+        return mask, matcher.accept_token
 
 
-def xgrammar_steps(tokens, end_id):
-    import xgrammar
+class OutlinesCore:
+    def __init__(self, tokens, end_id):
+        import outlines_core
+        import outlines_core.json_schema
 
-    mask = xgrammar.allocate_token_bitmask(1, len(tokens))
+        self.library, self.tokens, self.end_id = outlines_core, tokens, end_id
+        self.bits = np.zeros((len(tokens) + 31) // 32, np.int32)
 
-    def build():
-        info = xgrammar.TokenizerInfo(
-            tokens, xgrammar.VocabType.RAW, vocab_size=len(tokens), stop_token_ids=[end_id]
-        )
-        return xgrammar.GrammarCompiler(info, max_threads=1)
-
-    def begin(grammar):
-        matcher = xgrammar.GrammarMatcher(grammar)
-        return lambda: matcher.fill_next_token_bitmask(mask), matcher.accept_token
-
-    return build, lambda compiler: compiler.compile_json_schema(json.dumps(SCHEMA)), begin
-
-
-def outlines_steps(tokens, end_id):
-    import outlines_core
-    from outlines_core.json_schema import build_regex_from_schema
-
-    global G_mask
-    mask = G_mask = np.zeros((len(tokens) + 31) // 32, np.int32)
-
-    def build():
+    def build(self):
         ids = {}
-        for i, token in enumerate(tokens):
+        for i, token in enumerate(self.tokens):
             if token:
                 ids.setdefault(token, []).append(i)
-        return outlines_core.Vocabulary(end_id, ids)
+        return self.library.Vocabulary(self.end_id, ids)
 
-    def begin(index):
-        guide = outlines_core.Guide(index)
-        write = (mask.ctypes.data, mask.size, 4)
-        return lambda: guide.write_mask_into(*write), lambda i: guide.advance(i, False)
+    def compile(self, vocabulary):
+        regex = self.library.json_schema.build_regex_from_schema(json.dumps(SCHEMA))
+        return self.library.Index(regex, vocabulary)
 
-    return (
-        build,
-        lambda v: outlines_core.Index(build_regex_from_schema(json.dumps(SCHEMA)), v),
-        begin,
-    )
+    def begin(self, index):
+        guide = self.library.Guide(index)
+
+        def mask():
+            guide.write_mask_into(self.bits.ctypes.data, self.bits.size, self.bits.itemsize)
+            return self.bits.tobytes()
+
+        return mask, lambda token: guide.advance(token, return_tokens=False)
 
 
-def measure(cfg, name, steps):
-    """Follow the tokens of valid documents through a library; every mask is timed."""
+def follow(begin, compiled, texts, tokenizer):
+    """Seconds of every mask on the way through texts that fit."""
+    seconds = []
+    for text in texts:
+        mask, accept = begin(compiled)
+        for token in tokenizer.encode(text):
+            start = time.process_time()
+            mask()
+            seconds.append(time.process_time() - start)
+            assert accept(token) is not False, text
+    return np.array(seconds)
+
+
+def random_text(begin, compiled, tokens, end_id, random):
+    """Tokens drawn from the masks, seldom blanks -> what they make; None if it has no end."""
+    mask, accept = begin(compiled)
+    chosen = []
+    while len(chosen) < 400:
+        bits = np.frombuffer(mask(), np.uint8)
+        allowed = np.flatnonzero(np.unpackbits(bits, count=len(tokens), bitorder="little"))
+        drawn = random.choice(allowed, 20)
+        token = next((int(i) for i in drawn if not tokens[i].isspace()), int(drawn[0]))
+        if token == end_id:
+            return b"".join(chosen).decode("utf-8", "replace")
+        chosen.append(tokens[token])
+        accept(token)
+    return None
+
+
+def measure(cfg, name, kind):
     tokenizer = load_tokenizer("world")
     tokens = [tokenizer.tokens.get(i, b"") for i in range(tokenizer.vocab_size)]
-    build, compile_schema, begin = steps(tokens, tokenizer.end_id)
-    start = time.perf_counter()
-    built = build()
-    built_at = time.perf_counter()
-    grammar = compile_schema(built)
-    compiled_at, seconds = time.perf_counter(), []
-    for text in documents(cfg.documents):
-        mask, accept = begin(grammar)
-        for token in tokenizer.encode(text):
-            before = time.perf_counter()
-            mask()
-            seconds.append(time.perf_counter() - before)
-            assert accept(token) is not False, (name, text)
-    micro = np.array(seconds) * 1e6
+    end_id, clock = tokenizer.end_id, time.process_time
+    times = [clock()]
+    library = kind(tokens, end_id)
+    times.append(clock())
+    built = library.build()
+    times.append(clock())
+    compiled = library.compile(built)
+    times.append(clock())
+    micro = 1e6 * follow(library.begin, compiled, documents(cfg.documents), tokenizer)
+    random = np.random.default_rng(0)
+    texts = [
+        random_text(library.begin, compiled, tokens, end_id, random) for _ in range(cfg.documents)
+    ]
+    ended = [text for text in texts if text is not None]
+    milliseconds = [round(1e3 * s, 1) for s in np.diff(times)]
     timer.report(
         "grammar",
         library=name,
-        tokenizer_ms=round((built_at - start) * 1e3, 1),
-        schema_ms=round((compiled_at - built_at) * 1e3, 1),
+        **dict(zip(("import_ms", "tokenizer_ms", "schema_ms"), milliseconds, strict=True)),
         masks=len(micro),
         mask_us=round(float(micro.mean()), 1),
         mask_p99_us=round(float(np.percentile(micro, 99)), 1),
-        mask_most_us=round(float(micro.max()), 1),
+        random_texts=len(ended),
+        of_which_fit=sum(map(fits, ended)),
     )
 
 
 def libraries(cfg):
-    sides = {"llguidance": llguidance_steps, "xgrammar": xgrammar_steps}
-    for name, steps in {**sides, "outlines_core": outlines_steps}.items():
+    kinds = {"llguidance": Llguidance, "xgrammar": Xgrammar, "outlines_core": OutlinesCore}
+    for name, kind in kinds.items():
         try:
-            __import__(name)
+            measure(cfg, name, kind)
         except ImportError as e:
             print(f"{name}: {e}", file=sys.stderr)
-            continue
-        measure(cfg, name, steps)
 
 
 def engine_cost(cfg):
@@ -218,7 +259,10 @@ def engine_cost(cfg):
 
 def main(cfg):
     torch.set_num_threads(cfg.threads)
-    libraries(cfg) if cfg.part == "libraries" else engine_cost(cfg)
+    if cfg.part == "libraries":
+        libraries(cfg)
+    else:
+        engine_cost(cfg)
 
 
 if __name__ == "__main__":
