@@ -251,11 +251,11 @@ def pick(logits, u, o, changed=None):
     """
     temperature = o.temperature or 1.0
     logp = (logits.float() / temperature).log_softmax(-1)
-    choose_from = logp if changed is None else (changed / temperature).log_softmax(-1)
     if o.temperature == 0:
-        ids = choose_from.argmax(-1)
+        ids = (logp if changed is None else changed).argmax(-1)
     else:
-        ids = draw(choose_from.exp(), u, o.top_p, o.top_k, o.min_p)
+        p = logp.exp() if changed is None else (changed / temperature).softmax(-1)
+        ids = draw(p, u, o.top_p, o.top_k, o.min_p)
     return ids, logp.gather(-1, ids[:, None])[:, 0]
 
 

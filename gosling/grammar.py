@@ -22,6 +22,7 @@ from gosling.vocab_json import letters_of_bytes
 
 import numpy as np
 import torch
+from torch.nn.functional import embedding
 
 LARGEST = 2**20  # characters of a schema or of a regular expression
 ANY_OBJECT = {"type": "object"}  # the schema of OpenAI's json_object
@@ -35,6 +36,10 @@ LEADS = {
     "Assistant: <think>\n</think": (False, ">\n"),
     "Assistant:": (False, " "),
 }
+# What each byte of bits adds to its eight logits, [256, 8]. On a CPU this is several times as fast
+# as masked_fill, for whose branches a mask of half the vocabulary is the worst case.
+BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], 1, bitorder="little")
+ADDED = torch.zeros(256, 8).masked_fill(torch.from_numpy(BITS) == 0, -math.inf)
 # Tokens may cut the text in any way, not in the tokenizer's own alone.
 HEAD = """%llguidance {"no_forcing": true}
 thoughts[suffix="</think>"]: />(?s:.)*/
@@ -263,7 +268,6 @@ class Matcher:
 
 def masked(logits, matchers):
     """logits [B, V] -> the same with -inf on what each row's Matcher does not allow"""
-    bits = np.stack([matcher.allowed for matcher in matchers])  # [B, V / 8]
-    allowed = np.unpackbits(bits, 1, logits.shape[1], "little")
-    allowed = torch.from_numpy(allowed).to(logits.device).bool()
-    return logits.float().masked_fill(~allowed, -math.inf)
+    bits = torch.from_numpy(np.stack([matcher.allowed for matcher in matchers]))  # [B, V / 8]
+    added = embedding(bits.to(logits.device).int(), ADDED.to(logits.device)).flatten(1)
+    return added[:, : logits.shape[1]] + logits
