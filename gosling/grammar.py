@@ -15,6 +15,9 @@ import functools
 import json
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 from gosling.config import UserError, warn
 from gosling.files import read_text
@@ -24,7 +27,8 @@ import numpy as np
 import torch
 from torch.nn.functional import embedding
 
-LARGEST = 2**20  # characters of a schema or of a regular expression
+LARGEST = 2**18  # characters of a schema or of a regular expression
+SECONDS = 5  # of a CPU, for llguidance to read one; some short ones would take it hours
 ANY_OBJECT = {"type": "object"}  # the schema of OpenAI's json_object
 WHITE_SPACE = r" |\n {0,40}"  # between the parts of a JSON text, or nothing
 ASCII = "dws"  # \d, \w and \s mean ASCII, as with Python's re.ASCII
@@ -40,6 +44,18 @@ LEADS = {
 # as masked_fill, for whose branches a mask of half the vocabulary is the worst case.
 BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], 1, bitorder="little")
 ADDED = torch.zeros(256, 8).masked_fill(torch.from_numpy(BITS) == 0, -math.inf)
+# What reads a grammar on trial, in a process that is stopped; it is told where llguidance lies.
+TRIAL = """import sys
+sys.path.insert(0, sys.argv[1])
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]), int(sys.argv[2])))
+except ImportError:  # on Windows; there the time on the wall alone is limited
+    pass
+from llguidance import LLMatcher, LLTokenizer
+text = sys.stdin.buffer.read().decode()
+LLMatcher(LLTokenizer("byte"), text, log_level=0).compute_bitmask()
+"""
 # Tokens may cut the text in any way, not in the tokenizer's own alone.
 HEAD = """%llguidance {"no_forcing": true}
 thoughts[suffix="</think>"]: />(?s:.)*/
@@ -181,6 +197,19 @@ def grammar_of(o, prompts, vocab_size):
     return Grammar(o, prompts, vocab_size)
 
 
+@functools.lru_cache(maxsize=256)
+def trial(text):
+    """Whether llguidance reads a grammar, for better or worse, in time and without falling over."""
+    place = str(Path(library().__file__).parent.parent)
+    command = [sys.executable, "-I", "-S", "-c", TRIAL, place, str(SECONDS)]
+    options = dict(input=text.encode(), capture_output=True, timeout=6 * SECONDS)
+    try:
+        done = subprocess.run(command, **options)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
 class Grammar:
     """What all completions of a request must fit, each behind its prompt."""
 
@@ -195,6 +224,11 @@ class Grammar:
         self.stop = np.packbits(stop & ~ruled_out, bitorder="little")
         stop[self.end_id] = True  # is no text, even where it ends nothing
         self.text = np.packbits(~(ruled_out | stop), bitorder="little")
+        if not trial(rules(o.json_schema, o.regex)):
+            raise UserError(
+                f"{self.what}: llguidance is not done with it after {SECONDS} seconds, or fails; "
+                "make it simpler"
+            )
         self.leads = [lead_of(ids, o.tokenizer) for ids in prompts]
         self.begins = {}
         for lead in [(False, ""), *self.leads]:  # the first says what is wrong with the regex alone
