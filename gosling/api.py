@@ -12,6 +12,7 @@ from gosling import engine
 from gosling.answers import settled
 from gosling.chat import THINK, render_chat
 from gosling.config import UserError
+from gosling.grammar import ANY_OBJECT
 from gosling.schemas import ChatRequest
 
 import pydantic
@@ -52,13 +53,24 @@ def prompts_of(sent, tokenizer):
     ]
 
 
+def form_of(sent):
+    """What the texts must fit, as keywords of the engine; {} where a request does not say."""
+    if sent.response_format is None and sent.regex is None:
+        return {}
+    kind, form = getattr(sent.response_format, "type", "text"), {"regex": sent.regex}
+    if kind == "json_schema":
+        return {**form, "json_schema": sent.response_format.json_schema.schema_}
+    return {**form, "json_schema": ANY_OBJECT if kind == "json_object" else None}
+
+
 class Call(engine.Request):
     """A request to the engine, with the way back to the coroutine that waits for it.
 
     state: that the model starts from, or None. defaults: the tokenizer, and what is not sent.
+    loop: that of the coroutine.
     """
 
-    def __init__(self, model, sent, state, defaults):
+    def __init__(self, model, sent, state, defaults, loop):
         self.sent, self.is_chat = sent, isinstance(sent, ChatRequest)
         self.has_echo = not self.is_chat and sent.echo
         prompts, given = (
@@ -79,12 +91,12 @@ class Call(engine.Request):
         options["max_new_tokens"] = limit or defaults["max_new_tokens"]
         options["stop"] = (*defaults["stop"], *stop, *(engine.TURNS if self.is_chat else ()))
         options["logit_bias"] = {int(token): bias for token, bias in sent.logit_bias.items()}
-        options = engine.Options(**options, n=sent.n, state=state)
+        options = engine.Options(**{**options, **form_of(sent)}, n=sent.n, state=state)
         super().__init__(model, prompts, options)
         if sent.logprobs == 1 and not self.is_chat and options.temperature:
             raise UserError("logprobs: 1 needs temperature 0; others take 0")
         self.n_completions = sent.n * len(prompts)
-        self.loop, self.news = asyncio.get_running_loop(), asyncio.Event()
+        self.loop, self.news = loop, asyncio.Event()
         self.latest = {}  # number: (number, Completion, tokens of it, finish_reason), to be sent
         self.echo = []  # of each prompt: what answers.score_tokens says
         self.told = {}  # number: (text, tokens) that the client has

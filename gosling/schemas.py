@@ -292,8 +292,23 @@ class StreamOptions(Sent):
 
 
 class TextFormat(Sent):
-    type: typing.Literal["text"]
+    type: typing.Literal["text", "json_object"]
 
+
+class NamedSchema(Sent):
+    schema_: dict[str, object] = Field(alias="schema")
+    # What clients send and what changes nothing: every schema is kept to.
+    name: object = None
+    description: object = None
+    strict: object = None
+
+
+class SchemaFormat(Sent):
+    type: typing.Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+Format = typing.Annotated[TextFormat | SchemaFormat, Field(discriminator="type")]
 
 StopText = typing.Annotated[Text, Field(max_length=1000)]
 Id = typing.Annotated[str, Field(pattern="^[0-9]{1,9}$")]
@@ -314,7 +329,9 @@ class Generation(Sent):
     frequency_penalty: float | None = None
     seed: int | None = None
     logit_bias: dict[Id, float] = {}
+    response_format: Format | None = None
     # Not OpenAI's, but of the engine.
+    regex: typing.Annotated[str, Field(min_length=1)] | None = None
     top_k: int | None = None
     min_p: float | None = None
     penalty_decay: float | None = None
@@ -340,8 +357,6 @@ class ChatRequest(Generation):
     tools: list[object] = []
     tool_choice: typing.Literal["none", "auto"] = "none"
     parallel_tool_calls: object = None
-    # What is good only as it is by default.
-    response_format: TextFormat | None = None
 
 
 class CompletionRequest(Generation):

@@ -10,6 +10,7 @@ them over and sends what comes. api.py knows OpenAI's forms. Bodies and seconds 
 page of another site may ask.
 """
 
+import asyncio
 import contextlib
 import functools
 import ipaddress
@@ -205,7 +206,10 @@ async def complete(kind, request):
     sent, here = api.read(kind, await read_json(request)), request.app.state
     if sent.model not in here.models:
         raise HTTPException(404, f"model: {sent.model:.200} is none of {[*here.models]}")
-    call = api.Call(here.worker.model, sent, here.models[sent.model], here.defaults)
+    # In a thread of its own: a schema may take seconds, and the others' texts go on meanwhile.
+    about = (here.worker.model, sent, here.models[sent.model], here.defaults)
+    loop = asyncio.get_running_loop()
+    call = await anyio.to_thread.run_sync(api.Call, *about, loop)
     here.worker.inbox.put((here.worker.add, call))
     if sent.stream:
         return StreamingResponse(events(call, request), media_type="text/event-stream")

@@ -2,14 +2,18 @@
 untrained models against json and re, log-probabilities against the network. All of it where
 llguidance is installed."""
 
+import contextlib
+import http.client
 import itertools
 import json
 import re
 import sys
+import threading
+import time
 
 import sample
 import train_grpo
-from gosling import engine, grammar
+from gosling import engine, grammar, serve
 from gosling.chat import render_chat
 from gosling.config import UserError, read_flags
 from gosling.tokenizer import HubTokenizer, VocabTokenizer, load_tokenizer, train_bpe
@@ -451,6 +455,100 @@ def test_a_bad_file(text, words, files, tmp_path, capsys):
     flags = [*files, "--json_schema=schema.json", "--regex=a", "--prompt=x"]
     with pytest.raises(UserError, match="leave one out"):
         sample.main(read_flags(sample.Config, flags))
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    """A server with a regex of its own, for what does not say another form."""
+    defaults = sample.options_of(sample.Config(max_new_tokens=400, regex="fox"), BYTES)
+    server = serve.Server(("127.0.0.1", 0), model, {"m": None}, defaults)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server
+    server.should_exit = True
+    thread.join()
+
+
+def ask(server, path, **body):
+    """-> (status, JSON of the answer, or of a stream's events a list)"""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", f"/v1/{path}", json.dumps({"model": "m", **body}))
+        answer = connection.getresponse()
+        text = answer.read().decode()
+    if body.get("stream"):
+        return answer.status, [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
+    return answer.status, json.loads(text)
+
+
+CHAT = {"messages": [{"role": "user", "content": "a fox?"}], "seed": 1}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "fox", "strict": True, "schema": SCHEMA}}
+
+
+def test_the_server_keeps_to_a_response_format(server, model):
+    """As OpenAI's clients ask for it; what a chat says parses, and is what generate makes."""
+    asked = dict(**CHAT, response_format=FORMAT, n=3)
+    choices = ask(server, "chat/completions", **asked)[1]["choices"]
+    texts = [choice["message"]["content"] for choice in choices]
+    assert all(fits(json.loads(text)) and text.startswith("{") for text in texts)
+    prompt, _ = render_chat(CHAT["messages"], BYTES, generation_prompt=True)
+    options = dict(n=3, seed=1, tokenizer=BYTES, json_schema=SCHEMA, max_new_tokens=400)
+    assert texts == [c.text[1:] for c in engine.generate(model, [prompt], **options)]
+    streamed = {}
+    for piece in ask(server, "chat/completions", **asked, stream=True)[1]:
+        for choice in piece["choices"]:
+            new = choice["delta"]["content"]
+            streamed[choice["index"]] = streamed.get(choice["index"], "") + new
+    assert [streamed[i] for i in range(3)] == texts
+    asked["response_format"] = {"type": "json_object"}
+    choices = ask(server, "chat/completions", **asked)[1]["choices"]
+    texts = [c["message"]["content"] for c in choices if c["finish_reason"] == "stop"]
+    assert texts and all(isinstance(json.loads(text), dict) for text in texts)
+
+
+def test_the_servers_regex_and_what_a_request_says_instead(server):
+    def text(**body):
+        status, answer = ask(server, "completions", prompt="x", seed=2, **body)
+        assert status == 200, answer
+        return answer["choices"][0]["text"]
+
+    assert text() == "fox" and re.fullmatch("(ab){2,}", text(regex="(ab){2,}"))
+    assert fits(json.loads(text(response_format=FORMAT)))
+    assert len(text(response_format={"type": "text"}, max_tokens=9).encode()) > 3
+
+
+@pytest.mark.parametrize(
+    "form, words",
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format: it is"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"response_format": {**FORMAT, "json_schema": {"schema": {"type": 3}}}}, "json_schema: "),
+        ({"regex": "("}, "regex='(': unclosed group"),
+        ({"regex": ""}, "regex"),
+        ({"regex": "a", "response_format": FORMAT}, "leave one out"),
+    ],
+)
+def test_what_the_server_refuses(form, words, server):
+    status, answer = ask(server, "chat/completions", **CHAT, **form)
+    assert status == 400 and words in answer["error"]["message"]
+
+
+def test_a_schema_that_takes_hours_holds_nobody_up(server, monkeypatch):
+    monkeypatch.setattr(grammar, "SECONDS", 1)
+    schema, answers = {"type": "integer", "multipleOf": 2000029}, []
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    thread = threading.Thread(
+        target=lambda: answers.append(ask(server, "completions", prompt="x", response_format=form))
+    )
+    thread.start()
+    n_meanwhile = 0
+    while not answers:
+        assert ask(server, "completions", prompt="x")[0] == 200
+        n_meanwhile += 1
+    ((status, answer),) = answers
+    assert status == 400 and "simpler" in answer["error"]["message"] and n_meanwhile > 3
 
 
 def run_grpo(tmp_path, out="out", **over):
