@@ -182,7 +182,7 @@ def check_size(o):
 
 def in_words(error):
     """What llguidance says is wrong, in one line."""
-    error = re.split(r"\n +1 \| |\n<", error)[0]
+    error = re.split(r"\n +\d+ \| |\n<", error)[0]
     error = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", error)
     return " ".join(error.split("\nerror: ")[-1].split())[:200]
 
