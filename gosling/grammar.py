@@ -44,13 +44,15 @@ LEADS = {
 # as masked_fill, for whose branches a mask of half the vocabulary is the worst case.
 BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], 1, bitorder="little")
 ADDED = torch.zeros(256, 8).masked_fill(torch.from_numpy(BITS) == 0, -math.inf)
-# What reads a grammar on trial, in a process that is stopped; it is told where llguidance lies.
+# What reads a grammar on trial, in a process that the system stops after so many seconds of a CPU,
+# or else its parent does after some more. It is told where llguidance lies.
 TRIAL = """import sys
 sys.path.insert(0, sys.argv[1])
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]), int(sys.argv[2])))
-except ImportError:  # on Windows; there the time on the wall alone is limited
+    most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]), most))
+except (ImportError, ValueError):  # on Windows, or limited already
     pass
 from llguidance import LLMatcher, LLTokenizer
 text = sys.stdin.buffer.read().decode()
@@ -174,6 +176,10 @@ def check_size(o):
             raise UserError(f"json_schema: it cannot be written as JSON ({e})") from None
         if not isinstance(o.json_schema.get("x-guidance", {}), dict):
             raise UserError("json_schema: x-guidance, llguidance's own options, are no object")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"regex={text!a:.60}: half of a character is in it, take it out") from None
     if not text:
         raise UserError("regex='' fits no text but the empty one; leave it out")
     if len(text) > LARGEST:

@@ -353,6 +353,7 @@ CIRCLE["items"] = CIRCLE
         ({"regex": "(" * 3000 + "a" + ")" * 3000}, "nest"),
         ({"regex": "[^\\s\\S]"}, "no token of bytes begins"),
         ({"regex": ""}, "regex=''"),
+        ({"regex": "a\ud800"}, "half of a character"),
         ({"regex": "a" * 2**21}, "characters"),
         ({"regex": 'x/\nstart: "y"', "json_schema": {}}, "leave one out"),
         ({"regex": "a", "tokenizer": None}, "need the tokenizer"),
