@@ -147,9 +147,11 @@ def pieces(T, cu_seqlens, chunk_len):
 
     A document that a chunk holds nothing of has length 0 there and hands its state through.
     """
-    step = chunk_len or max(T, 1)
-    for a in range(0, T, step):
-        b = min(a + step, T)
+    if not chunk_len:
+        yield 0, T, cu_seqlens
+        return
+    for a in range(0, T, chunk_len):
+        b = min(a + chunk_len, T)
         yield a, b, None if cu_seqlens is None else torch.as_tensor(cu_seqlens).clamp(a, b) - a
 
 
@@ -428,7 +430,7 @@ class RWKV(nn.Module):
         """idx [B, T] -> (what the head reads, [B, T, C], state)"""
         packing = packing_of(cu_seqlens, idx.device)
         if state is None:
-            state = self.initial_state(len(idx) if cu_seqlens is None else len(cu_seqlens) - 1)
+            state = self.initial_state(idx.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         x = self.emb(idx).to(self.compute_dtype or self.emb.weight.dtype)
         v_first, layers = None, []
         for layer, block in enumerate(self.blocks):

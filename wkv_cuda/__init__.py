@@ -12,6 +12,7 @@ passes its state through.
   "cuda_seq"  a CUDA thread block per sequence and head, token by token, built at first use
               (cuda_seq.py)
   "cuda"      the same on tensor cores, 16 tokens at a time, for bf16 (cuda.py)
+torch.export and torch.onnx get one of standard operators instead (exported.py).
 """
 
 import warnings
@@ -19,7 +20,7 @@ from itertools import pairwise
 
 import torch
 
-from . import chunked, cpu, cuda, cuda_seq
+from . import chunked, cpu, cuda, cuda_seq, exported, native
 
 COMPILED = {"cpu": cpu, "cuda_seq": cuda_seq, "cuda": cuda}
 BACKENDS = ("naive", "chunked", *COMPILED)
@@ -92,6 +93,8 @@ def _check(inputs, state, cu_seqlens):
 def _run(version, backend, named, state, cu_seqlens):
     state, cu_seqlens = _check(named, state, cu_seqlens)
     inputs = tuple(named.values())
+    if backend is None and cu_seqlens is None and native.is_exported():
+        return exported.wkv(version, inputs, state)
     backend = backend or _fastest(inputs, state)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
@@ -122,7 +125,8 @@ def _unsupported(form, inputs):
 
 
 def _fastest(inputs, state):
-    """The backend for None. On a CPU only a call that needs a gradient builds the C++."""
+    """The backend for None. On a CPU only a call that needs a gradient, or that torch.compile
+    records, builds the C++."""
     r = inputs[0]
     if r.is_cuda and r.dtype != torch.float64:
         sequential = not (_unsupported(cuda_seq, inputs) or cuda_seq.unavailable())
@@ -139,7 +143,7 @@ def _fastest(inputs, state):
             return "cuda_seq"
     if not _unsupported(cpu, inputs):
         train = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
-        if (train or r.shape[1] > 1) and not cpu.unavailable(build=train):
+        if (train or r.shape[1] > 1) and not cpu.unavailable(train or native.is_traced()):
             return "cpu"
     return "naive" if r.shape[1] == 1 else "chunked"
 

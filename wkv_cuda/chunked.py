@@ -308,6 +308,7 @@ class Chunked6(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable  # chunks are laid out in Python, for each length anew
 def wkv(version, inputs, state, cu_seqlens):
     """Inputs as wkv_cuda.wkv7's or wkv6's, state in the dtype to compute in -> (y, state).
 

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 
 from . import cpu, native
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile would stop at it
+
 
 def linear(x, w):
     """x [..., in], w [out, in] -> x w' [..., out]; an error if they do not fit."""
     # Small products gain nothing, and oneDNN keeps code for every shape that it has seen.
     is_large = x.dtype == w.dtype == torch.float32 and w.numel() >= 2**16
-    if is_large and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if is_large and x.device.type == "cpu" and HAS_ONEDNN and not native.is_exported():
         native.check("w", w, (*w.shape[:1], *x.shape[-1:]), cpu.FLOATS, x.device)
         return OneDNN.apply(x, w)
     return F.linear(x, w)
@@ -35,17 +37,34 @@ class OneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+        return onednn(x, w)
 
     @staticmethod
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = torch.ops.mkldnn._linear_pointwise(dy, w.mT, None, "none", [], "")
+            dx = onednn(dy, w.mT)
         if ctx.needs_input_grad[1]:
             dw = dy.flatten(0, -2).mT @ x.flatten(0, -2)
         return dx, dw
+
+
+def onednn(x, w):
+    """x w'. torch.compile's own form of that op takes constant weights alone, so it meets ours."""
+    if native.is_traced():
+        return onednn_op(x, w)
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+@torch.library.custom_op("gosling::onednn", mutates_args=())
+def onednn_op(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+@onednn_op.register_fake
+def onednn_shape(x, w):
+    return x.new_empty((*x.shape[:-1], len(w)))
 
 
 def mix(x, x_prev, *weights):

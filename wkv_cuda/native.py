@@ -24,6 +24,19 @@ CHUNK = 32  # tokens between two saved states, as in wkv.cuh and wkv_cpu.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def is_traced():
+    """Whether torch.compile or torch.export records what is called.
+
+    Both see through PyTorch's operators, and those registered with it, and not into ctypes.
+    """
+    return torch.compiler.is_compiling()
+
+
+def is_exported():
+    """Whether torch.export does: what it writes is to run without this code."""
+    return torch.compiler.is_exporting()
+
+
 def say(line):
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(line, file=sys.stderr)
