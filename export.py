@@ -9,6 +9,7 @@
     python export.py hub --model=folder --out=a.pth            and back
     python export.py hub --model=a.pth --out=folder --to=rwkvtune       and rwkvserve
     python export.py gguf --model=a.pth --out=a.gguf --dtype=float16          for llama.cpp
+    python export.py onnx --model=a.pth --out=a.onnx           for onnxruntime
     python export.py state --state=a.pth --out=a.st --to=web-rwkv                   or transformers
     python export.py inspect a.pth                             what it is, and what is odd
 
@@ -23,7 +24,8 @@ used and which fla does not have, are left out, and are zeros on the way back. A
 along as it is. Of any other tokenizer there is a vocab.txt, which prepare.load_tokenizer(folder)
 reads, and a tokenizer.json made of it for AutoTokenizer.
 
-gguf wants the package gguf, and takes a LoRA as merge does: --adapter=lora.safetensors.
+gguf wants the package gguf, and takes a LoRA as merge does: --adapter=lora.safetensors. onnx wants
+the packages onnx and onnxscript.
 """
 
 import sys
@@ -47,6 +49,7 @@ from gosling.hub_folder import (
     write_tokenizer,
 )
 from gosling.merge import check_origin, merge_lora, merge_state
+from gosling.onnx_file import check_onnx, onnx_package, write_onnx
 from gosling.tokenizer import tokenizer_of
 from gosling.tune import shape_of
 from gosling.weights import (
@@ -54,6 +57,7 @@ from gosling.weights import (
     check_numbers,
     config_of,
     expected_shapes,
+    from_pretrained,
     kind_of,
     read_metadata,
     read_state,
@@ -67,7 +71,7 @@ from gosling.weights import (
 
 import torch
 import tyro
-from pydantic import PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 
 # ----------------------------------------------------------------------------------------------
 # reading, checking, writing
@@ -396,6 +400,33 @@ def gguf(cfg):
 
 
 # ----------------------------------------------------------------------------------------------
+# onnx
+
+
+@dataclass
+class OnnxConfig(Config):
+    length: NonNegativeInt = 0  # tokens of each call; 0 = any number, 1 = no loop in the graph
+
+
+def onnx(cfg):
+    """A whole RWKV-6 or 7 in float32; gosling/onnx_file.py has its inputs and outputs."""
+    check_out(cfg, (".onnx",))
+    if cfg.dtype not in ("", "float32"):
+        raise UserError(f"--dtype={cfg.dtype}: onnx is written in float32; leave the flag out")
+    onnx_package()  # before anything is read that takes long
+    weights = read_weights(cfg.model)
+    check_kind(weights, cfg.model, "an ONNX file")
+    model = from_pretrained(cfg.model, weights=weights)
+    write_onnx(model, cfg.out, cfg.length)
+    difference = check_onnx(model, cfg.out, cfg.length)
+    checked = "not checked, onnxruntime is not installed"
+    if difference is not None:
+        checked = f"onnxruntime's logits agree to {difference:.1e} of their standard deviation"
+    number = {0: "any number of tokens", 1: "one token"}.get(cfg.length, f"{cfg.length} tokens")
+    print(f"{cfg.out}: RWKV-{model.config.version[2]}, float32, {number} a call; {checked}")
+
+
+# ----------------------------------------------------------------------------------------------
 # inspect
 
 
@@ -444,6 +475,7 @@ COMMANDS = {
     "convert": (ConvertConfig, convert),
     "hub": (HubConfig, hub),
     "gguf": (GgufConfig, gguf),
+    "onnx": (OnnxConfig, onnx),
     "state": (StateConfig, state),
     "inspect": (InspectConfig, inspect),
 }
