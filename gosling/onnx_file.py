@@ -94,7 +94,7 @@ def traced(model, length):
 
 @contextlib.contextmanager
 def quiet():
-    """Without torch.onnx's lines on torchvision, names of axes and what torch itself should mend."""
+    """Without torch.onnx's lines on torchvision, on names of axes and on what torch should mend."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
