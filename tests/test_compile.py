@@ -47,10 +47,10 @@ def fresh():
     torch._dynamo.reset()
 
 
-@both
+@pytest.mark.parametrize("version", ["x070", pytest.param("x060", marks=pytest.mark.slow)])
 def test_one_graph_holds_a_training_step(version):
     """fullgraph: nothing that torch.compile has to leave out."""
-    model = random_model(version, n_layer=2 if version == "x070" else 1, n_embd=256)
+    model = random_model(version, n_layer=2, n_embd=256)
     check_training(torch.compile(model, backend="aot_eager", fullgraph=True), model)
 
 
@@ -65,7 +65,7 @@ def test_one_graph_holds_an_adapter():
     check_training(torch.compile(model, backend="aot_eager", fullgraph=True), model)
 
 
-@both
+@pytest.mark.parametrize("version", ["x060", pytest.param("x070", marks=pytest.mark.slow)])
 def test_lengths_are_dynamic(version):
     """One graph for all batches and lengths but 1."""
     model, graphs = random_model(version, n_layer=1), []
@@ -138,6 +138,7 @@ def test_export_of_any_length(version):
             torch.testing.assert_close(got_state[name], want_state[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_program_runs_without_gosling(tmp_path):
     model = random_model("x070", n_layer=1, n_embd=256).requires_grad_(False)
     ids, _ = ids_and_targets(model, 2, 9)

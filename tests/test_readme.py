@@ -23,7 +23,7 @@ from helpers import OFFICIAL, PAGES, ROOT, commands_of, random_model, write
 pytestmark = pytest.mark.slow
 # GPUs, or minutes, or an extra package
 ELSEWHERE = re.compile(
-    r"torchrun|^bash |_1b5|_0b1|runs/|tests|^python eval\.py|--serve|^python export\.py gguf"
+    r"torchrun|^bash |_1b5|_0b1|runs/|tests|^python eval\.py|--serve|^python export\.py (gguf|onnx)"
     r"|--json_schema|--regex"
     r"|bench/(cpu|kernels|states)|bench/memory\.py$|--measure|cuda"
 )
@@ -38,6 +38,7 @@ SMALLER = {  # what makes a command short without making it another one
     "train_grpo.py": ["--max_steps=2"],
     "bench/wkv.py": ["--B=1", "--T=32", "--rounds=1"],
     "bench/train_vs_gpt.py": ["--ctx=32", "--bsz=1", "--rounds=1"],
+    "bench/compile.py": ["--n_layer=1", "--n_embd=64", "--ctx=16", "--rounds=1"],
     "bench/packing.py": ["--longest=64", "--rounds=1"],
     "bench/forks.py": ["--prompt=16", "--answer=8", "--rounds=1"],
     "bench/judge.py": ["--answers=4", "--rounds=1"],
