@@ -411,6 +411,9 @@ class OnnxConfig(Config):
 def onnx(cfg):
     """A whole RWKV-6 or 7 in float32; gosling/onnx_file.py has its inputs and outputs."""
     check_out(cfg, (".onnx",))
+    data = Path(f"{cfg.out}.data")  # of large models
+    if data.exists() and not cfg.overwrite:
+        raise UserError(f"{data} is already there; choose another --out, or give --overwrite")
     if cfg.dtype not in ("", "float32"):
         raise UserError(f"--dtype={cfg.dtype}: onnx is written in float32; leave the flag out")
     onnx_package()  # before anything is read that takes long

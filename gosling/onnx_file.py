@@ -81,7 +81,7 @@ def traced(model, length):
     if not length:
         by_both[1] = "length"
     with quiet():
-        return torch.onnx.export(
+        graph = torch.onnx.export(
             Graph(model),
             example(model, 2, length or 5),
             dynamo=True,
@@ -90,6 +90,10 @@ def traced(model, length):
             output_names=["logits", *(f"{name}_out" for name in STATE)],
             dynamic_shapes=[by_both, *[by_batch] * 3],
         )
+    from onnx_ir.passes.common import RemoveUnusedNodesPass  # comes with onnxscript
+
+    RemoveUnusedNodesPass()(graph.model)  # onnxruntime would warn of them
+    return graph
 
 
 @contextlib.contextmanager
@@ -108,7 +112,7 @@ def quiet():
 
 def save_apart(onnx, graph, tmp, tmp_data, name):
     """The graph as `tmp`, its weights as `tmp_data`, which the graph knows as `name`."""
-    import onnx_ir  # comes with onnxscript
+    import onnx_ir
 
     onnx_ir.save(graph.model, tmp, external_data=tmp_data.name)
     file = onnx.load(tmp, load_external_data=False)

@@ -155,6 +155,8 @@ def test_refusals(packages, tmp_path):
     refused(r"extra\.pth: .*extra", "extra.pth")
     refused(r"x\.pth: expected a name in \.onnx", out="x.pth")
     refused(r"--dtype=float16: onnx is written in float32", "a.pth", "x.onnx", "--dtype=float16")
+    (tmp_path / "x.onnx.data").touch()
+    refused(r"x\.onnx\.data is already there; .*--overwrite")
     with pytest.raises(UserError, match="length"):
         run(f"--model={tmp_path}/a.pth", f"--out={tmp_path}/x.onnx", "--length=-1")
 
