@@ -13,8 +13,7 @@
     python export.py state --state=a.pth --out=a.st --to=web-rwkv                   or transformers
     python export.py inspect a.pth                             what it is, and what is odd
 
-Each command has its own --help. Nothing is overwritten without --overwrite; a file appears whole or
-not at all.
+Each command has its own --help. Nothing is overwritten without --overwrite, or ever half written.
 
 A hub folder of an RWKV-7 has flash-linear-attention's names and a model for transformers beside
 them: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True). That of an RWKV-6 is for
