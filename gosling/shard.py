@@ -44,7 +44,7 @@ warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tenso
 
 def shards(cfg, run):
     """Whether the model is to be in shares. One process has all, so that a run may shrink to it."""
-    return cfg.shard == "fsdp" and run.world > 1
+    return getattr(cfg, "shard", "none") == "fsdp" and run.world > 1  # a fork may not have the field
 
 
 def is_sharded(model):
@@ -83,7 +83,7 @@ def place(model, cfg, run):
     network takes. With fsdp one block at a time is whole in memory, then embedding and head.
     """
     if not shards(cfg, run):
-        if cfg.shard == "fsdp":
+        if getattr(cfg, "shard", "none") == "fsdp":
             print0("shard=fsdp: there is one process, which holds all weights")
         model.to(run.device)
         return
