@@ -1,162 +1,144 @@
-"""How much memory a training run takes: worked out for any size on no memory at all, and measured
-on a CPU.
+"""How much memory a training run takes on each card, what the cards send each other, and how fast
+it may be: worked out for any size on no memory at all. The memory is measured too, on a CPU.
 
-    python bench/memory.py                       what fits on which card, as the README's table
-    python bench/memory.py --measure             the estimate against peaks of real runs (VmHWM of a
-        process each), and ratios: LoRA to full tuning, 65,536 tokens to 4,096 at one chunk_len
+    python bench/memory.py                       what fits on which card, as in docs/memory.md
+    python bench/memory.py --model=13b3 --gpus=64 --shard=fsdp
+                                                 one case, item by item, with bytes and tokens/s
     python bench/memory.py --n_layer=24 --n_embd=2048 --tune=lora --ctx_len=4096 --micro_bsz=2
-                                                 one case, item by item
+                                                 the same for a size of your own
+    python bench/memory.py --measure             the count against peaks of real runs (VmHWM of a
+        process each), and ratios: LoRA to full tuning, 65,536 tokens to 4,096 at one chunk_len
+    torchrun --nproc_per_node=2 bench/memory.py --measure --shard=fsdp
+                                                 the count against train_pretrain.py's own peak,
+                                                 of each process
 
-The estimate runs the real network, forward and backward, on tensors that have shapes and no
-content, and counts them.
+bench/count.py counts the bytes. Tokens/s follow from speeds that are assumed until you give yours:
+--rate and --link.
 """
 
 import concurrent.futures
+import ctypes
 import dataclasses
 import multiprocessing
 import os
 import re
+import shutil
 import sys
+import tempfile
 import unittest.mock
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gosling import config
+from gosling import config, runs
 from gosling.batch import pack
+from gosling.config import UserError
+from gosling.token_files import TokenFileWriter
 from model import RWKV, RWKVConfig
 from wkv_cuda import fused
 
 import timer
+from count import LORA, OFFICIAL, Layout, count, official
 
 MIB = 2**20
-SIZES = {
-    "0.1B": (12, 768),
-    "0.4B": (24, 1024),
-    "1.5B": (24, 2048),
-    "2.9B": (32, 2560),
-    "7.2B": (32, 4096),
-    "13.3B": (61, 4096),
-}
 CARDS = (8, 12, 16, 24, 48, 80, 141)  # GB
 METHODS = {  # sequences and decoding slots of a row
     "pretraining, SFT": (1, 0),
     "DPO, reward model": (2, 0),
     "GRPO, 8 completions": (8, 8),
 }
-LORA = dict(r=32)
+# Microseconds that an H200 needs for a token, all weights training, without grad_cp: 3.9 and 21.7
+# for each 1e9 parameters. That is the line through what the compiled kernels and the bytes of the
+# other operations let expect of 0.1B and 1.5B, 124,000 and 27,000 tokens/s. Predicted, never
+# measured.
+PREDICTED = (3.9, 21.7)
+NVLINK, NETWORK = 300, 50  # GB/s that a card sends while it receives as much: assumed
 
 
 @dataclass
 class Config:
     measure: bool = False  # real runs, minutes
-    n_layer: int = 0  # one case: layers; 0 = the table
-    n_embd: int = 768  # width
-    vocab: int = 65536  # vocabulary
+    model: Literal["", "0b1", "0b4", "1b5", "2b9", "7b2", "13b3"] = ""  # one case: official RWKV-7
+    n_layer: NonNegativeInt = 0  # one case, a size of your own: layers; 0 and no model = the table
+    n_embd: PositiveInt = 768  # of a size of your own: width
+    vocab: PositiveInt = 65536  # vocabulary
     tune: Literal["full", "lora", "state"] = "full"  # what trains
     method: str = "pretraining, SFT"  # or "DPO, reward model", "GRPO, 8 completions"
-    ctx_len: int = 1024  # tokens of a sequence
-    micro_bsz: int = 1  # documents, pairs or prompts of a backward pass
+    ctx_len: PositiveInt = 1024  # tokens of a sequence
+    micro_bsz: PositiveInt = 1  # documents, pairs or prompts of a backward pass
+    accumulation: PositiveInt = 1  # backward passes of a step
     grad_cp: bool = True  # gradient checkpointing
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of frozen weights and of the computation
-    chunk_len: int = 1024  # --measure: of the long-context pair
+    gpus: PositiveInt = 1  # cards, one process each
+    shard: Literal["none", "fsdp"] = "none"  # none = DDP: all weights on every card
+    cpu_offload: bool = False  # with fsdp: the shares lie in the memory of the host
+    rate: NonNegativeFloat = 0  # tokens/s of one card by itself; 0 = predicted for an H200
+    link: NonNegativeFloat = 0  # GB/s that a card sends; 0 = 300 up to 8 cards, 50 beyond
+    host_link: PositiveFloat = 25  # GB/s between a card and its host, for cpu_offload
+    chunk_len: PositiveInt = 1024  # --measure: of the long-context pair
 
 
 # ----------------------------------------------------------------------------------------------
-# worked out
+# counted
 
 
-class Peak(TorchDispatchMode):
-    """.most: the bytes of the tensors made inside that were alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = self.most = 0
-        self.seen = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.add(x.untyped_storage())
-        return out
-
-    def add(self, storage):
-        if storage not in self.seen:
-            self.seen[storage] = size = storage.nbytes()
-            self.alive += size
-            self.most = max(self.most, self.alive)
-            weakref.finalize(storage, self.drop, size)
-
-    def drop(self, size):
-        self.alive -= size
+def check(cfg):
+    """UserError for flags that do not go together."""
+    sharded = cfg.shard == "fsdp"
+    if cfg.model and cfg.n_layer:
+        raise UserError("--model and --n_layer are both given; give one of them")
+    if cfg.method not in METHODS:
+        raise UserError(f"method={cfg.method!r}: expected one of {', '.join(map(repr, METHODS))}")
+    if not (cfg.model or cfg.n_layer or cfg.measure) and (sharded or cfg.gpus > 1):
+        raise UserError("--gpus and --shard want one case; add --model or --n_layer")
+    if cfg.cpu_offload and (not sharded or cfg.gpus == 1):
+        raise UserError("--cpu_offload wants --shard=fsdp and at least --gpus=2")
+    if sharded and METHODS[cfg.method][1]:
+        raise UserError(
+            "--shard=fsdp is counted for training alone, and GRPO gathers weights to sample as "
+            "well; leave --shard or --method out"
+        )
 
 
-def rows_on_a_gpu(h, weight):
-    """fused.ScoreTokens.rows_at_a_time, wherever the tensors are."""
-    return max(256, 2**26 // len(weight))
+def size_of(cfg):
+    """The RWKVConfig of a case."""
+    if cfg.model:
+        return official(cfg.model, cfg.vocab)
+    try:
+        return RWKVConfig("x070", cfg.n_layer, cfg.n_embd, cfg.vocab)
+    except ValueError as e:
+        raise UserError(str(e)) from None
 
 
-def rows_on_a_cpu(h, weight):
-    return max(256, 2**22 // len(weight))
-
-
-def estimate(c, tune, tokens, dtype, grad_cp=False, slots=0, gpu=True):
-    """Bytes by what they are for. tokens: of a backward pass; slots: sequences decoded together."""
-    with torch.device("meta"):
-        model = RWKV(c)
-    for p in model.parameters():
-        p.data = p.data.to(dtype)
-    model.set_tune(tune, **(LORA if tune == "lora" else {}))
-    model.compute_dtype, model.grad_cp = dtype, grad_cp
-    rows = staticmethod(rows_on_a_gpu if gpu else rows_on_a_cpu)
-    as_meant = unittest.mock.patch.object(fused.ScoreTokens, "rows_at_a_time", rows)
-    with as_meant, FakeTensorMode(), Peak() as memory:
-        for module in model.modules():
-            for name, p in list(module.named_parameters(recurse=False)):
-                fake = torch.empty(p.shape, dtype=p.dtype)
-                setattr(module, name, torch.nn.Parameter(fake, requires_grad=p.requires_grad))
-        weights = memory.alive
-        trained = [p for p in model.parameters() if p.requires_grad]
-        moments = [torch.empty_like(p) for p in trained for _ in range(2)]
-        fixed, idx = memory.alive, torch.zeros(1, tokens, dtype=torch.long)
-        scores, _ = model(idx, targets=idx)
-        scores.logps.sum().backward()
-    state = slots * c.n_layer * c.n_embd * (4 * c.head_size + 2 * dtype.itemsize)
-    return dict(
-        weights=weights,
-        optimiser=sum(x.nbytes for x in moments),
-        backward=memory.most - fixed,
-        states=2 * state,
-    )
-
-
-def estimate_case(cfg, n_layer, n_embd):
+def layout_of(cfg):
     sequences, slots = METHODS[cfg.method]
-    return estimate(
-        RWKVConfig("x070", n_layer, n_embd, cfg.vocab),
-        cfg.tune,
-        cfg.micro_bsz * sequences * cfg.ctx_len,
-        getattr(torch, cfg.dtype),
-        cfg.grad_cp,
-        cfg.micro_bsz * slots,
+    return Layout(
+        tune=cfg.tune,
+        dtype=getattr(torch, cfg.dtype),
+        grad_cp=cfg.grad_cp,
+        tokens=cfg.micro_bsz * sequences * cfg.ctx_len,
+        accumulation=cfg.accumulation,
+        slots=cfg.micro_bsz * slots,
+        gpus=cfg.gpus,
+        shard=cfg.shard,
+        cpu_offload=cfg.cpu_offload,
     )
+
+
+def smallest_card(gb):
+    """The smallest that holds it; the allocator leaves gaps, and CUDA takes some itself."""
+    return next((card for card in CARDS if gb * 1.05 + 0.6 < card), None)
 
 
 def cell(gb):
-    """The table's words for so many GB; the allocator leaves gaps, and CUDA takes some itself."""
-    for card in CARDS:
-        if gb * 1.05 + 0.6 < card:
-            return f"{gb:.1f} -> {card}"
-    return f"{gb:.0f}: more than one"
+    """The table's words for so many GB."""
+    card = smallest_card(gb)
+    return f"{gb:.1f} -> {card}" if card else f"{gb:.0f}: more than one"
 
 
 def table(cfg):
@@ -164,12 +146,100 @@ def table(cfg):
         f"ctx_len {cfg.ctx_len}, micro_bsz {cfg.micro_bsz}, grad_cp {cfg.grad_cp}, {cfg.dtype}; "
         "GB, and the smallest card that holds it"
     )
-    print("| | tune | " + " | ".join(SIZES) + " |\n|---|---|" + "---|" * len(SIZES))
+    print("| | tune | " + " | ".join(OFFICIAL) + " |\n|---|---|" + "---|" * len(OFFICIAL))
     for method in METHODS:
         for tune in ("full", "lora", "state"):
-            row = dataclasses.replace(cfg, method=method, tune=tune)
-            cells = [cell(sum(estimate_case(row, *size).values()) / 1e9) for size in SIZES.values()]
+            cells = []
+            for name in OFFICIAL:
+                case = dataclasses.replace(cfg, model=name, method=method, tune=tune)
+                counted = count(size_of(case), layout_of(case))
+                cells.append(cell(sum(counted.peak.values()) / 1e9))
             print(f"| {method} | {tune} | " + " | ".join(cells) + " |", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# one case, with what is sent and how fast it may be
+
+
+def rate_of_a_card(cfg, n_all):
+    """Tokens/s of one card that waits for nobody: what the user says, or predicted.
+
+    Time goes with the passes over the weights: forward, the gradient of what goes in, the gradient
+    of the weights, and for grad_cp the forward again.
+    """
+    if cfg.rate:
+        return cfg.rate
+    passes = 2 + (cfg.tune == "full") + cfg.grad_cp
+    microseconds = PREDICTED[0] + PREDICTED[1] * n_all / 1e9
+    return 1e6 / (microseconds * passes / 3)
+
+
+def link_of_a_card(cfg):
+    return cfg.link or (NVLINK if cfg.gpus <= 8 else NETWORK)
+
+
+def to_and_from_host(cfg, counted):
+    """Bytes between a card and its host in a step: shares go to the card for each gathering, and
+    gradients come back."""
+    if not cfg.cpu_offload:
+        return 0
+    return counted.peak["parameters"] * 2 * cfg.accumulation + counted.after["gradients"]
+
+
+def tokens_per_second(cfg, counted):
+    """-> (all that is sent hidden behind the work, none of it): tokens/s of all cards"""
+    tokens = cfg.accumulation * layout_of(cfg).tokens
+    work = tokens / rate_of_a_card(cfg, counted.all)
+    waits = [sum(counted.sent.values()) / (link_of_a_card(cfg) * 1e9)]
+    waits.append(to_and_from_host(cfg, counted) / (cfg.host_link * 1e9))
+    return tuple(cfg.gpus * tokens / seconds for seconds in (max(work, *waits), work + sum(waits)))
+
+
+def gigabytes(items):
+    return ", ".join(f"{name} {size / 1e9:.3g}" for name, size in items.items() if size)
+
+
+def print_case(cfg):
+    c, layout = size_of(cfg), layout_of(cfg)
+    counted = count(c, layout)
+    print(
+        f"{c.n_layer} layers x {c.n_embd}, {counted.all:,} parameters, tune={cfg.tune}, "
+        f"{layout.tokens:,} tokens a pass, grad_cp={cfg.grad_cp}, {cfg.dtype}; gpus={cfg.gpus}, "
+        f"shard={cfg.shard}, cpu_offload={cfg.cpu_offload}, accumulation={cfg.accumulation}"
+    )
+    peak = counted.peak
+    if cfg.cpu_offload:
+        on_host = {name: peak[name] for name in ("parameters", "optimiser")}
+        on_host["gradients"] = counted.after["gradients"]
+        peak = {name: size for name, size in peak.items() if name not in on_host}
+        together = sum(on_host.values()) / 1e9
+        print(f"host, GB for each card: {gigabytes(on_host)}; together {together:.3g}")
+    together = sum(peak.values()) / 1e9
+    card = smallest_card(together)
+    fits = f"a card of {card} GB" if card else "no card"
+    print(f"card, GB at the peak: {gigabytes(peak)}; together {together:.3g}: {fits}")
+    if cfg.gpus > 1:
+        print(f"card, GB sent in a step, and as many received: {gigabytes(counted.sent)}")
+    print_speed(cfg, counted)
+
+
+def print_speed(cfg, counted):
+    rate, link = rate_of_a_card(cfg, counted.all), link_of_a_card(cfg)
+    whose_rate = "given" if cfg.rate else "predicted for an H200, not measured"
+    print(f"one card by itself: {rate:,.0f} tokens/s, {whose_rate}")
+    if cfg.cpu_offload:
+        moved = to_and_from_host(cfg, counted) / 1e9
+        print(
+            f"card and host: {moved:.3g} GB in a step at {cfg.host_link:g} GB/s; the optimiser's "
+            "time on the CPU is not counted"
+        )
+    if cfg.gpus > 1:
+        whose_link = "given" if cfg.link else "assumed"
+        hidden, waited = tokens_per_second(cfg, counted)
+        print(
+            f"all cards, from this and {link:g} GB/s each way, {whose_link}: {waited:,.0f} "
+            f"tokens/s if they wait for what is sent, {hidden:,.0f} if work hides it"
+        )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -228,8 +298,8 @@ def peak(case):
 
 def compare_with_estimate(case, measured):
     c = RWKVConfig("x070", case.n_layer, case.n_embd, case.vocab)
-    items = estimate(c, case.tune, case.T, torch.float32, case.grad_cp, gpu=False)
-    estimated = sum(items.values())
+    layout = Layout(case.tune, torch.float32, case.grad_cp, case.T, on_a_gpu=False)
+    estimated = sum(count(c, layout).peak.values())
     words = f"{case.tune}, {case.n_layer} x {case.n_embd}, vocabulary {case.vocab}, {case.T} tokens"
     timer.report(
         "memory",
@@ -273,13 +343,109 @@ def measure(cfg):
     )
 
 
+# ----------------------------------------------------------------------------------------------
+# measured, several processes
+
+
+def keep_nothing():
+    """In place of fused.keep_memory: every tensor is a mapping of its own, given back when it goes,
+    so that the process holds what it uses."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+
+
+def status(*names):
+    """Bytes that the system says of this process, added up."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return sum(int(re.search(rf"{name}:\s+(\d+)", text)[1]) * 1024 for name in names)
+
+
+def most_anonymous():
+    """The largest anonymous memory of this process so far; what it maps from files only grows."""
+    return status("VmHWM") - status("RssFile", "RssShmem")
+
+
+def random_data(folder, cfg, windows):
+    """A token file of so many windows -> its prefix, and the tokenizer's name"""
+    tokens = np.random.default_rng(0).integers(1, cfg.vocab, windows * cfg.ctx_len + 1)
+    with TokenFileWriter(f"{folder}/data", np.uint32) as f:
+        f.add(tokens.tolist())
+    return f"{folder}/data", f"integers:{cfg.vocab - 2}"
+
+
+def measure_processes(cfg):
+    """train_pretrain.py in these processes: the peak of each, to what is counted."""
+    import train_pretrain
+
+    world = int(os.environ["WORLD_SIZE"])
+    n_layer = cfg.n_layer or 12
+    folder = Path(tempfile.gettempdir()) / f"gosling-memory-{os.getppid()}"  # torchrun's
+    data_folder = folder / os.environ["RANK"]
+    data_folder.mkdir(parents=True)
+    steps, global_bsz = 3, cfg.micro_bsz * world * cfg.accumulation
+    data, tokenizer = random_data(data_folder, cfg, steps * global_bsz)
+    sharding = {"shard": cfg.shard} if cfg.shard != "none" else {}
+    of_run = train_pretrain.Config(
+        data=data,
+        tokenizer=tokenizer,
+        n_layer=n_layer,
+        n_embd=cfg.n_embd,
+        out_dir=str(folder / "run"),
+        device="cpu",
+        dtype=cfg.dtype,
+        micro_bsz=cfg.micro_bsz,
+        global_bsz=global_bsz,
+        ctx_len=cfg.ctx_len,
+        grad_cp=cfg.grad_cp,
+        max_steps=steps,
+        save_every=0,
+        eval_every=0,
+        **sharding,
+    )
+    before, peaks = [], []
+    open_model, checkpoint_name = train_pretrain.open_model, runs.checkpoint_name
+
+    def open_model_(*args):
+        before.append(status("RssAnon"))
+        return open_model(*args)
+
+    def checkpoint_name_(cfg, done, max_steps):
+        if done == max_steps:  # the last step is over, and nothing is saved yet
+            peaks.extend(runs.gather([most_anonymous() - before[0]]))
+        return checkpoint_name(cfg, done, max_steps)
+
+    with (
+        unittest.mock.patch.object(fused, "keep_memory", keep_nothing),
+        unittest.mock.patch.object(train_pretrain, "open_model", open_model_),
+        unittest.mock.patch.object(runs, "checkpoint_name", checkpoint_name_),
+    ):
+        train_pretrain.main(of_run)
+    if os.environ["RANK"] == "0":
+        compare_processes(cfg, RWKVConfig("x070", n_layer, cfg.n_embd, cfg.vocab), world, peaks)
+        shutil.rmtree(folder)
+
+
+def compare_processes(cfg, c, world, peaks):
+    layout = layout_of(dataclasses.replace(cfg, gpus=world))
+    counted = sum(count(c, dataclasses.replace(layout, on_a_gpu=False)).peak.values())
+    for rank, measured in enumerate(peaks):
+        timer.report(
+            "memory",
+            case=f"{c.n_layer} x {c.n_embd}, vocabulary {c.vocab_size}, {layout.tokens} tokens, "
+            f"{cfg.dtype}, {cfg.accumulation} passes, shard {cfg.shard}, rank {rank} of {world}",
+            estimate_mib=round(counted / MIB),
+            measured_mib=round(measured / MIB),
+            ratio=round(counted / measured, 3),
+        )
+
+
 def main(cfg):
-    if cfg.measure:
+    check(cfg)
+    if cfg.measure and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        measure_processes(cfg)
+    elif cfg.measure:
         measure(cfg)
-    elif cfg.n_layer:
-        items = estimate_case(cfg, cfg.n_layer, cfg.n_embd)
-        items["together"] = sum(items.values())
-        print(" | ".join(f"{name} {size / 1e9:.2f} GB" for name, size in items.items()))
+    elif cfg.model or cfg.n_layer:
+        print_case(cfg)
     else:
         table(cfg)
 
