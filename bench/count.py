@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -57,7 +57,7 @@ class Layout:
     gpus: int = 1
     shard: str = "none"
     cpu_offload: bool = False
-    on_a_gpu: bool = True  # how many rows of the head are scored at once
+    on_a_gpu: bool = True  # False: fewer rows of the head at once, and gloo in place of NCCL
 
 
 @dataclass
@@ -81,12 +81,13 @@ class Peak(TorchDispatchMode):
     """Follows the tensors made inside. `kind` is what new ones are counted as.
 
     .alive, .at_peak: bytes by kind, now and when most of them were alive. What is in `elsewhere`
-    adds nothing to the peak. .sent: bytes that one of `cards` cards sends, by what for.
+    adds nothing to the peak. .sent: bytes that one of `cards` cards sends, by what for. gloo works
+    on a copy of what it gathers and reduces.
     """
 
-    def __init__(self, cards=1, elsewhere=()):
+    def __init__(self, cards=1, elsewhere=(), gloo=False):
         super().__init__()
-        self.cards, self.elsewhere = cards, elsewhere
+        self.cards, self.elsewhere, self.gloo = cards, elsewhere, gloo
         self.kind, self.phase = "parameters", "forward"
         self.alive, self.at_peak, self.sent = (collections.Counter() for _ in range(3))
         self.most, self.reduced = 0, None
@@ -145,12 +146,20 @@ class Peak(TorchDispatchMode):
                 self.see(storage_of(x), "gathered")
         elif name == "_allgather_base_":
             self.sent[f"all-gather, {self.phase}"] += share * args[0].nbytes
+            self.see_copy(args[0].nbytes)
         elif name == "_reduce_scatter_base_":
             self.sent["reduce-scatter"] += share * args[1].nbytes
             if self.reduced:  # what was reduced before has gone where gradients are
                 self.change(self.reduced, "gradients")
             on_card = "gathered" if "gradients" in self.elsewhere else "gradients"
             self.reduced = self.see(storage_of(args[0]), on_card)
+            self.see_copy(args[1].nbytes)
+
+    def see_copy(self, size):
+        """What gloo holds while it sends."""
+        copy = Record("gathered")
+        for there in (size, 0) if self.gloo else ():
+            self.change(copy, size=there)
 
     def turn(self, kind, into):
         """Count all that is alive of one kind as another."""
@@ -205,7 +214,21 @@ def to_shares(model, layout, mesh):
     if layout.tune == "state":
         ignored |= {p for p in model.parameters() if p.requires_grad}
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+        fully_shard(
+            module,
+            mesh=mesh,
+            shard_placement_fn=axis_of,
+            mp_policy=policy,
+            ignored_params=ignored,
+        )
+
+
+def axis_of(p):
+    """Where a parameter is divided: None = at its first axis; vectors are [1, 1, C]."""
+    world = dist.get_world_size()
+    if p.shape[0] < world and p.shape[-1] % world == 0:
+        return Shard(p.dim() - 1)
+    return None
 
 
 def rows_on_a_gpu(h, weight):
@@ -233,7 +256,7 @@ def count(c, layout):
         if is_sharded:
             mesh = enter(processes_not_there(layout.gpus))
         enter(FakeTensorMode())
-        memory = enter(Peak(layout.gpus, on_host))
+        memory = enter(Peak(layout.gpus, on_host, gloo=not layout.on_a_gpu))
         to_fake(model)
         if is_sharded:
             to_shares(model, layout, mesh)
