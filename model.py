@@ -160,7 +160,8 @@ def token_shift(x, shift, packing):
     -> (x of the token before each, x_prev [B, T, C], the new shift)."""
     shift = shift.to(x.dtype)  # a state may come from a run in another precision
     if packing.cu_seqlens is None:
-        return torch.cat([shift[:, None], x[:, :-1]], 1), x[:, -1]
+        # A copy: a view would keep all of x, of every layer, until the state is put together.
+        return torch.cat([shift[:, None], x[:, :-1]], 1), x[:, -1].clone()
     x_prev = torch.cat([x[:, :1], x[:, :-1]], 1)
     x_prev = x_prev.index_copy(1, packing.first, shift[None, packing.filled])
     return x_prev, shift.index_copy(0, packing.filled, x[0, packing.last])
