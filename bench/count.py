@@ -10,15 +10,16 @@ import unittest.mock
 import warnings
 import weakref
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+from gosling import shard
 from model import RWKV, RWKVConfig
 from wkv_cuda import fused
 
 import torch
 import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -144,6 +145,8 @@ class Peak(TorchDispatchMode):
         elif name in ("split_with_sizes_copy", "chunk_cat"):
             for x in tree_leaves(kwargs["out"]):
                 self.see(storage_of(x), "gathered")
+            for gradient in args[0] if name == "chunk_cat" else ():  # copied, and let go
+                self.change(self.records[storage_of(gradient)], size=0)
         elif name == "_allgather_base_":
             self.sent[f"all-gather, {self.phase}"] += share * args[0].nbytes
             self.see_copy(args[0].nbytes)
@@ -208,27 +211,10 @@ def processes_not_there(world):
 
 
 def to_shares(model, layout, mesh):
-    """As gosling's scripts with --shard=fsdp."""
-    policy = MixedPrecisionPolicy(layout.dtype, torch.float32, cast_forward_inputs=False)
-    ignored = {p for name, p in model.named_parameters() if name.endswith("att.w0")}
-    if layout.tune == "state":
-        ignored |= {p for p in model.parameters() if p.requires_grad}
+    """As the scripts do it; with cpu_offload, shares are told apart by their kind and not moved."""
+    dtype = None if layout.dtype == torch.float32 else layout.dtype
     for module in (*model.blocks, model):
-        fully_shard(
-            module,
-            mesh=mesh,
-            shard_placement_fn=axis_of,
-            mp_policy=policy,
-            ignored_params=ignored,
-        )
-
-
-def axis_of(p):
-    """Where a parameter is divided: None = at its first axis; vectors are [1, 1, C]."""
-    world = dist.get_world_size()
-    if p.shape[0] < world and p.shape[-1] % world == 0:
-        return Shard(p.dim() - 1)
-    return None
+        shard.to_shares(module, model, mesh, dtype, SimpleNamespace(cpu_offload=False))
 
 
 def rows_on_a_gpu(h, weight):

@@ -46,6 +46,7 @@ import timer
 from count import LORA, OFFICIAL, Layout, count, official
 
 MIB = 2**20
+LAYERS_MEASURED = 12  # of --measure under torchrun, unless --n_layer says
 CARDS = (8, 12, 16, 24, 48, 80, 141)  # GB
 METHODS = {  # sequences and decoding slots of a row
     "pretraining, SFT": (1, 0),
@@ -96,6 +97,13 @@ def check(cfg):
         raise UserError(f"method={cfg.method!r}: expected one of {', '.join(map(repr, METHODS))}")
     if not (cfg.model or cfg.n_layer or cfg.measure) and (sharded or cfg.gpus > 1):
         raise UserError("--gpus and --shard want one case; add --model or --n_layer")
+    if cfg.measure and sharded and "WORLD_SIZE" not in os.environ:
+        raise UserError("--measure --shard=fsdp wants several: torchrun --nproc_per_node=2 …")
+    if cfg.measure and (cfg.model or cfg.gpus > 1 or cfg.cpu_offload or cfg.tune != "full"):
+        raise UserError(
+            "--measure trains all weights, in the processes that torchrun starts; leave --model "
+            "(for --n_layer), --gpus, --cpu_offload and --tune out"
+        )
     if cfg.cpu_offload and (not sharded or cfg.gpus == 1):
         raise UserError("--cpu_offload wants --shard=fsdp and at least --gpus=2")
     if sharded and METHODS[cfg.method][1]:
@@ -376,31 +384,8 @@ def measure_processes(cfg):
     """train_pretrain.py in these processes: the peak of each, to what is counted."""
     import train_pretrain
 
-    world = int(os.environ["WORLD_SIZE"])
-    n_layer = cfg.n_layer or 12
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     folder = Path(tempfile.gettempdir()) / f"gosling-memory-{os.getppid()}"  # torchrun's
-    data_folder = folder / os.environ["RANK"]
-    data_folder.mkdir(parents=True)
-    steps, global_bsz = 3, cfg.micro_bsz * world * cfg.accumulation
-    data, tokenizer = random_data(data_folder, cfg, steps * global_bsz)
-    sharding = {"shard": cfg.shard} if cfg.shard != "none" else {}
-    of_run = train_pretrain.Config(
-        data=data,
-        tokenizer=tokenizer,
-        n_layer=n_layer,
-        n_embd=cfg.n_embd,
-        out_dir=str(folder / "run"),
-        device="cpu",
-        dtype=cfg.dtype,
-        micro_bsz=cfg.micro_bsz,
-        global_bsz=global_bsz,
-        ctx_len=cfg.ctx_len,
-        grad_cp=cfg.grad_cp,
-        max_steps=steps,
-        save_every=0,
-        eval_every=0,
-        **sharding,
-    )
     before, peaks = [], []
     open_model, checkpoint_name = train_pretrain.open_model, runs.checkpoint_name
 
@@ -418,13 +403,42 @@ def measure_processes(cfg):
         unittest.mock.patch.object(train_pretrain, "open_model", open_model_),
         unittest.mock.patch.object(runs, "checkpoint_name", checkpoint_name_),
     ):
-        train_pretrain.main(of_run)
-    if os.environ["RANK"] == "0":
-        compare_processes(cfg, RWKVConfig("x070", n_layer, cfg.n_embd, cfg.vocab), world, peaks)
-        shutil.rmtree(folder)
+        try:
+            train_pretrain.main(config_of_run(train_pretrain, cfg, world, folder, rank))
+        finally:
+            if rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+    if rank == 0:
+        compare_processes(cfg, world, peaks)
 
 
-def compare_processes(cfg, c, world, peaks):
+def config_of_run(train_pretrain, cfg, world, folder, rank):
+    """Three steps on random tokens; every process writes the same ones for itself."""
+    steps, global_bsz = 3, cfg.micro_bsz * world * cfg.accumulation
+    data_folder = folder / str(rank)
+    data_folder.mkdir(parents=True)
+    data, tokenizer = random_data(data_folder, cfg, steps * global_bsz)
+    return train_pretrain.Config(
+        data=data,
+        tokenizer=tokenizer,
+        n_layer=cfg.n_layer or LAYERS_MEASURED,
+        n_embd=cfg.n_embd,
+        out_dir=str(folder / "run"),
+        device="cpu",
+        dtype=cfg.dtype,
+        shard=cfg.shard,
+        micro_bsz=cfg.micro_bsz,
+        global_bsz=global_bsz,
+        ctx_len=cfg.ctx_len,
+        grad_cp=cfg.grad_cp,
+        max_steps=steps,
+        save_every=0,
+        eval_every=0,
+    )
+
+
+def compare_processes(cfg, world, peaks):
+    c = RWKVConfig("x070", cfg.n_layer or LAYERS_MEASURED, cfg.n_embd, cfg.vocab)
     layout = layout_of(dataclasses.replace(cfg, gpus=world))
     counted = sum(count(c, dataclasses.replace(layout, on_a_gpu=False)).peak.values())
     for rank, measured in enumerate(peaks):

@@ -43,8 +43,11 @@ warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tenso
 
 
 def shards(cfg, run):
-    """Whether the model is to be in shares. One process has all, so that a run may shrink to it."""
-    return getattr(cfg, "shard", "none") == "fsdp" and run.world > 1  # a fork may not have the field
+    """Whether the model is to be in shares. One process has all, so that a run may shrink to it.
+
+    A fork's settings may have no such field.
+    """
+    return getattr(cfg, "shard", "none") == "fsdp" and run.world > 1
 
 
 def is_sharded(model):

@@ -172,9 +172,12 @@ def test_a_case_is_printed_and_says_what_was_not_measured(capsys, monkeypatch):
         (dict(model="0b1", gpus=8, cpu_offload=True), "--cpu_offload"),
         (dict(model="0b1", gpus=8, shard="fsdp", method="GRPO, 8 completions"), "GRPO"),
         (dict(model="0b1", method="SFT"), "method"),
+        (dict(measure=True, shard="fsdp"), "torchrun"),
+        (dict(measure=True, tune="lora"), "all weights"),
     ],
 )
-def test_flags_that_do_not_go_together_are_said(flags, word):
+def test_flags_that_do_not_go_together_are_said(flags, word, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match=word):
         memory.main(memory.Config(**flags))
 

@@ -61,7 +61,7 @@ def run(command, house):
     script = next(word for word in words if word.endswith(".py"))
     words = [sys.executable, *words[1:]]
     given = {word.split("=")[0] for word in words}
-    if not given & {"--epochs", "--score", "pairs"}:
+    if not given & {"--epochs", "--score", "pairs", "--model"}:
         words += SMALLER.get(script, [])
     if "--n_embd=768" in words:
         words += ["--n_layer=1", "--n_embd=64"]
