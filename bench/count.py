@@ -145,8 +145,6 @@ class Peak(TorchDispatchMode):
         elif name in ("split_with_sizes_copy", "chunk_cat"):
             for x in tree_leaves(kwargs["out"]):
                 self.see(storage_of(x), "gathered")
-            for gradient in args[0] if name == "chunk_cat" else ():  # copied, and let go
-                self.change(self.records[storage_of(gradient)], size=0)
         elif name == "_allgather_base_":
             self.sent[f"all-gather, {self.phase}"] += share * args[0].nbytes
             self.see_copy(args[0].nbytes)
