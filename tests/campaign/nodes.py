@@ -88,7 +88,13 @@ def main():
     in_spaces = os.geteuid() == 0 and make_namespaces()
     print("two network namespaces" if in_spaces else "two agents on the loopback", flush=True)
     words = CASES["sft"].replace("W/", f"{folder}/").split()
-    words += ["--max_steps=120", "--eval_every=0", "--adam_eps=1e-3", f"--shard={args.shard}"]
+    words += [
+        "--max_steps=120",
+        "--eval_every=0",
+        "--lr=1e-4",
+        "--lr_final=1e-5",
+        f"--shard={args.shard}",
+    ]
     words += ["--resume=auto", "--hang_minutes=0.2"]
     whole, out = folder / "whole", folder / "out"
     line = [
