@@ -121,6 +121,8 @@ def main(cfg):
         # ---- data
         if cfg.chunk_len and not cfg.packing:
             raise UserError("chunk_len needs packing")
+        if cfg.bptt == "truncated" and cfg.shard != "none":
+            raise UserError("bptt=truncated is not for shares; leave it out, or shard")
         reading = dict(
             template=cfg.template, last_reply_only=cfg.last_reply_only, skip_bad=cfg.skip_bad
         )

@@ -35,7 +35,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 STAY_WHOLE = ("att.w0", "att.time_decay")
 # A block returns views of its activations; nothing here changes them in place.
@@ -107,7 +107,6 @@ def place(model, cfg, run):
     model.padding, model.alone = 0, False
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=run.device))  # PyTorch sets itself up
-    model.reshard()  # without a backward, embedding and head stay gathered
     model.gathers_all = gathers_all(model, cfg, run)
     share = sum(local(p).nbytes for p in model.parameters()) / 1e6
     how = "gathered once" if model.gathers_all else "gathered block by block, in step"
@@ -201,18 +200,13 @@ def clip_gradients(model, largest):
         return clip_grad_norm_(model.parameters(), largest)
     average_gradients(model)
     with_gradient = [p for p in model.parameters() if p.grad is not None]
-    in_shares = torch.zeros(())
-    in_whole = torch.zeros(())
-    for p in with_gradient:
-        square = local(p.grad).float().pow(2).sum().cpu()
-        if isinstance(p, DTensor):
-            in_shares += square
-        else:
-            in_whole += square
-    norm = (processes.all_reduce(in_shares).cpu() + in_whole).sqrt()
-    scale = float((largest / (norm + 1e-6)).clamp(max=1.0))
-    for p in with_gradient:
-        local(p.grad).mul_(scale)
+    in_shares = [p.grad.to_local() for p in with_gradient if isinstance(p, DTensor)]
+    in_whole = [p.grad for p in with_gradient if not isinstance(p, DTensor)]
+    of_all = processes.all_reduce(get_total_norm(in_shares).square())
+    norm = (of_all + get_total_norm(in_whole).square().to(of_all.device)).sqrt()
+    scale = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in in_shares + in_whole:
+        gradient.mul_(scale.to(gradient.device))
     return norm
 
 
@@ -240,7 +234,10 @@ def even_out(model, args, kwargs):
 
 
 def cut_back(model, args, output):
-    """After it: what came of the zeros goes."""
+    """After it: what came of the zeros goes, and without a gradient embedding and head are let go,
+    which else stay gathered, as they are now, until a backward."""
+    if not torch.is_grad_enabled() and not model.alone:
+        model.reshard()
     if model.padding == 0:
         return output
     out, state = output
