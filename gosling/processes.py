@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import os
 import platform
 import signal
@@ -31,7 +32,7 @@ class Run:
     world: int
     device: torch.device
     dtype: torch.dtype  # of activations and of frozen weights
-    wrappers: list = dataclasses.field(default_factory=list)  # DDP's, see wrap
+    wrappers: list = dataclasses.field(default_factory=list)  # DDP's, or models in shares
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)  # locks
     described: dict = dataclasses.field(default_factory=dict)  # what config.json says besides cfg
     tokenizer: object = None  # whose file lies beside it
@@ -66,11 +67,12 @@ def processes(cfg):
             raise UserError(describe_loss(rank, world, cfg.hang_minutes)) from e
         raise
     finally:
+        # The caller's frame still holds the wrapper, and that the group: a process that ends with
+        # both alive can hang, or be ended by an exception of a thread.
+        for wrapper in run.wrappers:
+            vars(wrapper).clear()
         if owns_group:
-            # The caller's frame still holds the wrapper, and that the group: a process that ends
-            # with both alive can hang.
-            for wrapper in run.wrappers:
-                vars(wrapper).clear()
+            gc.collect()
             dist.destroy_process_group()
             _noted.store = None
 

@@ -102,6 +102,7 @@ def place(model, cfg, run):
     if model.score is not None:
         to_shares(model.score, model, mesh, None, cfg)  # it is read in float32
     to_shares(model, model, mesh, dtype, cfg)
+    run.wrappers.append(model)
     model.register_forward_pre_hook(even_out, with_kwargs=True)
     model.register_forward_hook(cut_back)
     model.padding, model.alone = 0, False

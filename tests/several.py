@@ -4,6 +4,7 @@ Each is {"script": name, "config": {field: value}}; a run's functions come from 
 after so many steps as "stop" says it gets a SIGTERM.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -30,4 +31,5 @@ if __name__ == "__main__":
         else:
             script.main(cfg)
         runs.gather([])
+    gc.collect()
     dist.destroy_process_group()
