@@ -4,8 +4,9 @@ python tests/campaign/nodes.py [--shard=fsdp] [--seed=0]
 
 Each node is a torchrun in a network namespace of its own (root is needed; without, both are on the
 loopback), with one process; they meet over TCP. The second is killed with all its processes, the
-first goes on alone from last.pt, the second comes back and joins. What is left at the end is
-compared with a run of two processes that nobody disturbed.
+first goes on alone from last.pt, the second comes back and joins. What is left at the end must be
+as near to an undisturbed run of two processes as one of one process is, within a factor of 3: both
+add numbers up in another order, and 120 steps of this small run enlarge that.
 """
 
 import argparse
@@ -88,26 +89,15 @@ def main():
     in_spaces = os.geteuid() == 0 and make_namespaces()
     print("two network namespaces" if in_spaces else "two agents on the loopback", flush=True)
     words = CASES["sft"].replace("W/", f"{folder}/").split()
-    words += [
-        "--max_steps=120",
-        "--eval_every=0",
-        "--lr=1e-4",
-        "--lr_final=1e-5",
-        f"--shard={args.shard}",
-    ]
+    words += ["--max_steps=120", "--eval_every=0", "--lr=1e-4", "--lr_final=1e-5"]
+    words += ["--adam_eps=1e-4", f"--shard={args.shard}"]
     words += ["--resume=auto", "--hang_minutes=0.2"]
-    whole, out = folder / "whole", folder / "out"
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=29401",
-    ]
-    with open(folder / "whole.log", "w") as log:
-        subprocess.run(
-            [*line, *words, f"--out_dir={whole}"], cwd=ROOT, stdout=log, stderr=log, check=True
-        )
+    whole, alone, out = folder / "whole", folder / "alone", folder / "out"
+    for nproc, place in ((2, whole), (1, alone)):
+        line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"]
+        line += ["--master_port=29401", *words, f"--out_dir={place}"]
+        with open(place.with_suffix(".log"), "w") as log:
+            subprocess.run(line, cwd=ROOT, stdout=log, stderr=log, check=True)
     words.append(f"--out_dir={out}")
     logs = [folder / "a.log", folder / "b.log"]
     first = node(0, in_spaces, words, logs[0])
@@ -131,10 +121,10 @@ def main():
                     os.kill(pid, signal.SIGKILL)
         remove_namespaces()
     sizes = [text.count("cpu x 2") for text in (log.read_text() for log in logs)]
-    gap = weights_gap(whole, out)
-    left = left_over(folder)
-    print(f"ends {ends}, times in a world of 2 {sizes}, largest difference {gap:.1e}, left {left}")
-    is_good = ends == [0, 0] and gap < 1e-5 and not left
+    gap, limit, left = weights_gap(whole, out), 3 * weights_gap(whole, alone), left_over(folder)
+    print(f"ends {ends}, times in a world of 2 {sizes}, left {left}")
+    print(f"largest difference of a weight {gap:.1e}, allowed {limit:.1e}")
+    is_good = ends == [0, 0] and gap < limit and not left
     if is_good:
         shutil.rmtree(folder)
     else:
