@@ -145,22 +145,27 @@ def both(base, folder, number, steps):
 
 def check_equal(folder, number):
     """What both runs logged, and what they made."""
+    script, _, over = RUNS[number]
+    # bfloat16 has 8 bits, and the two add gradients of it up in another order.
+    near = 1e-3 if over.get("dtype") == "bfloat16" else 1e-5
     one, other = folder / f"{number}-none", folder / f"{number}-fsdp"
     for a, b in zip(rows(one), rows(other), strict=True):
         for key in a.keys() - NOT_COMPARED:
             margin = a.get(key.replace("accuracies", "margins"), 1)
             if key.endswith("accuracies") and abs(margin) < 1e-4:
                 continue  # of ties, which rounding decides
-            assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5), (RUNS[number], key, a)
+            if script == "train_grpo" and key.startswith("val_") and a["step"] > 0:
+                continue  # sampled from weights that differ by rounding: one token may be another
+            assert b[key] == pytest.approx(a[key], rel=near, abs=near), (RUNS[number], key, a)
     (final,) = [file.name for file in one.glob("*-final.*") if file.suffix != ".json"]
-    check_weights(one / final, other / final)
+    check_weights(one / final, other / final, near)
 
 
-def check_weights(one, other):
+def check_weights(one, other, near=1e-5):
     a, b = read_weights(one), read_weights(other)
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(b[name], a[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(b[name], a[name], atol=near, rtol=near)
 
 
 def test_scripts_give_what_ddp_gives(base, tmp_path):
