@@ -154,6 +154,8 @@ def check_equal(folder, number):
             margin = a.get(key.replace("accuracies", "margins"), 1)
             if key.endswith("accuracies") and abs(margin) < 1e-4:
                 continue  # of ties, which rounding decides
+            if near > 1e-5 and key.endswith("accuracy"):
+                continue  # the likeliest of two tokens that are as likely in bfloat16
             if script == "train_grpo" and key.startswith("val_") and a["step"] > 0:
                 continue  # sampled from weights that differ by rounding: one token may be another
             assert b[key] == pytest.approx(a[key], rel=near, abs=near), (RUNS[number], key, a)
