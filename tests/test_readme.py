@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 # GPUs, or minutes, or an extra package
 ELSEWHERE = re.compile(
     r"torchrun|^bash |_1b5|_0b1|runs/|tests|^python eval\.py|--serve|^python export\.py (gguf|onnx)"
-    r"|--json_schema|--regex"
+    r"|--json_schema|--regex|bench/grammar"
     r"|bench/(cpu|kernels|states)|bench/memory\.py$|--measure|cuda"
 )
 TRAINING = ["--max_steps=2", "--eval_every=0", "--save_every=0"]
