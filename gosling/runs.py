@@ -252,7 +252,8 @@ def resume(cfg, model, opt, same):
     sizes, in_file = {}, shapes(last["model"])
     if last.get("shares"):
         sizes = check_shares(last, cfg.out_dir)
-        in_file = {n[6:]: list(size) for n, size in sizes.items() if n.startswith("model.")}
+        in_model = {n: list(size) for n, size in sizes.items() if n.startswith("model.")}
+        in_file = {n.removeprefix("model."): size for n, size in in_model.items()}
     # A setting that this version has and the one that wrote the file had not is passed over.
     before = {**same, **last["same"], **in_file}
     today = {**same, **shapes(trained)}
