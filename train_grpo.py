@@ -142,6 +142,8 @@ class Config:
     beta2: Decay = 0.99  # AdamW: of the running mean of squares
     adam_eps: PositiveFloat = 1e-18  # AdamW: upstream's value
     grad_clip: NonNegativeFloat = 1.0  # largest gradient norm; 0 = no clipping
+    optim: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in a quarter of the memory
+    step_in_backward: bool = False  # one gradient in memory at a time; wants grad_clip=0
     grad_cp: bool = False  # gradient checkpointing: less memory, about a third more time
     # evaluation, saving, logging
     eval_every: NonNegativeInt = 50  # steps between validations; 0 = at the end only

@@ -74,6 +74,8 @@ class Config:
     beta2: Decay = 0.99  # AdamW: of the running mean of squares
     adam_eps: PositiveFloat = 1e-18  # AdamW: upstream's value
     grad_clip: NonNegativeFloat = 1.0  # largest gradient norm; 0 = no clipping
+    optim: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in a quarter of the memory
+    step_in_backward: bool = False  # one gradient in memory at a time; wants grad_clip=0
     grad_cp: bool = False  # gradient checkpointing: less memory, about a third more time
     l2wrap: NonNegativeFloat = 0.0  # upstream's L2Wrap, 1e-4 there: keeps logits from drifting
     # evaluation, saving, logging

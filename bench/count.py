@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from gosling import shard
+from gosling.optimizer import BLOCK_SIZE
 from model import RWKV, RWKVConfig
 from wkv_cuda import fused
 
@@ -55,6 +56,8 @@ class Layout:
     tokens: int = 1024  # of a backward pass
     accumulation: int = 1  # backward passes of a step
     slots: int = 0  # sequences that are decoded together
+    optim: str = "adamw"
+    step_in_backward: bool = False
     gpus: int = 1
     shard: str = "none"
     cpu_offload: bool = False
@@ -246,7 +249,7 @@ def count(c, layout):
             to_shares(model, layout, mesh)
         trained = [p for p in model.parameters() if p.requires_grad]
         memory.kind = "optimiser"
-        moments = [torch.empty(local(p).shape, dtype=p.dtype) for p in trained for _ in range(2)]
+        moments = [m for p in trained for m in moments_of(local(p), layout)]
         memory.kind = "activations"
         memory.most = 0  # that of the start does not count
         sent = run_step(model, memory, layout, is_sharded)
@@ -265,6 +268,14 @@ def count(c, layout):
     return Count(peak, after, sent, n_trained, sum(p.numel() for p in model.parameters()))
 
 
+def moments_of(p, layout):
+    """What AdamW keeps of a parameter; torchao keeps small tensors in float32."""
+    if layout.optim == "adamw" or p.numel() < 4096 or p.numel() % BLOCK_SIZE:
+        return [torch.empty(p.shape, dtype=p.dtype) for _ in range(2)]
+    codes = [torch.empty(p.shape, dtype=torch.uint8) for _ in range(2)]
+    return codes + [torch.empty(p.numel() // BLOCK_SIZE) for _ in range(2)]
+
+
 def local(p):
     return p._local_tensor if isinstance(p, DTensor) else p
 
@@ -274,6 +285,8 @@ def run_step(model, memory, layout, is_sharded):
 
     def is_a_gradient(p):
         memory.see(p.grad.untyped_storage(), "gradients")
+        if layout.step_in_backward:
+            p.grad = None
 
     for p in model.parameters():
         if p.requires_grad and not isinstance(p, DTensor):

@@ -35,7 +35,7 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gosling import config, runs
+from gosling import config, optimizer, runs
 from gosling.batch import pack
 from gosling.config import UserError
 from gosling.token_files import TokenFileWriter
@@ -75,6 +75,8 @@ class Config:
     accumulation: PositiveInt = 1  # backward passes of a step
     grad_cp: bool = True  # gradient checkpointing
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of frozen weights and of the computation
+    optim: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in a quarter of the memory
+    step_in_backward: bool = False  # one gradient in memory at a time
     gpus: PositiveInt = 1  # cards, one process each
     shard: Literal["none", "fsdp"] = "none"  # none = DDP: all weights on every card
     cpu_offload: bool = False  # with fsdp: the shares lie in the memory of the host
@@ -104,6 +106,10 @@ def check(cfg):
             "--measure trains all weights, in the processes that torchrun starts; leave --model "
             "(for --n_layer), --gpus, --cpu_offload and --tune out"
         )
+    if (cfg.step_in_backward or cfg.optim == "adamw8bit") and (sharded or cfg.gpus > 1):
+        raise UserError("--optim=adamw8bit and --step_in_backward are for one card; leave one out")
+    if cfg.step_in_backward and cfg.accumulation > 1:
+        raise UserError("--step_in_backward wants one backward pass a step: --accumulation=1")
     if cfg.cpu_offload and (not sharded or cfg.gpus == 1):
         raise UserError("--cpu_offload wants --shard=fsdp and at least --gpus=2")
     if sharded and METHODS[cfg.method][1]:
@@ -132,6 +138,8 @@ def layout_of(cfg):
         tokens=cfg.micro_bsz * sequences * cfg.ctx_len,
         accumulation=cfg.accumulation,
         slots=cfg.micro_bsz * slots,
+        optim=cfg.optim,
+        step_in_backward=cfg.step_in_backward,
         gpus=cfg.gpus,
         shard=cfg.shard,
         cpu_offload=cfg.cpu_offload,
@@ -263,6 +271,7 @@ class Case:
     T: int
     chunk_len: int = 0
     grad_cp: bool = False
+    step_in_backward: bool = False
 
 
 def random_model(case):
@@ -274,7 +283,10 @@ def random_model(case):
         p.data.normal_(std=0.02)
     model.set_tune(case.tune, **(LORA if case.tune == "lora" else {}))
     model.grad_cp = case.grad_cp
-    return model, torch.optim.AdamW(model.param_groups(1e-4, 0.0), fused=True)
+    opt = torch.optim.AdamW(model.param_groups(1e-4, 0.0), fused=True)
+    if case.step_in_backward:
+        optimizer.step_in_backward(model, opt)
+    return model, opt
 
 
 def train(case):
@@ -307,11 +319,12 @@ def peak(case):
 def compare_with_estimate(case, measured):
     c = RWKVConfig("x070", case.n_layer, case.n_embd, case.vocab)
     layout = Layout(case.tune, torch.float32, case.grad_cp, case.T, on_a_gpu=False)
+    layout.step_in_backward = case.step_in_backward
     estimated = sum(count(c, layout).peak.values())
     words = f"{case.tune}, {case.n_layer} x {case.n_embd}, vocabulary {case.vocab}, {case.T} tokens"
     timer.report(
         "memory",
-        case=f"{words}, grad_cp" if case.grad_cp else words,
+        case=words + ", grad_cp" * case.grad_cp + ", step in backward" * case.step_in_backward,
         estimate_mib=round(estimated / MIB),
         measured_mib=round(measured / MIB),
         ratio=round(estimated / measured, 3),
@@ -327,6 +340,7 @@ def measure(cfg):
     for case in (
         full,
         lora,
+        dataclasses.replace(full, step_in_backward=True),
         Case("full", 12, 768, 65536, 1024, grad_cp=True),
         Case("full", 6, 512, 4096, 2048),
         Case("lora", 6, 512, 4096, 4096),

@@ -19,6 +19,7 @@ from gosling.files import (
     sync_folder,
     write_json,
 )
+from gosling.optimizer import BLOCK_SIZE, MOMENTS
 from gosling.processes import gather
 from gosling.schemas import Last, Optimizer, RunNotes
 from gosling.shard import fill
@@ -73,22 +74,35 @@ def checked_optimizer(saved, opt, path):
     parameters = [p for group in opt.param_groups for p in group["params"]]
     for number, of_parameter in saved["state"].items():
         place = f"optimizer.state.{number}"
-        is_ours = number in range(len(parameters))
-        is_ours = is_ours and of_parameter.keys() == {"step", "exp_avg", "exp_avg_sq"}
-        expect(is_ours, path, f"{place} is not of AdamW")
+        expect(number in range(len(parameters)), path, f"{place} is not of AdamW")
+        expected = tensors_of(parameters[number], of_parameter)
+        expect(of_parameter.keys() == expected.keys(), path, f"{place} is not of AdamW")
         for key, w in of_parameter.items():
-            shape = () if key == "step" else parameters[number].shape
-            is_good = are_numbers(w) and w.shape == shape and w.dtype == torch.float32
+            dtype, shape = expected[key]
+            is_good = are_numbers(w, dtype) and w.shape == shape
             expect(is_good, path, f"{place}.{key} is not of its parameter")
     return {**saved, "param_groups": today}
 
 
-def are_numbers(w):
-    """Whether it is a tensor of floats that are all there, and finite."""
+def tensors_of(p, found):
+    """{key: (dtype, shape)} of AdamW's state for a parameter; 8-bit, if what is found is."""
+    expected = {"step": (torch.float32, ())}
+    for moment in MOMENTS:
+        if f"{moment}.codes" in found:
+            expected[f"{moment}.codes"] = (torch.uint8, p.shape)
+            expected[f"{moment}.scale"] = (torch.float32, (p.numel() // BLOCK_SIZE,))
+        else:
+            expected[moment] = (torch.float32, p.shape)
+    return expected
+
+
+def are_numbers(w, dtype=None):
+    """Whether it is a tensor of numbers that are all there, and finite: floats, or of a dtype."""
     is_there = isinstance(w, torch.Tensor) and w.layout == torch.strided and w.device.type != "meta"
-    if not is_there or not w.is_floating_point() or w.untyped_storage().nbytes() < w.nbytes:
+    if not is_there or w.untyped_storage().nbytes() < w.nbytes:
         return False
-    return bool(w.isfinite().all())
+    is_right = w.is_floating_point() if dtype is None else w.dtype == dtype
+    return is_right and bool(w.isfinite().all())
 
 
 def expect(is_good, path, problem):

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from gosling import files
+from gosling import files, optimizer
 from gosling.config import UserError, config_dict, print0, show
 from gosling.files import primitive, read_json, save_torch, write_json
 from gosling.last import (
@@ -28,6 +28,7 @@ from gosling.last import (
     write_shares,
 )
 from gosling.metrics import OWN_NAMES, Metrics, duration
+from gosling.optimizer import make_optimizer
 from gosling.processes import (
     Run,
     all_reduce,
@@ -56,8 +57,8 @@ import torch
 
 # What a loop also calls by `runs.`, from other rooms.
 __all__ = ["Metrics", "Run", "all_reduce", "all_sum", "catch_signals", "cpu_name", "fast_dtype"]
-__all__ += ["average_gradients", "clip_gradients", "gather", "pick_device", "processes", "whole"]
-__all__ += ["wrap"]
+__all__ += ["average_gradients", "clip_gradients", "gather", "make_optimizer", "pick_device"]
+__all__ += ["processes", "whole", "wrap"]
 
 # ----------------------------------------------------------------------------------------------
 # steps: how many, which samples, at which learning rate
@@ -126,32 +127,8 @@ def lr_at(step, lr, lr_final, warmup_steps, max_steps):
 def set_lr(opt, cfg, step, max_steps):
     """Give each group its share of lr_at. -> lr"""
     lr = lr_at(step, cfg.lr, cfg.lr_final, cfg.warmup_steps, max_steps)
-    for group in opt.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+    optimizer.set_lr(opt, lr)
     return lr
-
-
-def make_optimizer(model, cfg, run):
-    """AdamW over model.param_groups, printed with counts; lr_scale: a group's share of the rate."""
-    groups = model.param_groups(cfg.lr, cfg.weight_decay)
-    c, n_all = model.config, sum(p.numel() for p in model.parameters())
-    print0(
-        f"model: {c.version}, {c.n_layer} layers x {c.n_embd}, vocabulary {c.vocab_size}, "
-        f"{n_all:,} parameters; trained:"
-    )
-    for group in groups:
-        group["lr_scale"] = group["lr"] / cfg.lr
-        n_parameters = sum(p.numel() for p in group["params"])
-        print0(
-            f"  {group['name']}: {len(group['params'])} tensors, {n_parameters:,} parameters, "
-            f"lr {group['lr']:g}, weight decay {group['weight_decay']:g}"
-        )
-    return torch.optim.AdamW(
-        groups,
-        betas=(cfg.beta1, cfg.beta2),
-        eps=cfg.adam_eps,
-        fused=run.device.type in ("cpu", "cuda"),
-    )
 
 
 def check_finite(cfg, step, loss, grad_norm, model):
@@ -161,9 +138,12 @@ def check_finite(cfg, step, loss, grad_norm, model):
     check_weights(cfg, model, f"step {step + 1}: loss {loss}")  # since an earlier step
     last = Path(cfg.out_dir) / "last.pt"
     stands = f" {last} stands;" if last.exists() else ""
+    touched = "stopped before this step touched the weights"
+    if getattr(cfg, "step_in_backward", False):
+        touched = "this step has touched the weights, and nothing of it is saved"
     raise UserError(
-        f"step {step + 1}: loss {loss}, gradient norm {float(grad_norm)}; stopped before this step "
-        f"touched the weights.{stands} try a new run with a lower --lr or --dtype=float32"
+        f"step {step + 1}: loss {loss}, gradient norm {float(grad_norm)}; {touched}.{stands} try a "
+        "new run with a lower --lr or --dtype=float32"
     )
 
 
@@ -197,7 +177,7 @@ def trained_parameters(model):
 # What may be otherwise on resume: it changes nothing, or only how long, where and how it is run.
 # So are all settings of evaluation, eval_….
 MAY_CHANGE = ("out_dir", "resume", "device", "micro_bsz", "packing", "chunk_len", "grad_cp")
-MAY_CHANGE += ("gen_batch_size", "max_steps", "epochs", "patience")
+MAY_CHANGE += ("step_in_backward", "gen_batch_size", "max_steps", "epochs", "patience")
 MAY_CHANGE += ("save_every", "save_minutes", "keep_last")
 MAY_CHANGE += ("log", "log_every", "rollouts_every", "val_data", "watch")
 MAY_CHANGE += ("hang_minutes", "reward_seconds", "shard", "cpu_offload", "gather")
@@ -270,10 +250,12 @@ def resume(cfg, model, opt, same):
     if last.get("shares"):
         read_shares(trained, opt, Path(cfg.out_dir) / last["shares"], sizes)
     else:
-        optimizer = checked_optimizer(last.get("optimizer"), opt, path)
+        state = checked_optimizer(last.get("optimizer"), opt, path)
         for name, p in trained.items():
             fill(p, last["model"][name])
-        opt.load_state_dict(in_shares(optimizer, opt) if is_sharded(model) else optimizer)
+        if is_sharded(model):
+            state = in_shares(state, opt)
+        opt.load_state_dict(optimizer.from_plain(state))
     torch.set_rng_state(last["rng"])
     print0(f"resumed {path} at step {last['step']}")
     return last
@@ -297,7 +279,7 @@ def save_last(cfg, run, model, opt, same, **values):
         tensors = {"model": {}, "shares": shares, "digests": digests}
     else:
         tensors = {"model": {name: p.detach() for name, p in trained.items()}}
-        tensors["optimizer"] = opt.state_dict()
+        tensors["optimizer"] = optimizer.to_plain(opt.state_dict())
     if run.main:
         if run.tokenizer and not (out / "config.json").exists():
             write_description(cfg, run)

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 from gosling import config, runs
+from gosling.token_files import TokenFileWriter
 from model import RWKV, RWKVConfig
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,6 +146,87 @@ def kill_after(cfg, steps, main):
         assert e.value.code == 130
     finally:
         runs.Metrics.log = real
+
+
+# ----------------------------------------------------------------------------------------------
+# the same small run of every script
+
+REWARD = '''
+def reward(prompts, completions, **columns):
+    """How many of a few letters there are; another length of text, another number."""
+    return [sum(c in "aeiou0123" for c in text) / 8 for text in completions]
+'''
+
+COMMON = dict(
+    tokenizer="bytes",
+    device="cpu",
+    micro_bsz=2,
+    global_bsz=8,
+    max_steps=20,
+    lr=1e-3,
+    adam_eps=1e-4,  # with upstream's 1e-18 Adam makes a full step of a gradient of rounding errors
+    eval_every=10,
+    save_every=0,
+    log_every=1,
+    grad_clip=0.3,
+)
+
+
+def make_files(folder):
+    """Small models and data of every kind."""
+    for version in ("x070", "x060"):
+        model = random_model(version, n_layer=2, n_embd=64, vocab_size=257)
+        model.save_pretrained(folder / f"{version}.pth")
+        model.add_score()
+        torch.nn.init.normal_(model.score.weight)
+        model.save_pretrained(folder / f"{version}-score.pth")
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": w * (1 + i % 4)},
+                {"role": "assistant", "content": w[::-1]},
+            ]
+        }
+        for i, w in enumerate(words * 3)
+    ]
+    write(folder / "sft.jsonl", *chats[:20])
+    write(folder / "val.jsonl", *chats[20:27])  # the processes get different numbers of batches
+    pairs = [
+        {"prompt": w * (1 + i % 3), "chosen": w[::-1] * (1 + i % 2), "rejected": w}
+        for i, w in enumerate(words * 2)
+    ]
+    write(folder / "pairs.jsonl", *pairs[:16])
+    write(folder / "val_pairs.jsonl", *pairs[15:])
+    write(folder / "prompts.jsonl", *({"prompt": w} for w in words))
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "empty.py").write_text("")
+    text = (ROOT / "LICENSE").read_bytes()
+    for name, part in (("text_train", text[:800]), ("text_val", text[800:950])):
+        with TokenFileWriter(folder / name, np.uint16) as file:
+            file.add([byte + 1 for byte in part])
+    return folder
+
+
+def config_of(base, script, version, out, **over):
+    """One run's settings."""
+    cfg = {**COMMON, "out_dir": str(out)}
+    data = {
+        "train_sft": ("sft.jsonl", "val.jsonl"),
+        "train_state": ("sft.jsonl", "val.jsonl"),
+        "train_reward": ("pairs.jsonl", "val_pairs.jsonl"),
+        "train_dpo": ("pairs.jsonl", "val_pairs.jsonl"),
+        "train_grpo": ("prompts.jsonl", "prompts.jsonl"),
+        "train_pretrain": ("text_train", "text_val"),
+    }[script]
+    cfg |= dict(zip(("data", "val_data"), (str(base / name) for name in data), strict=True))
+    if script == "train_pretrain":
+        cfg |= dict(n_layer=2, n_embd=64, version=version, ctx_len=32)
+    else:
+        cfg["init_from"] = str(base / f"{version}.pth")
+    if script == "train_grpo":
+        cfg |= dict(num_generations=4, max_completion_length=6, global_bsz=4, beta=0.05)
+    return {**cfg, **over}
 
 
 # ----------------------------------------------------------------------------------------------

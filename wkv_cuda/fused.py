@@ -183,17 +183,19 @@ def score_rows(z, y):
 
 
 def score_rows_backward(logits, y, scores, grads, temperature, l2wrap):
-    """d loss / d logits [M, V] from d loss / d logps and, or None, / d entropy, each [M]."""
+    """d loss / d logits [M, V], in place of the logits, from d loss / d logps and, or None,
+    / d entropy, each [M]."""
     _, entropy, _, lse = scores
     dlogps, dentropy = grads
-    logp = logits / temperature - lse[:, None]
-    p = logp.exp()
-    dz = (p * -dlogps[:, None]).scatter_add_(-1, y[:, None], dlogps[:, None])
-    if dentropy is not None:
-        dz.addcmul_(p, (logp + entropy[:, None]) * dentropy[:, None], value=-1)
-    dz /= temperature
     if l2wrap:
         top, at = logits.max(-1, keepdim=True)
+    logp = logits.div_(temperature).sub_(lse[:, None])
+    factor = dlogps[:, None]
+    if dentropy is not None:
+        factor = torch.addcmul(factor, logp + entropy[:, None], dentropy[:, None])
+    dz = logp.exp_().mul_(-factor).scatter_add_(-1, y[:, None], dlogps[:, None])
+    dz /= temperature
+    if l2wrap:
         dz.scatter_add_(-1, at, -l2wrap * top * dlogps[:, None])
     return dz
 
