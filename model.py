@@ -167,12 +167,6 @@ def token_shift(x, shift, packing):
     return x_prev, shift.index_copy(0, packing.filled, x[0, packing.last])
 
 
-def head_norm(y, norm):
-    """y [B, T, H, N] -> [B, T, C]: layer norm of each head, then weight and bias over C."""
-    y = F.layer_norm(y, y.shape[-1:], eps=64e-5).flatten(2)
-    return torch.addcmul(norm.bias.to(y.dtype), y, norm.weight.to(y.dtype))  # bias + y * weight
-
-
 class TimeMix7(nn.Module):
     """For each head, with * by element, k' a row, and every vector computed from its own mix of x
     with the token before:
@@ -207,29 +201,31 @@ class TimeMix7(nn.Module):
         x_r, x_w, x_k, x_v, x_a, x_g = fused.mix(
             x, x_prev, self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
         )
-        a0, v0 = self.a0.to(x.dtype), self.v0.to(x.dtype)
-        k_k, k_a, r_k = self.k_k.to(x.dtype), self.k_a.to(x.dtype), self.r_k.to(x.dtype)
         r = self.receptance(x_r)
         k = self.key(x_k)
         v = self.value(x_v)
+        w = low_rank(x_w, self.w1, self.w2, torch.tanh)
+        a = low_rank(x_a, self.a1, self.a2)
         g = low_rank(x_g, self.g1, self.g2, torch.sigmoid)
-        a = torch.sigmoid(a0 + low_rank(x_a, self.a1, self.a2))  # in-context learning rate
-        # The decay w is in (0.545, 1): log w = -exp(-1/2) sigmoid(.)
-        w0 = fused.as_float32(self.w0)
-        logw = -math.exp(-0.5) * torch.sigmoid(w0 + low_rank(x_w, self.w1, self.w2, torch.tanh))
-        if v_first is None:
-            v_first = v
-        else:  # the value residual: v + (v_first - v) * sigmoid(.)
-            v = torch.lerp(v, v_first, torch.sigmoid(v0 + low_rank(x_v, self.v1, self.v2)))
+        v_gate = None if v_first is None else low_rank(x_v, self.v1, self.v2)
+        # log w = -exp(-1/2) sigmoid(w0 + w), so that the decay w is in (0.545, 1)
+        # a = sigmoid(a0 + a), the in-context learning rate
+        # v = v + (v_first - v) * sigmoid(v0 + v_gate), the value residual, not in the first layer
+        # kappa = k * k_k, each head divided by its length: the removal key
+        # k = k * (1 + (a - 1) * k_a)
+        logw, k, v, minus_kappa, kappa_a = fused.gates7(
+            *(k, v, v_first, w, a, v_gate),
+            *(self.w0, self.a0, self.v0, self.k_k, self.k_a, self.N),
+        )
+        v_first = v if v_first is None else v_first
 
         by_head = (B, T, self.H, self.N)
-        kappa = F.normalize((k * k_k).view(by_head), dim=-1)  # removal key, of unit length
-        k = k * (1 + (a - 1) * k_a)
-        r, logw, k, v, a = (t.view(by_head) for t in (r, logw, k, v, a))
-        y, wkv = wkv7(r, logw, k, v, -kappa, kappa * a, wkv, cu_seqlens=packing.cu_seqlens)
-        bonus = (r * k * r_k).sum(-1, keepdim=True) * v  # the current token, by itself
-        y = head_norm(y, self.ln_x) + bonus.flatten(2)
-        return self.output(y * g), v_first, shift, wkv
+        r, logw, k, v = (t.view(by_head) for t in (r, logw, k, v))
+        minus_kappa, kappa_a = minus_kappa.view(by_head), kappa_a.view(by_head)
+        y, wkv = wkv7(r, logw, k, v, minus_kappa, kappa_a, wkv, cu_seqlens=packing.cu_seqlens)
+        # g * (norm(y) + (r . (r_k * k)) v): the current token also reads itself
+        y = fused.readout(y, g, self.ln_x, r, k, v, self.r_k)
+        return self.output(y), v_first, shift, wkv
 
 
 class ChannelMix7(nn.Module):
@@ -243,7 +239,7 @@ class ChannelMix7(nn.Module):
     def forward(self, x, shift, packing):
         x_prev, shift = token_shift(x, shift, packing)
         (x_k,) = fused.mix(x, x_prev, self.x_k)  # x + (x_prev - x) * self.x_k
-        return self.value(torch.relu(self.key(x_k)) ** 2), shift
+        return self.value(fused.relu_squared(self.key(x_k))), shift
 
 
 class TimeMix6(nn.Module):
@@ -275,15 +271,15 @@ class TimeMix6(nn.Module):
         """As TimeMix7.forward; RWKV-6 has no value residual and hands v_first through."""
         B, T, C = x.shape
         x_prev, shift = token_shift(x, shift, packing)
-        delta = x_prev - x
-        x_x = x + delta * self.time_maa_x.to(x.dtype)
-        h = torch.tanh(x_x @ self.time_maa_w1.to(x.dtype)).unflatten(-1, (5, -1))
-        h = torch.einsum("btmr,mrc->mbtc", h, self.time_maa_w2.to(x.dtype))  # [5, B, T, C]
-        x_w = torch.addcmul(x, delta, self.time_maa_w.to(x.dtype) + h[0])  # x + delta * (m + h)
-        x_k = torch.addcmul(x, delta, self.time_maa_k.to(x.dtype) + h[1])
-        x_v = torch.addcmul(x, delta, self.time_maa_v.to(x.dtype) + h[2])
-        x_r = torch.addcmul(x, delta, self.time_maa_r.to(x.dtype) + h[3])
-        x_g = torch.addcmul(x, delta, self.time_maa_g.to(x.dtype) + h[4])
+        (x_x,) = fused.mix(x, x_prev, self.time_maa_x)  # x + (x_prev - x) * time_maa_x
+        h = torch.tanh(fused.linear(x_x, self.time_maa_w1.to(x.dtype).mT)).chunk(5, -1)
+        h = [
+            fused.linear(part, up.mT)
+            for part, up in zip(h, self.time_maa_w2.to(x.dtype), strict=True)
+        ]
+        # x_w = x + (x_prev - x) * (time_maa_w + h[0]), and so on
+        maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        x_w, x_k, x_v, x_r, x_g = fused.mix(x, x_prev, *maa, offsets=h)
         r = self.receptance(x_r)
         k = self.key(x_k)
         v = self.value(x_v)
@@ -294,7 +290,8 @@ class TimeMix6(nn.Module):
         r, logw, k, v = (t.view(B, T, self.H, self.N) for t in (r, logw, k, v))
         u = self.time_faaaa.to(x.dtype)
         y, wkv = wkv6(r, logw, k, v, u, wkv, cu_seqlens=packing.cu_seqlens)
-        return self.output(head_norm(y, self.ln_x) * g), v_first, shift, wkv
+        y = fused.readout(y, g, self.ln_x)  # norm(y) * g
+        return self.output(y), v_first, shift, wkv
 
 
 class ChannelMix6(nn.Module):
@@ -309,7 +306,7 @@ class ChannelMix6(nn.Module):
     def forward(self, x, shift, packing):
         x_prev, shift = token_shift(x, shift, packing)
         x_k, x_r = fused.mix(x, x_prev, self.time_maa_k, self.time_maa_r)
-        k = torch.relu(self.key(x_k)) ** 2
+        k = fused.relu_squared(self.key(x_k))
         return torch.sigmoid(self.receptance(x_r)) * self.value(k), shift
 
 

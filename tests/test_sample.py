@@ -410,9 +410,9 @@ def test_native_code_checks_lengths_and_types():
     with pytest.raises(ValueError, match="dlogps is"):
         cpu.score_rows(z, targets, 1.0, scores, (torch.ones(3), None))
     assert [len(column) for column in cpu.score_rows(z[:0], targets[:0], 1.0)] == [0] * 4
-    for before, ms in ((x[:, :2], [m]), (x, [m[..., :7]]), (x.double(), [m])):
+    for before, weight in ((x[:, :2], m), (x, m[..., :7]), (x.double(), m)):
         with pytest.raises(ValueError, match="mix: "):
-            cpu.mix(x, before, ms)
+            cpu.fused("mix", 1, [x, before, None], [weight], 1)
     model = random_model()
     step, state = fused.decoder(model), model.zero_state(2)
     with pytest.raises(ValueError, match="ids are"):

@@ -15,6 +15,12 @@ constexpr int W = 4;
 typedef float vec __attribute__((vector_size(4 * W), may_alias));
 static inline vec* at(float* x) { return (vec*)x; }
 
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")  // no turn of the loop reads what another writes
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 static inline float as_float(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
 static inline uint32_t as_int(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
 static inline uint16_t as_bf16(float y) {  // the nearest, ties to even

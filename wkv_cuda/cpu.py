@@ -152,28 +152,50 @@ def fits(x):
     return is_plain(x) and x.dtype == torch.float32 and _load(build=False)[0] is not None
 
 
-def mix(x, x_prev, weights, grads=()):
-    """x, x_prev [.., C], weights [C] each -> [x + (x_prev - x) m for m in weights].
+def fused(name, number, vectors, parameters, n_results, grads=None):
+    """Run mix, gates7 or readout of train_cpu.cpp -> its results, each like the first vector.
 
-    All float32 on a CPU. With `grads`, those of these results: -> the gradients of x, x_prev and
-    each m. ValueError for what does not fit.
+    vectors [.., C] of one shape and parameters of C numbers are what goes in, float32 on a CPU, or
+    None where the function allows it; number: the results of mix, the head size of the others.
+    With `grads`, those of the results: -> the gradients of vectors and parameters, None for None.
+    ValueError for what does not fit.
     """
-    library = _load(build=False)[0]
-    C = x.shape[-1] if x.dim() else 0
+    library, x = _load(build=False)[0], vectors[0]
     if library is None:
-        raise ValueError("mix: the C++ is not built; ask fits(x) first")
-    if C == 0 or x.numel() // C >= 2**31 or len(grads) not in (0, len(weights)):
-        counts = f"{len(weights)} weights and {len(grads)} gradients"
-        raise ValueError(f"mix: x is {tuple(x.shape)}, with {counts}; expected [.., C] and as many")
-    for name, tensors in (("x", (x, x_prev)), ("a gradient", grads)):
-        for other in tensors:
-            native.check(f"mix: {name}", other, x.shape, FLOATS, CPU)
-    for m in weights:
-        native.check("mix: a weight", m.flatten(), (C,), FLOATS, CPU)
-    out = native.empty_like((x, x_prev, *weights) if grads else [x] * len(weights))
-    io = [t.contiguous() for t in (x, x_prev, *weights, *grads)] + out
-    sizes = integers((x.numel() // C, C, len(weights), torch.get_num_threads()))
-    library.mix(bool(grads), sizes, pointers(io))
+        raise ValueError(f"{name}: the C++ is not built; ask fits(x) first")
+    C = x.shape[-1] if x.dim() else 0
+    is_whole = name == "mix" or (number in HEAD_SIZES and C % number == 0)
+    if C == 0 or x.numel() // C >= 2**31 or not is_whole or len(grads or []) not in (0, n_results):
+        raise ValueError(f"{name}: a vector is {tuple(x.shape)}, expected [.., C], of {number}")
+    for vector in (*vectors, *(grads or [])):
+        if vector is not None:
+            native.check(f"{name}: a vector", vector, x.shape, FLOATS, CPU)
+    for parameter in parameters:
+        if parameter is not None:
+            native.check(f"{name}: a parameter", parameter.flatten(), (C,), FLOATS, CPU)
+    inputs = [*vectors, *parameters]
+    if grads is None:
+        results, out = native.empty_like([x] * n_results), []
+    else:
+        results, out = grads, [None if t is None else t.new_empty(t.shape) for t in inputs]
+    # Kept in a list, so that they are alive until the call returns.
+    io = [None if t is None else t.contiguous() for t in (*inputs, *results)] + out
+    sizes = integers((x.numel() // C, C, number, torch.get_num_threads()))
+    getattr(library, name)(grads is not None, sizes, pointers(io))
+    return results if grads is None else out
+
+
+def relu_squared(x, dout=None):
+    """max(x, 0)^2, float32 on a CPU; with dout, that of the result: its gradient."""
+    native.check("relu_squared: x", x, x.shape, FLOATS, CPU)
+    x = x.contiguous()
+    out, io = torch.empty_like(x), [x]
+    if dout is not None:
+        native.check("relu_squared: dout", dout, x.shape, FLOATS, CPU)
+        io.append(dout.contiguous())
+    count = ctypes.c_int64(x.numel())
+    library = _load(build=False)[0]
+    library.relu_squared(dout is not None, count, torch.get_num_threads(), pointers([*io, out]))
     return out
 
 

@@ -1,99 +1,255 @@
 """The same numbers, faster: other parts of the network than the recurrence, with a native form.
 
 model.py reads as the papers write; what it calls here gives the numbers of the plain formula that
-stands beside the call, in fewer passes over memory: products through oneDNN, token mixing and the
-end of the loss in C++ (train_cpu.cpp), one token through the whole network in C++ (step_cpu.cpp).
+stands beside the call, in fewer passes over memory: products through oneDNN; token mixing, what
+lies between products and recurrence, and the end of the loss in C++ (train_cpu.cpp); one token
+through the whole network in C++ (step_cpu.cpp).
 Everything has a PyTorch form that takes over where the C++ is not built.
 """
 
 import contextlib
 import ctypes
+import functools
+import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from . import cpu, native
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile would stop at it
+# ----------------------------------------------------------------------------------------------
+# matrix products
+
+
+@functools.cache
+def prefers_onednn():
+    """Whether float32 products go through oneDNN: on processors that are not Intel's, where MKL,
+    which PyTorch takes, may need twice as long. On Intel's the two are equally fast."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    with contextlib.suppress(OSError):
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(errors="replace")
+    return False
+
+
+ONEDNN = prefers_onednn()  # asked here: torch.compile would stop at it
+# Rows of a product at a time. oneDNN keeps code and memory for every shape that it has seen, and
+# packed batches have another number of rows at each step: gigabytes, if they came as they are.
+ROWS, MANY_ROWS = 512, 4096
 
 
 def linear(x, w):
     """x [..., in], w [out, in] -> x w' [..., out]; an error if they do not fit."""
-    # Small products gain nothing, and oneDNN keeps code for every shape that it has seen.
-    is_large = x.dtype == w.dtype == torch.float32 and w.numel() >= 2**16
-    if is_large and x.device.type == "cpu" and HAS_ONEDNN and not native.is_exported():
+    is_cpu = x.device.type == "cpu" and x.dtype == w.dtype == torch.float32
+    if ONEDNN and is_cpu and not native.is_exported() and is_large(x, w):
         native.check("w", w, (*w.shape[:1], *x.shape[-1:]), cpu.FLOATS, x.device)
         return OneDNN.apply(x, w)
     return F.linear(x, w)
 
 
-class OneDNN(torch.autograd.Function):
-    """x w' in float32 on a CPU.
+def is_large(x, w):
+    """Whether a product gains by oneDNN. torch.compile is not asked for rows that may change."""
+    return w.numel() >= 2**13 and (native.is_traced() or x.shape[:-1].numel() >= ROWS)
 
-    F.linear takes MKL, which on some CPUs needs half as long again as oneDNN; for the gradient of w
-    they are equal.
-    """
+
+class OneDNN(torch.autograd.Function):
+    """x w' in float32 on a CPU."""
 
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
-        return onednn(x, w)
+        return product(x, w)
 
     @staticmethod
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = onednn(dy, w.mT)
-        if ctx.needs_input_grad[1]:
-            dw = dy.flatten(0, -2).mT @ x.flatten(0, -2)
+        dx = product(dy, w.mT) if ctx.needs_input_grad[0] else None
+        dw = weight_gradient(dy, x) if ctx.needs_input_grad[1] else None
         return dx, dw
 
 
-def onednn(x, w):
-    """x w'. torch.compile's own form of that op takes constant weights alone, so it meets ours."""
+def product(x, w):
+    """x [..., in], w [out, in] -> x w' [..., out], without a gradient."""
+    rows = x.reshape(-1, x.shape[-1])
+    if not ONEDNN or not x.is_cpu or not x.dtype == w.dtype == torch.float32:
+        return F.linear(x, w)
+    if native.is_traced():  # torch.compile's own form of oneDNN's op takes constant weights alone
+        return product_op(rows, w).view(*x.shape[:-1], len(w))
+    return by_rows(rows, w).view(*x.shape[:-1], len(w))
+
+
+def by_rows(x, w):
+    """x [M, in], w [out, in] -> x w'. The last rows, less than ROWS, go through MKL."""
+    if len(x) == MANY_ROWS:
+        return onednn(x, w)
+    y, a = x.new_empty(len(x), len(w)), 0
+    for rows in (MANY_ROWS, ROWS):
+        while a + rows <= len(x):
+            y[a : a + rows] = onednn(x[a : a + rows], w)
+            a += rows
+    if a < len(x):
+        torch.mm(x[a:], w.mT, out=y[a:])
+    return y
+
+
+def weight_gradient(dy, x):
+    """dy [..., out], x [..., in] -> dy' x [out, in], without a gradient."""
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if not ONEDNN or not x.is_cpu or not x.dtype == dy.dtype == torch.float32:
+        return dy.mT @ x
     if native.is_traced():
-        return onednn_op(x, w)
+        return weight_gradient_op(dy, x)
+    return sum_over_rows(dy, x)
+
+
+def sum_over_rows(dy, x):
+    """dy [M, out], x [M, in] -> dy' x [out, in]"""
+    if dy.shape[1] > x.shape[1]:  # oneDNN copies its first matrix if that is turned
+        return sum_over_rows(x, dy).mT
+    whole = len(x) // ROWS * ROWS
+    total = dy[whole:].mT @ x[whole:]  # zeros, if no row is left
+    for a in range(0, whole, ROWS):
+        total += onednn(dy[a : a + ROWS].mT, x[a : a + ROWS].mT)
+    return total
+
+
+def onednn(x, w):
     return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
-@torch.library.custom_op("gosling::onednn", mutates_args=())
-def onednn_op(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+@torch.library.custom_op("gosling::product", mutates_args=())
+def product_op(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return by_rows(x, w)
 
 
-@onednn_op.register_fake
-def onednn_shape(x, w):
-    return x.new_empty((*x.shape[:-1], len(w)))
+@product_op.register_fake
+def product_shape(x, w):
+    return x.new_empty(len(x), len(w))
 
 
-def mix(x, x_prev, *weights):
+@torch.library.custom_op("gosling::weight_gradient", mutates_args=())
+def weight_gradient_op(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return sum_over_rows(dy, x).contiguous()
+
+
+@weight_gradient_op.register_fake
+def weight_gradient_shape(dy, x):
+    return x.new_empty(dy.shape[1], x.shape[1])
+
+
+# ----------------------------------------------------------------------------------------------
+# what lies between products
+
+
+class Fused(torch.autograd.Function):
+    """A function of train_cpu.cpp: one pass over memory, and one in backward. `cpu.fused` says what
+    the arguments are; tensors: the vectors, then the parameters."""
+
+    @staticmethod
+    def forward(ctx, name, number, n_vectors, n_results, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.about = name, number, n_vectors, n_results
+        vectors, parameters = tensors[:n_vectors], tensors[n_vectors:]
+        return tuple(cpu.fused(name, number, vectors, parameters, n_results))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        name, number, n_vectors, n_results = ctx.about
+        tensors = ctx.saved_tensors  # read once: under checkpointing this is what recomputes
+        vectors, parameters = tensors[:n_vectors], tensors[n_vectors:]
+        out = cpu.fused(name, number, vectors, parameters, n_results, list(grads))
+        return None, None, None, None, *out
+
+
+def mix(x, x_prev, *weights, offsets=None):
     """x and the token before, x_prev [B, T, C]; weights [1, 1, C] -> [x + (x_prev - x) m, ...]
 
+    offsets: as many [B, T, C], and each m is m + its offset.
     ValueError for shapes that do not fit: PyTorch would repeat what is too short.
     """
     weights = [m.to(x.dtype) for m in weights]
     if cpu.fits(x):
-        return Mix.apply(x, x_prev, *weights)  # one pass over memory, and one in backward
+        J = len(weights)
+        offsets = [None] * J if offsets is None else offsets
+        return Fused.apply("mix", J, 2 + J, J, x, x_prev, *offsets, *weights)
     if x_prev.shape != x.shape or any(m.numel() != x.shape[-1] for m in weights):
         shapes = [tuple(t.shape) for t in (x, x_prev, *weights)]
         raise ValueError(
             f"mix: x, x_prev and weights are {shapes}, expected [B, T, C] and [1, 1, C]"
         )
     delta = x_prev - x
+    if offsets is not None:
+        weights = [m + h for m, h in zip(weights, offsets, strict=True)]
     return [torch.addcmul(x, delta, m) for m in weights]
 
 
-class Mix(torch.autograd.Function):
+def gates7(k, v, v_first, w, a, v_gate, w0, a0, v0, k_k, k_a, head_size):
+    """What lies between RWKV-7's products and its recurrence. All [B, T, C], and [1, 1, C]:
+
+      log w = -exp(-1/2) sigmoid(w0 + w)      the decay w is in (0.545, 1)
+      a     = sigmoid(a0 + a)                 the in-context learning rate
+      v     = v + (v_first - v) sigmoid(v0 + v_gate)      the value residual, unless v_first is None
+      kappa = k * k_k, each head of unit length           the removal key
+      k     = k (1 + (a - 1) k_a)
+
+    -> log w, in float32, k, v, -kappa, kappa * a: what wkv7 takes.
+    """
+    w0, a0, k_k, k_a, v0 = (as_float32(w0), *(p.to(k.dtype) for p in (a0, k_k, k_a, v0)))
+    if cpu.fits(k) and head_size in cpu.HEAD_SIZES:
+        of_residual = (v, v_first, v_gate, v0) if v_first is not None else (None, None, None, None)
+        v_in, v_first, v_gate, v0 = of_residual
+        tensors = (k, v_in, v_first, w, a, v_gate, w0, a0, k_k, k_a, v0)
+        logw, k, v_out, minus_kappa, kappa_a = Fused.apply("gates7", head_size, 6, 5, *tensors)
+        return logw, k, v if v_first is None else v_out, minus_kappa, kappa_a
+    a = torch.sigmoid(a0 + a)
+    logw = -math.exp(-0.5) * torch.sigmoid(w0 + w)
+    if v_first is not None:
+        v = torch.lerp(v, v_first, torch.sigmoid(v0 + v_gate))
+    kappa = F.normalize((k * k_k).unflatten(-1, (-1, head_size)), dim=-1).flatten(-2)
+    k = k * (1 + (a - 1) * k_a)
+    return logw, k, v, -kappa, kappa * a
+
+
+def readout(y, g, norm, r=None, k=None, v=None, r_k=None):
+    """What lies between the recurrence and the last product -> [B, T, C]
+
+      (layer norm of each head of y, weight and bias of `norm`, + (r . (r_k * k)) v) * g
+
+    y r k v [B, T, H, N], g [B, T, C], r_k [H, N]; without r, k, v and r_k there is no sum, as in
+    RWKV-6.
+    """
+    head_size, dtype = y.shape[-1], y.dtype
+    weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
+    r_k = None if r_k is None else r_k.to(dtype)
+    if cpu.fits(y) and head_size in cpu.HEAD_SIZES:
+        vectors = [t if t is None else t.flatten(2) for t in (y, g, r, k, v)]
+        return Fused.apply("readout", head_size, 5, 1, *vectors, weight, bias, r_k)[0]
+    z = F.layer_norm(y, y.shape[-1:], eps=64e-5).flatten(2)
+    z = torch.addcmul(bias, z, weight)  # bias + z * weight
+    if r is not None:
+        bonus = (r * k * r_k).sum(-1, keepdim=True) * v  # the current token, by itself
+        z = z + bonus.flatten(2)
+    return z * g
+
+
+def relu_squared(x):
+    """max(x, 0)^2"""
+    if cpu.fits(x):
+        return ReluSquared.apply(x)
+    return torch.relu(x) ** 2
+
+
+class ReluSquared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, x_prev, *weights):
-        ctx.save_for_backward(x, x_prev, *weights)
-        return tuple(cpu.mix(x, x_prev, weights))
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return cpu.relu_squared(x)
 
     @staticmethod
-    def backward(ctx, *grads):
-        x, x_prev, *weights = ctx.saved_tensors
-        return tuple(cpu.mix(x, x_prev, weights, grads))
+    def backward(ctx, dout):
+        (x,) = ctx.saved_tensors
+        return cpu.relu_squared(x, dout)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -138,7 +294,7 @@ class ScoreTokens(torch.autograd.Function):
         w, n = weight.to(h.dtype), ScoreTokens.rows_at_a_time(h, weight)
         scores = []
         for x, y in zip(h.split(n), targets.split(n), strict=True):
-            z = as_float32(linear(x, w))
+            z = as_float32(product(x, w))
             scores.append(cpu.score_rows(z, y, temperature) or score_rows(z / temperature, y))
         logps, entropy, hits, lse = (torch.cat(column) for column in zip(*scores, strict=True))
         ctx.save_for_backward(h, weight, targets, lse, entropy)
@@ -156,7 +312,7 @@ class ScoreTokens(torch.autograd.Function):
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(h), n):
             q = slice(i, i + n)
-            z = as_float32(linear(h[q], w))
+            z = as_float32(product(h[q], w))
             scores = (None, entropy[q], None, lse[q])
             grads = (dlogps[q], None if dentropy is None else dentropy[q])
             if cpu.score_rows(z, targets[q], ctx.temperature, scores, grads, ctx.l2wrap):
@@ -165,9 +321,9 @@ class ScoreTokens(torch.autograd.Function):
                 dz = score_rows_backward(z, targets[q], scores, grads, ctx.temperature, ctx.l2wrap)
             dz = dz.to(h.dtype)
             if dh is not None:
-                dh[q] = linear(dz, w.mT)
+                dh[q] = product(dz, w.mT)
             if dw is not None:
-                dw += dz.mT @ h[q]
+                dw += weight_gradient(dz, h[q])
         return dh, dw, None, None, None
 
 
