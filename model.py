@@ -272,11 +272,10 @@ class TimeMix6(nn.Module):
         B, T, C = x.shape
         x_prev, shift = token_shift(x, shift, packing)
         (x_x,) = fused.mix(x, x_prev, self.time_maa_x)  # x + (x_prev - x) * time_maa_x
-        h = torch.tanh(fused.linear(x_x, self.time_maa_w1.to(x.dtype).mT)).chunk(5, -1)
-        h = [
-            fused.linear(part, up.mT)
-            for part, up in zip(h, self.time_maa_w2.to(x.dtype), strict=True)
-        ]
+        h = torch.tanh(fused.linear(x_x, self.time_maa_w1.to(x.dtype).mT)).unflatten(-1, (5, -1))
+        h = h.movedim(2, 0).contiguous()  # [5, B, T, rank]
+        ups = self.time_maa_w2.to(x.dtype)  # [5, rank, C]
+        h = [fused.linear(part, up.mT) for part, up in zip(h, ups, strict=True)]
         # x_w = x + (x_prev - x) * (time_maa_w + h[0]), and so on
         maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         x_w, x_k, x_v, x_r, x_g = fused.mix(x, x_prev, *maa, offsets=h)
