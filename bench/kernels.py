@@ -4,16 +4,17 @@ error against float64.
     python bench/kernels.py               # on a GPU: a table, and JSON lines in bench/results/
     python bench/kernels.py --compile     # no GPU: registers, spills and shared memory, from nvcc
 
-The forms: "cuda" (tensor cores), "cuda_seq" (token by token, stands for the official kernel),
-"chunked" (PyTorch), and flash-linear-attention where it is installed. Inputs are as the networks
-feed them, log w in fp32.
+The forms: "cuda" (tensor cores), "cuda_seq" (token by token), "chunked" (PyTorch);
+flash-linear-attention where it is installed, "fla" as it comes and "fla_bounded" told how fast the
+decay can be and not to compute again what it can keep; "upstream", RWKV-LM's own kernel, whose file
+--upstream names. Inputs are as the networks feed them, log w in fp32. The card has all calls in its
+queue when the clock starts, so that no Python is in a time.
 """
 
 import ctypes
 import functools
 import json
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,15 +30,20 @@ sys.path.insert(0, str(ROOT))
 import wkv_cuda
 from gosling import config
 
+import timer
+import upstream
+
 WIDTHS = (768, 1024, 2048, 2560, 4096)
 SHAPES = [(C, B, T) for B, T in ((8, 4096), (1, 65536), (32, 512)) for C in WIDTHS]
 NAMES = {6: ["r", "logw", "k", "v", "u"], 7: ["r", "logw", "k", "v", "a", "b"]}
+FORMS = {"cuda": ("cuda", "cuda_seq", "chunked"), "cpu": ("cpu", "chunked")}
 
 
 @dataclass
 class Config:
     version: Literal[0, 6, 7] = 0  # of the recurrence; 0: both
-    rounds: int = 20  # timed passes of each form, interleaved
+    rounds: int = 5  # timed rounds of each form, interleaved
+    upstream: str = ""  # RWKV-LM's rwkv7_clampw_v3_for_h100.cu; empty = without
     compile: bool = False  # what nvcc says of each kernel, and nothing else
     quick: bool = False  # B 8, T 4096 at C 768 and 4096 only
     save: bool = False  # add the JSON lines to bench/results/
@@ -60,7 +66,7 @@ def make(version, B, T, H, kind="plain", dtype=torch.bfloat16, device="cuda"):
         if kind != "plain":
             kappa, iclr = kappa[:, :1].expand_as(kappa), 0.99 + 0.01 * iclr
             k = kappa * 0.5 + 0.01 * k
-        logw = -0.6065306597 * (torch.ones_like(x) if kind == "fastest" else x.sigmoid())
+        logw = upstream.SCALE * (torch.ones_like(x) if kind == "fastest" else x.sigmoid())
         xs = [r, logw, k, v, -kappa, kappa * iclr]
     else:
         logw = -torch.exp(torch.full_like(x, 5.0) if kind == "fastest" else x - 1)
@@ -78,14 +84,15 @@ def ours(version, backend, xs):
     return wkv(*xs, backend=backend)[0]
 
 
-def fla(chunk, names, xs):
-    return chunk(**dict(zip(names, xs, strict=True)), scale=1.0)[0]
+def fla(chunk, names, options, xs):
+    return chunk(**dict(zip(names, xs, strict=True)), scale=1.0, **options)[0]
 
 
-def forms(version):
+def forms(version, device="cuda", upstream_file=""):
     """{name: function from the inputs to y}"""
-    names = ("cuda", "cuda_seq", "chunked")
-    found = {name: functools.partial(ours, version, name) for name in names}
+    found = {name: functools.partial(ours, version, name) for name in FORMS[device]}
+    if version == 7 and upstream_file:
+        found["upstream"] = functools.partial(upstream.wkv7, upstream_file)
     try:
         if version == 7:
             from fla.ops.rwkv7 import chunk_rwkv7 as chunk
@@ -94,36 +101,52 @@ def forms(version):
     except ImportError:
         return found
     names = ["w" if name == "logw" else name for name in NAMES[version]]
-    return {**found, "fla": functools.partial(fla, chunk, names)}
+    found["fla"] = functools.partial(fla, chunk, names, {})
+    if version == 7:
+        options = dict(lower_bound=upstream.SCALE, disable_recompute=True)
+        found["fla_bounded"] = functools.partial(fla, chunk, names, options)
+    return found
+
+
+def inputs_of(name, xs):
+    """What a form takes, of our inputs."""
+    return upstream.inputs(xs) if name == "upstream" else xs
+
+
+def exact(name, version, xs):
+    """y of these inputs of a form, in float64."""
+    if name == "upstream":
+        xs = [xs[0], upstream.logw_of(xs[1]), *xs[2:]]
+    return ours(version, "chunked", xs)
+
+
+def forward_and_backward(form, xs, dy):
+    torch.autograd.grad(form(xs), xs, dy)
 
 
 def milliseconds(form, xs, dy):
-    """Forward; forward + backward."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-    marks[0].record()
-    y = form(xs)
-    marks[1].record()
-    torch.autograd.grad(y, xs, dy)
-    marks[2].record()
-    torch.cuda.synchronize()
-    return marks[0].elapsed_time(marks[1]), marks[0].elapsed_time(marks[2])
+    """Forward, as training runs it; forward + backward."""
+    works = functools.partial(form, xs), functools.partial(forward_and_backward, form, xs, dy)
+    return [timer.queued(work, xs[0].device.type, ahead=True) for work in works]
 
 
 def saved(form, xs):
-    """GB that autograd keeps beside the inputs and y."""
+    """GB that autograd keeps beside the inputs and y; on a CPU nobody counts them."""
+    if not xs[0].is_cuda:
+        return 0.0
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     y = form(xs)
     return (torch.cuda.memory_allocated() - before - y.numel() * y.element_size()) / 1e9
 
 
-def errors(version, form, kind, T=2048, H=4):
+def errors(version, name, form, kind, T=2048, H=4, device="cuda"):
     """Relative RMS of y and of each gradient, against float64 on the same inputs."""
-    xs = make(version, 1, T, H, kind)
-    dy = torch.randn(1, T, H, 64, device="cuda").bfloat16()
-    exact = [x.detach().double().requires_grad_() for x in xs]
-    want = forms(version)["chunked"](exact)
-    want = [want, *torch.autograd.grad(want, exact, dy.double())]
+    xs = inputs_of(name, make(version, 1, T, H, kind, device=device))
+    dy = torch.randn(1, T, H, 64, device=device).bfloat16()
+    doubles = [x.detach().double().requires_grad_() for x in xs]
+    want = exact(name, version, doubles)
+    want = [want, *torch.autograd.grad(want, doubles, dy.double())]
     y = form(xs)
     got = [y, *torch.autograd.grad(y, xs, dy)]
     return {
@@ -143,39 +166,37 @@ def about_the_card():
     )
 
 
-def time_shape(version, cfg, C, B, T):
-    """-> {form: (ms forward, ms forward + backward, GB saved)} of what runs at this shape"""
-    xs = make(version, B, T, C // 64)
+def time_shape(version, found, C, B, T, rounds, device="cuda"):
+    """-> {form: (ms forward, ms forward + backward, GB saved)} of those, of `forms`, that run"""
+    xs = make(version, B, T, C // 64, device=device)
     dy = torch.randn_like(xs[0])
-    times, memory = {}, {}
-    for name, form in forms(version).items():
+    inputs, memory, times = {}, {}, {}
+    for name, form in found.items():
         try:
-            milliseconds(form, xs, dy)  # builds, tunes, warms
-            memory[name], times[name] = saved(form, xs), []
+            inputs[name] = inputs_of(name, xs)
+            forward_and_backward(form, inputs[name], dy)  # builds, tunes, warms
+            memory[name], times[name] = saved(form, inputs[name]), []
         except Exception as error:  # out of memory, or a peer that does not take this shape
-            first_line = str(error).splitlines()[0][:60]
-            print(f"{C:5} {B:3} {T:6}  {name:10}{type(error).__name__}: {first_line}")
+            first_line = str(error).strip().splitlines()[:1]
+            print(f"{C:5} {B:3} {T:6}  {name:12}{type(error).__name__}: {first_line}", flush=True)
             torch.cuda.empty_cache()
-    for _ in range(cfg.rounds):
+    for _ in range(rounds):
         for name in times:
-            times[name].append(milliseconds(forms(version)[name], xs, dy))
-    found = {}
-    for name, pairs in times.items():
-        forward, both = (statistics.median(column) for column in zip(*pairs, strict=True))
-        found[name] = (forward, both, memory[name])
-    return found
+            times[name].append(milliseconds(found[name], inputs[name], dy))
+    return {name: (*timer.median(times[name], 4), memory[name]) for name in times}
 
 
 def measure(version, cfg):
     """Rows of JSON, printed as tables."""
-    about = about_the_card()
+    about, found = about_the_card(), forms(version, upstream_file=cfg.upstream)
     print(f"\nWKV-{version} on {about['card']}")
-    print(f"{'C':>5} {'B':>3} {'T':>6}  {'form':10}{'forward':>10}{'f + b':>10} ms{'saved':>9} GB")
+    print(f"{'C':>5} {'B':>3} {'T':>6}  {'form':12}{'forward':>10}{'f + b':>10} ms{'saved':>9} GB")
     for C, B, T in SHAPES:
         if cfg.quick and (B != 8 or C not in (768, 4096)):
             continue
-        for name, (forward, both, gb) in time_shape(version, cfg, C, B, T).items():
-            row = f"{C:5} {B:3} {T:6}  {name:10}{forward:10.3f}{both:10.3f}   {gb:9.3f}"
+        timed = time_shape(version, found, C, B, T, cfg.rounds)
+        for name, (forward, both, gb) in timed.items():
+            row = f"{C:5} {B:3} {T:6}  {name:12}{forward:10.3f}{both:10.3f}   {gb:9.3f}"
             print(row, flush=True)
             yield dict(
                 bench="kernels",
@@ -184,19 +205,19 @@ def measure(version, cfg):
                 C=C,
                 B=B,
                 T=T,
-                forward_ms=round(forward, 4),
-                forward_backward_ms=round(both, 4),
+                forward_ms=forward,
+                forward_backward_ms=both,
                 saved_gb=round(gb, 4),
                 **about,
             )
     columns = "".join(f"{name:>9}" for name in ["y", *NAMES[version]])
     print(f"relative RMS error{'':9}" + columns)
     for kind in ("plain", "repeated", "fastest"):
-        for name, form in forms(version).items():
-            found = errors(version, form, kind)
-            print(f"{kind:10} {name:16}" + "".join(f"{e:9.1e}" for e in found.values()), flush=True)
+        for name, form in found.items():
+            off = errors(version, name, form, kind)
+            print(f"{kind:10} {name:16}" + "".join(f"{e:9.1e}" for e in off.values()), flush=True)
             row = dict(bench="kernel_errors", version=version, form=name, kind=kind)
-            yield {**row, **found, **about}
+            yield {**row, **off, **about}
 
 
 # ----------------------------------------------------------------------------------------------

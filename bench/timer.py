@@ -38,6 +38,44 @@ def gpu():
     return time.perf_counter()
 
 
+AHEAD = 40_000_000  # cycles, about 20 ms, in which the host queues its calls
+
+
+def queued(work, device="cuda", seconds=0.05, most=20, ahead=False):
+    """Milliseconds of a call of `work`, after one that is not counted.
+
+    On a GPU: as many calls as take about these seconds, queued one after the other between two
+    events, and nothing is waited for in between. ahead: the card is given something else to do
+    first, so that the calls stand in its queue when the clock starts; else the time includes what
+    the card waits for the host.
+    """
+    work()
+    one = elapsed(work, 1, device)
+    if device == "cpu":
+        return one
+    calls = min(max(int(1e3 * seconds / one), 1), most)
+    return elapsed(work, calls, device, ahead) / calls
+
+
+def elapsed(work, calls, device, ahead=False):
+    """Milliseconds of all the calls."""
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    if ahead:
+        torch.cuda._sleep(AHEAD)
+    start.record()
+    for _ in range(calls):
+        work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
 def median(values, digits):
     """Over the rounds, the first axis, as numbers that JSON can hold."""
     return np.median(values, axis=0).round(digits).tolist()
