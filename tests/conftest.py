@@ -83,6 +83,7 @@ def official():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a proof that takes minutes; runs/test.sh slow")
+    config.addinivalue_line("markers", "gpu: wants a CUDA device; bench/gpu.py runs them alone")
 
 
 def pytest_addoption(parser):
@@ -90,9 +91,13 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="with --slow: whole campaigns, for hours")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
     slow = config.getoption("--slow")
     for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("device") == "cuda":
+            item.add_marker("gpu")
         if ("slow" in item.keywords) != slow:
             item.add_marker(
                 pytest.mark.skip(reason="runs/test.sh slow" if not slow else "not a slow proof")
