@@ -420,7 +420,8 @@ def grpo(cfg, record):
                 sys.stderr.write(done.stderr)
                 raise RuntimeError(f"{' '.join(command)}: status {done.returncode}")
             record(f"GRPO: {Path(command[0]).stem}", time.perf_counter() - start, "s, so far")
-        rows = list(whole_lines(Path(folder, "grpo/metrics.jsonl")))
+        rows = whole_lines(Path(folder, "grpo/metrics.jsonl"))
+        rows = [row for row in rows if "reward" in row]  # of training steps
     gaps = [row["sampling/sampling_logp_difference/mean"] for row in rows]
     record("GRPO: difference of sampler and trainer", max(gaps), "nats")
     for name, some in (("first", rows[:5]), ("last", rows[-5:])):

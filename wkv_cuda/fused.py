@@ -272,7 +272,29 @@ def score_tokens(h, weight, targets, temperature=1.0, l2wrap=0.0):
             f"expected floats [M, C] and [V, C] on {h.device}"
         )
     native.check("targets", targets, h.shape[:1], (torch.int64,), h.device)
-    return ScoreTokens.apply(h, weight, targets, temperature, l2wrap)
+    form = score_in_triton(h.device) if takes_triton(h) else ScoreTokens
+    return form.apply(h, weight, targets, temperature, l2wrap)
+
+
+def takes_triton(h):
+    """Whether head.py may take it: on CUDA, with content, and not while torch.compile records."""
+    is_plain = type(h) is torch.Tensor and h.is_cuda and len(h) > 0
+    return is_plain and h.dtype != torch.float64 and not native.is_traced()
+
+
+@functools.cache
+def score_in_triton(device):
+    """head.py's ScoreTokens; ours, and a line that says why, where it does not work."""
+    try:
+        from . import head
+
+        missing = head.trial(device)
+    except ImportError as error:
+        missing = str(error)
+    if missing:
+        native.say(f"the head's loss runs in PyTorch, slower, not in Triton: {missing}")
+        return ScoreTokens
+    return head.ScoreTokens
 
 
 class ScoreTokens(torch.autograd.Function):
