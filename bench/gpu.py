@@ -96,8 +96,10 @@ PREDICTED = {
         for kind in ("plain", "repeated", "fastest")
         for what, most in (("y", 2e-3), ("gradients", 3e-3))
     },
-    "the head's loss, C 768, PyTorch": (2.2, 2.6, None),
-    "the head's loss, C 2048, PyTorch": (2.7, 3.1, None),
+    "the head's loss, C 768, PyTorch": (3.0, 3.6, None),
+    "the head's loss, C 2048, PyTorch": (4.5, 5.2, None),
+    "the head's loss, C 768, Triton": (0.9, 1.3, None),
+    "the head's loss, C 2048, Triton": (1.9, 2.4, None),
     "0.1B training step: kernels": (3500, 4200, 2000),
     "0.1B training step: waits of the host": (12, 16, 0),
     "0.1B decoding step: waits of the host": (12, 16, 1),

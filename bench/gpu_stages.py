@@ -164,21 +164,27 @@ def pick_name(cfg, name):
 
 
 def head(cfg, record):
-    """Microseconds a token of the head's loss, forward and backward."""
-    V, M = pick(cfg, (VOCAB, 8192), (96, 8))
+    """Microseconds a token of the head's loss, forward and backward, with its products."""
+    V, M = pick(cfg, (VOCAB, 16384), (96, 8))
+    forms = {"PyTorch": fused.ScoreTokens}
+    forms["Triton"] = fused.score_in_triton(torch.device(cfg.device))
+    if is_cuda(cfg) and forms["Triton"] is fused.ScoreTokens:
+        record("the head's loss, Triton", "missing")
+        del forms["Triton"]
     for C in (768, 2048):
         label, C = f"the head's loss, C {C}", pick(cfg, C, 32)
         dtype = torch.bfloat16 if is_cuda(cfg) else torch.float32
         h, weight = (torch.randn(n, C, device=cfg.device, dtype=dtype) * 0.05 for n in (M, V))
         targets = torch.randint(0, V, (M,), device=cfg.device)
         leaves = [h.requires_grad_(), weight.float().requires_grad_()]
+        for name, form in forms.items():
+            work = functools.partial(loss_and_gradient, form, leaves, targets)
+            record(f"{label}, {name}", 1e3 * timer.queued(work, cfg.device) / M, "us")
 
-        def loss_and_gradient(leaves=leaves, targets=targets):
-            logps = fused.score_tokens(*leaves, targets, 1.0, 1e-4)[0]
-            torch.autograd.grad(-logps.mean(), leaves)
 
-        ms = timer.queued(loss_and_gradient, cfg.device)
-        record(f"{label}, PyTorch", 1e3 * ms / M, "us")
+def loss_and_gradient(form, leaves, targets):
+    logps, *_ = form.apply(*leaves, targets, 1.0, 1e-4)
+    torch.autograd.grad(-logps.mean(), leaves)
 
 
 # ----------------------------------------------------------------------------------------------
