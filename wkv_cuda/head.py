@@ -93,9 +93,9 @@ def add_product(dw, dz, h):
 def score_rows(z, targets, temperature, scores):
     """Logits z [M, V] -> scores, (logps, entropy, lse, the column of the largest), each [M]."""
     M, V = z.shape
-    options = dict(BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=8)
+    options = dict(V=V, BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=8)
     with torch.cuda.device_of(z):
-        score_kernel[(M,)](z, targets, *scores, V, float(temperature), **options)
+        score_kernel[(M,)](z, targets, *scores, float(temperature), **options)
 
 
 def differentiate_rows(z, targets, scores, grads, temperature, l2wrap):
@@ -106,13 +106,13 @@ def differentiate_rows(z, targets, scores, grads, temperature, l2wrap):
     """
     M, V = z.shape
     block = min(BLOCK, triton.next_power_of_2(V))
-    options = dict(HAS_ENTROPY=grads[1] is not None, BLOCK=block, num_warps=8)
+    options = dict(HAS_ENTROPY=grads[1] is not None, V=V, BLOCK=block, num_warps=8)
     if grads[1] is None:
         grads = (grads[0], grads[0])  # the second is not read
-    numbers = (V, float(temperature), float(l2wrap))
+    factors = (float(temperature), float(l2wrap))
     with torch.cuda.device_of(z):
         gradient_kernel[(M, triton.cdiv(V, block))](
-            z, targets, *scores, *grads, *numbers, **options
+            z, targets, *scores, *grads, *factors, **options
         )
 
 
@@ -124,8 +124,8 @@ def score_kernel(
     entropy_ptr,
     lse_ptr,
     top_ptr,
-    V,
     temperature,
+    V: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A program for each row, which keeps the largest logit so far and, relative to it, the sums of
@@ -168,9 +168,9 @@ def gradient_kernel(
     top_ptr,
     dlogps_ptr,
     dentropy_ptr,
-    V,
     temperature,
     l2wrap,
+    V: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
