@@ -151,7 +151,7 @@ def test_counters_are_read():
 def test_the_whole_command(tmp_path):
     """Every stage, with an ncu that runs what it is given; every prediction meets its figure."""
     fake = tmp_path / "ncu"
-    fake.write_text(f"#!/bin/sh\nshift 4\n\"$@\" && cat <<'END'\n{NCU}END\n")
+    fake.write_text(f"#!/bin/sh\nshift 5\n\"$@\" && cat <<'END'\n{NCU}END\n")
     fake.chmod(0o755)
     out, path = tmp_path / "rows.jsonl", f"{tmp_path}:{os.environ['PATH']}"
     flags = ["--device=cpu", "--scale=tiny", "--minutes=40", f"--out={out}"]
