@@ -1,6 +1,7 @@
 """bench/gpu.py, which measures on a GPU: that it runs through, on tiny sizes on a CPU, and that a
 stage which hangs or fails costs only itself."""
 
+import functools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from bench import gpu
 from gosling.config import UserError
 
 import pytest
+import torch
 from helpers import ROOT
 
 sys.path.append(str(ROOT / "bench"))  # for what they import of each other
@@ -119,6 +121,39 @@ def test_a_figure_stands_beside_its_prediction(tmp_path, capsys):
     (row,) = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert row["predicted"] == [120e3, 128e3] and row["goal"] == 420e3
     assert row["device"] and row["torch"] and row["date"] and row["scale"] == "tiny"
+
+
+class Event:
+    """In place of torch.cuda.Event: what is asked of the card is written down; a call takes 3 ms."""
+
+    log = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.log.append("event")
+
+    def synchronize(self):
+        self.log.append("wait")
+
+    def elapsed_time(self, end):
+        return 3.0 * self.log[self.log.index("event") :].count("call")
+
+
+def test_nothing_is_waited_for_between_the_events(monkeypatch):
+    timer = pytest.importorskip("timer")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: Event.log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: Event.log.append("busy"))
+    Event.log.clear()
+    ms = timer.elapsed(lambda: Event.log.append("call"), 3, "cuda", ahead=True)
+    assert Event.log == ["wait", "busy", "event", "call", "call", "call", "event", "wait"]
+    assert ms == 9.0
+    Event.log.clear()
+    work = functools.partial(Event.log.append, "call")
+    monkeypatch.setattr(timer, "elapsed", lambda work, calls, *rest: 4.0 * calls)
+    assert timer.queued(work, "cuda") == 4.0 and Event.log == ["call"]
 
 
 def test_time_limits_are_eight_minutes_together():
