@@ -124,7 +124,7 @@ def test_a_figure_stands_beside_its_prediction(tmp_path, capsys):
 
 
 class Event:
-    """In place of torch.cuda.Event: what is asked of the card is written down; a call takes 3 ms."""
+    """In place of torch.cuda.Event: it writes down what the card is asked; a call takes 3 ms."""
 
     log = []
 
