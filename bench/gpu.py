@@ -46,7 +46,7 @@ LIMITS = {
     "grpo": 85,
 }
 STAGES = Literal["all", "card", "build", "tests", "kernels", "counters", "train", "decode", "grpo"]
-LAST_LINES = 12  # of what a stage that failed wrote to stderr, kept with its error
+LAST_LINES = 15  # of what a stage wrote to stderr: printed, and kept with its error
 
 
 @dataclass
@@ -179,7 +179,8 @@ def record(cfg, stage, what, measured, unit="", **more):
 
 def run_here(cfg):
     """A stage in this process."""
-    faulthandler.enable()  # so that `stop` is told where it hangs
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # `stop` asks where it hangs
     import gpu_stages
     import torch
 
@@ -195,7 +196,10 @@ def command_of(cfg, stage):
 
 
 def run_apart(command, limit):
-    """A stage in a process of its own, for so many seconds -> None, or what went wrong."""
+    """A stage in a process of its own, for so many seconds -> None, or what went wrong.
+
+    What it wrote to stderr comes after it, the last lines: which form took over, and why.
+    """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         process = subprocess.Popen(command, stderr=said, start_new_session=True)
         try:
@@ -205,16 +209,20 @@ def run_apart(command, limit):
         finally:
             stop(process)
         said.seek(0)
-        lines = [line.rstrip() for line in said if line.strip()]
-    return None if status == 0 else f"status {status}:\n" + "\n".join(lines[-LAST_LINES:])
+        lines = [line.rstrip()[:300] for line in said if line.strip()]
+    words = "\n".join(lines[-LAST_LINES:])
+    if status == 0:
+        print(words, end="\n" if words else "", flush=True)
+        return None
+    return f"status {status}:\n{words}"
 
 
 def stop(process):
     """It, and all that it started. One that still runs first says where it is."""
     if process.poll() is None:
-        process.send_signal(signal.SIGABRT)
+        process.send_signal(signal.SIGUSR1)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(2)
+            process.wait(1)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -232,7 +240,8 @@ def run_all(cfg):
         if error:
             failed += 1
             print(f"{stage:9}failed, {error}", flush=True)
-            keep(cfg, dict(bench="gpu", stage=stage, error=error, scale=cfg.scale))
+            row = dict(bench="gpu", stage=stage, error=error, scale=cfg.scale)
+            keep(cfg, {**row, "date": str(date.today())})
         print(f"--- {stage}: {time.monotonic() - start:.0f} s", flush=True)
     return failed
 

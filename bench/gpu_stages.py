@@ -130,7 +130,10 @@ def tests(cfg, record):
     if pytest.returncode not in (0, 1):
         raise RuntimeError(f"pytest ended with status {pytest.returncode}")
     record("tests that passed", counts["PASSED"], skipped=counts["SKIPPED"])
-    record("tests that failed", counts["FAILED"] + counts["ERROR"])
+    n_failed = counts["FAILED"] + counts["ERROR"]
+    record("tests that failed", n_failed)
+    if n_failed:
+        raise RuntimeError(f"{n_failed} tests failed")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -448,7 +451,7 @@ def grpo(cfg, record):
 def grpo_commands(cfg, folder):
     """The command lines, each after the one before."""
     steps = pick(cfg, (500, 150, 30), (2, 2, 2))
-    start, tasks = cfg.grpo_from, f"{folder}/tasks"
+    start, tasks = cfg.grpo_from and str(Path(cfg.grpo_from).resolve()), f"{folder}/tasks"
     on = [f"--device={cfg.device}", "--log_every=1"]
     sizes = pick(cfg, [], ["--text_tokens=20000", "--sft=64", "--prompts=64", "--heldout=8"])
     yield ["tasks.py", f"--out={tasks}", *sizes]

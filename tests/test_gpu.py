@@ -74,8 +74,8 @@ def test_a_stage_that_hangs_is_stopped_with_what_it_started(tmp_path):
     """Its own process says where it was, and a process that it started ends too."""
     started = tmp_path / "pid"
     code = f"""
-import faulthandler, subprocess, sys, time
-faulthandler.enable()
+import faulthandler, signal, subprocess, sys, time
+faulthandler.register(signal.SIGUSR1)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open({str(started)!r}, "w").write(str(child.pid))
 def hangs_here():
