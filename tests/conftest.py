@@ -96,7 +96,8 @@ def pytest_collection_modifyitems(config, items):
     slow = config.getoption("--slow")
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("device") == "cuda":
+        reasons = {marker.kwargs.get("reason") for marker in item.iter_markers("skipif")}
+        if parameters.get("device") == "cuda" or reasons & {"no GPU", "no CUDA device"}:
             item.add_marker("gpu")
         if ("slow" in item.keywords) != slow:
             item.add_marker(
