@@ -36,7 +36,7 @@ def prefers_onednn():
 ONEDNN = prefers_onednn()  # asked here: torch.compile would stop at it
 # Rows of a product at a time. oneDNN keeps code and memory for every shape that it has seen, and
 # packed batches have another number of rows at each step: gigabytes, if they came as they are.
-ROWS, MANY_ROWS = 512, 4096
+PIECES = (4096, 1024, 256)
 
 
 def linear(x, w):
@@ -50,7 +50,7 @@ def linear(x, w):
 
 def is_large(x, w):
     """Whether a product gains by oneDNN. torch.compile is not asked for rows that may change."""
-    return w.numel() >= 2**13 and (native.is_traced() or x.shape[:-1].numel() >= ROWS)
+    return w.numel() >= 2**13 and (native.is_traced() or x.shape[:-1].numel() >= PIECES[-1])
 
 
 class OneDNN(torch.autograd.Function):
@@ -79,17 +79,27 @@ def product(x, w):
     return by_rows(rows, w).view(*x.shape[:-1], len(w))
 
 
+def pieces(n, sizes):
+    """Yield (a, b) for the pieces of n rows, the largest of these sizes first, and for the rest."""
+    a = 0
+    for size in sizes:
+        while a + size <= n:
+            yield a, a + size
+            a += size
+    if a < n:
+        yield a, n
+
+
 def by_rows(x, w):
-    """x [M, in], w [out, in] -> x w'. The last rows, less than ROWS, go through MKL."""
-    if len(x) == MANY_ROWS:
+    """x [M, in], w [out, in] -> x w'. The rest goes through MKL."""
+    if len(x) in PIECES:
         return onednn(x, w)
-    y, a = x.new_empty(len(x), len(w)), 0
-    for rows in (MANY_ROWS, ROWS):
-        while a + rows <= len(x):
-            y[a : a + rows] = onednn(x[a : a + rows], w)
-            a += rows
-    if a < len(x):
-        torch.mm(x[a:], w.mT, out=y[a:])
+    y = x.new_empty(len(x), len(w))
+    for a, b in pieces(len(x), PIECES):
+        if b - a in PIECES:
+            y[a:b] = onednn(x[a:b], w)
+        else:
+            torch.mm(x[a:b], w.mT, out=y[a:b])
     return y
 
 
@@ -107,10 +117,12 @@ def sum_over_rows(dy, x):
     """dy [M, out], x [M, in] -> dy' x [out, in]"""
     if dy.shape[1] > x.shape[1]:  # oneDNN copies its first matrix if that is turned
         return sum_over_rows(x, dy).mT
-    whole = len(x) // ROWS * ROWS
-    total = dy[whole:].mT @ x[whole:]  # zeros, if no row is left
-    for a in range(0, whole, ROWS):
-        total += onednn(dy[a : a + ROWS].mT, x[a : a + ROWS].mT)
+    total = x.new_zeros(dy.shape[1], x.shape[1])
+    for a, b in pieces(len(x), PIECES[1:]):  # it is faster in pieces that stay in the cache
+        if b - a in PIECES:
+            total += onednn(dy[a:b].mT, x[a:b].mT)
+        else:
+            total.addmm_(dy[a:b].mT, x[a:b])
     return total
 
 
