@@ -22,6 +22,7 @@ from . import native
 DEVICE, HEAD_SIZES, DTYPES = "cpu", tuple(range(16, 129, 16)), (torch.float32, torch.bfloat16)
 LOGW_DTYPES, FLOATS = (torch.float32,), (torch.float32,)
 CPU = torch.device("cpu")
+MOST_FEW = 4  # sequences for which it pays to look for what no unit of the channel mix wants
 NAMES = ("wkv_cpu.cpp", "step_cpu.cpp", "train_cpu.cpp", "cpu.h")
 SOURCES = [Path(__file__).parent / name for name in NAMES]
 # Contraction to fused multiply-adds is the only licence with the arithmetic: nothing is reordered.
@@ -88,12 +89,20 @@ def weight_shapes(version, sizes):
     return [(V, C), *norm, *layers, *norm, (V, C)]
 
 
+def channel_values(version, weights, n_layer):
+    """ffn.value.weight of each layer, from the list of which weight_shapes has the order."""
+    per_layer = (len(weights) - 6) // n_layer  # beside embedding, head, and the norms at both ends
+    at = per_layer + 2 - (version == 6)  # RWKV-6 has ffn.receptance after it
+    return weights[at : len(weights) - 3 : per_layer]
+
+
 def stepper(version, weights, sizes):
     """step(ids [M] int64, state, written in place) -> logits [M, V] in float32.
 
     None if there is no library yet, or it does not take weights like these. weights: all of the
     network's parameters in their order, of one dtype of DTYPES; sizes: those of a model's config.
     ValueError for weights of other shapes; step raises it for ids or a state that do not fit.
+    The first step of at most MOST_FEW sequences keeps each ffn.value.weight once more, transposed.
     """
     if version not in (6, 7):
         raise ValueError(f"there is no RWKV-{version} in C++, but 6 and 7")
@@ -110,7 +119,7 @@ def stepper(version, weights, sizes):
     fits_weights = all(is_plain(w) and w.dtype == dtype in DTYPES for w in weights)
     if library is None or c.head_size not in HEAD_SIZES or not (fits_vectors and fits_weights):
         return None
-    weight_pointers = pointers(weights)
+    weight_pointers, turned = pointers(weights), []
     L, C, N, V = c.n_layer, c.n_embd, c.head_size, c.vocab_size
     dims, is_half = (L, C, N, c.dim_ffn, V), dtype == torch.bfloat16
 
@@ -129,7 +138,11 @@ def stepper(version, weights, sizes):
         numbers = integers((version, is_half, M, *dims, torch.get_num_threads(), *ranks))
         ids, logits = ids.contiguous(), torch.empty(M, V)
         io = pointers((ids, wkv, att_shift, ffn_shift, logits))
-        if library.rwkv_step(numbers, weight_pointers, io):
+        is_few = M <= MOST_FEW
+        if is_few and not turned:
+            turned.extend(w.t().contiguous() for w in channel_values(version, weights, L))
+        turned_pointers = pointers(turned) if is_few else None
+        if library.rwkv_step(numbers, weight_pointers, turned_pointers, io):
             raise ValueError(f"ids must be from 0 to {V - 1}")
         return logits
 

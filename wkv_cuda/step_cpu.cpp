@@ -40,6 +40,23 @@ template <class T> static float dot(const T* x, const float* y, int n) {  // fou
     for (; i < n; i += W) sum[0] += load(x + i) * load(y + i);
     return total<W>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
+// The same numbers, of two rows far from each other: memory gives two streams more than one. At the end of a page of 4 KB
+// the processor's own prefetching ends too, hence ours, of what comes a page later.
+template <class T> [[gnu::noinline]] static void two_dots(const T* x1, const T* x2, const float* y, int n, float* to1, float* to2) {
+    vec sum[2][4] = {};
+    int i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+        if (sizeof(T) == 2)
+            UNROLL for (int q = 0; q < 4; q += 2) __builtin_prefetch(x1 + i + q * W + 2048), __builtin_prefetch(x2 + i + q * W + 2048);
+        UNROLL for (int q = 0; q < 4; q++) {
+            const vec yq = load(y + i + q * W);
+            sum[0][q] += load(x1 + i + q * W) * yq, sum[1][q] += load(x2 + i + q * W) * yq;
+        }
+    }
+    for (; i < n; i += W) sum[0][0] += load(x1 + i) * load(y + i), sum[1][0] += load(x2 + i) * load(y + i);
+    *to1 = total<W>((sum[0][0] + sum[0][1]) + (sum[0][2] + sum[0][3]));
+    *to2 = total<W>((sum[1][0] + sum[1][1]) + (sum[1][2] + sum[1][3]));
+}
 static float sigmoid(float x) {
     const float e = exp_(-fabsf(x));
     return (x < 0 ? e : 1.f) / (1.f + e);
@@ -86,9 +103,15 @@ template <int R, class T, class F> static void batch(const T* w, const float* x,
 
 // done(m, o, sum_j w[o, j] x[m, j]) for rows from <= o < to of w [*, K] and x [M, K]; scratch for 24 K numbers
 template <class T, class F> static void rows(const T* w, const float* x, int M, int K, int from, int to, float* scratch, F done) {
-    if (M == 1)
-        for (int o = from; o < to; o++) done(0, o, dot(w + (size_t)o * K, x, K));
-    else if (M <= 4 || W == 4) batch<4>(w, x, M, K, from, to, scratch, done);
+    if (M == 1) {
+        const int half = (to - from) / 2;
+        for (int o = from; o < from + half; o++) {
+            float y1, y2;
+            two_dots(w + (size_t)o * K, w + (size_t)(o + half) * K, x, K, &y1, &y2);
+            done(0, o, y1), done(0, o + half, y2);
+        }
+        for (int o = from + 2 * half; o < to; o++) done(0, o, dot(w + (size_t)o * K, x, K));
+    } else if (M <= 4 || W == 4) batch<4>(w, x, M, K, from, to, scratch, done);
     else if (M <= 8 || W == 8) batch<8>(w, x, M, K, from, to, scratch, done);
     else batch<16>(w, x, M, K, from, to, scratch, done);
 }
@@ -110,6 +133,50 @@ template <class T> static void columns(const T* w, const float* x, int M, int K,
     }
 }
 
+// sum[c] += x[0] w[0][c] + .. one after the other for c < n; `next` is what will be wanted after w
+template <int rows, class T> static void add_rows(const T* const* w, const T* const* next, const float* x, float* sum, int n) {
+    for (int c = 0; c < n; c += W) {
+        UNROLL for (int i = 0; i < rows; i++) __builtin_prefetch(next[i] + c);
+        vec s = load(sum + c);
+        UNROLL for (int i = 0; i < rows; i++) s += load(w[i] + c) * x[i];
+        *(loose*)(sum + c) = s;
+    }
+}
+
+// done(m, c, sum_j x[m, j] w[j, c]) for columns from <= c < to of w [K, n], x [M, K]. Each sum goes over the j in their
+// order, as batch() has it, and a w[j] for which all x[m, j] are 0 is not read. False, and nothing done, if these are so few
+// that it does not pay. Scratch for K + M (to - from) numbers.
+template <class T, class F> static bool nonzero_rows(const T* w, const float* x, int M, int K, int n, int from, int to,
+                                                     float* scratch, F done) {
+    constexpr int G = 8;
+    int *at = (int*)scratch, count = 0, width = to - from;
+    float* sum = scratch + K;
+    for (int j = 0; j < K; j++) {
+        bool counts = false;
+        for (int m = 0; m < M; m++) counts |= x[(size_t)m * K + j] != 0;  // true of what is not a number
+        at[count] = j, count += counts;
+    }
+    if (count > K - K / 8) return false;
+    memset(sum, 0, sizeof(float) * M * width);
+    const T *row[G], *next[G];
+    float xs[G];
+    for (int i = 0; i < count; i += G) {
+        const int some = std::min(G, count - i);
+        for (int k = 0; k < some; k++) {
+            row[k] = w + (size_t)at[i + k] * n + from;
+            next[k] = w + (size_t)at[std::min(i + k + G, count - 1)] * n + from;
+        }
+        for (int m = 0; m < M; m++) {
+            for (int k = 0; k < some; k++) xs[k] = x[(size_t)m * K + at[i + k]];
+            if (some == G) add_rows<G>(row, next, xs, sum + m * width, width);
+            else for (int k = 0; k < some; k++) add_rows<1>(row + k, next + k, xs + k, sum + m * width, width);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int c = 0; c < width; c++) done(m, from + c, sum[m * width + c]);
+    return true;
+}
+
 template <class T> static void layer_norm(const float* x, const T* w, const T* b, float* y, int n, float eps) {
     vec sum = {}, square = {};
     for (int i = 0; i < n; i += W) sum += load(x + i);
@@ -124,7 +191,8 @@ template <class T> static void layer_norm(const float* x, const T* w, const T* b
 struct Sizes { int version, half, M, L, C, N, F, V, threads, decay, iclr, value, gate, mix; };  // as cpu.py has them
 
 template <class T> struct Step : Sizes {
-    T **weights, *att_shift, *ffn_shift;  // weights in the order of the model's parameters, the embedding first
+    T **weights, **turned, *att_shift, *ffn_shift;  // weights in the order of the model's parameters, the embedding first;
+                                          // turned: each layer's ffn.value again, as [F, C]; null for many rows
     const int64_t* ids;
     float *wkv, *logits;                  // wkv [L, M, H, N, N]; shifts [L, M, C]
     std::unique_ptr<float[]> memory;
@@ -132,8 +200,8 @@ template <class T> struct Step : Sizes {
     size_t scratch_size;
     std::atomic<int> waiting{0}, round{0};
 
-    Step(const Sizes& z, void** p, void** io) : Sizes(z), weights((T**)p), att_shift((T*)io[2]), ffn_shift((T*)io[3]),
-            ids((int64_t*)io[0]), wkv((float*)io[1]), logits((float*)io[4]) {
+    Step(const Sizes& z, void** p, void** turned, void** io) : Sizes(z), weights((T**)p), turned((T**)turned),
+            att_shift((T*)io[2]), ffn_shift((T*)io[3]), ids((int64_t*)io[0]), wkv((float*)io[1]), logits((float*)io[4]) {
         const size_t MC = (size_t)M * C, ranks[4] = {(size_t)decay, (size_t)(mix ? 5 * mix : iclr), (size_t)value, (size_t)gate};
         scratch_size = (size_t)24 * (C > F ? C : F);
         memory.reset(new float[17 * MC + (size_t)M * (F + ranks[0] + ranks[1] + ranks[2] + ranks[3]) + threads * scratch_size + 16]);
@@ -172,6 +240,14 @@ template <class T> struct Step : Sizes {
         columns(w, x, M, C, n, p.from, p.to, to, C, n);
         for (int m = 0; m < M; m++)
             for (int i = p.from; i < p.to; i++) to[m * n + i] = f(to[m * n + i]);
+    }
+
+    // x = f(w ffn): relu^2 leaves most of ffn at 0, and transposed weights can leave out what that multiplies
+    template <class Add> void channels(int me, const T* w, int layer, Add f) {
+        const Part p = part(me, C, W);
+        auto done = [&](int m, int o, float y) { x[(size_t)m * C + o] = f(m, o, y); };
+        float* own = scratch + me * scratch_size;
+        if (!turned || !nonzero_rows(turned[layer], ffn, M, F, C, p.from, p.to, own, done)) product(me, w, ffn, F, C, x, f);
     }
 
     // h = norm(x); delta = the row before - h; its place is taken
@@ -271,9 +347,9 @@ template <class T> struct Step : Sizes {
             product(me, ffn_key, mixed[0], C, F, ffn, [](int, int, float k) { return k > 0 ? k * k : k == k ? 0 : k; });
             if (!seven) product(me, ffn_receptance, mixed[1], C, C, r, [](int, int, float r) { return sigmoid(r); });
             meet();
-            if (seven) product(me, ffn_value, ffn, F, C, x, add);
-            else product(me, ffn_value, ffn, F, C, x,  // r of the same columns is this thread's own
-                         [&](int m, int o, float y) { return x[(size_t)m * C + o] + r[(size_t)m * C + o] * y; });
+            auto add_gated = [&](int m, int o, float y) { return x[(size_t)m * C + o] + r[(size_t)m * C + o] * y; };
+            if (seven) channels(me, ffn_value, layer, add);
+            else channels(me, ffn_value, layer, add_gated);
             meet();
         }
         T *ln_out_w, *ln_out_b, *head;
@@ -324,20 +400,20 @@ template <class T> struct Step : Sizes {
     }
 };
 
-template <class T> static void run(const Sizes& z, void** weights, void** io) {
-    Step<T> step(z, weights, io);
+template <class T> static void run(const Sizes& z, void** weights, void** turned, void** io) {
+    Step<T> step(z, weights, turned, io);
     std::vector<std::thread> others;
     for (int i = 1; i < z.threads; i++) others.emplace_back([&, i] { step.run(i); });
     step.run(0);
     for (auto& thread : others) thread.join();
 }
 
-// io: ids [M] int64, wkv, att_shift, ffn_shift (all three written), logits [M, V]; 0, or 1 if an id is none of V
-extern "C" int rwkv_step(const int* sizes, void** weights, void** io) {
+// weights, turned: see Step. io: ids [M] int64, wkv, att_shift, ffn_shift (all three written), logits [M, V]; 0, or 1 if an id is none of V
+extern "C" int rwkv_step(const int* sizes, void** weights, void** turned, void** io) {
     Sizes z;
     memcpy(&z, sizes, sizeof z);
     for (int m = 0; m < z.M; m++)
         if (((int64_t*)io[0])[m] < 0 || ((int64_t*)io[0])[m] >= z.V) return 1;
-    z.half ? run<uint16_t>(z, weights, io) : run<float>(z, weights, io);
+    z.half ? run<uint16_t>(z, weights, turned, io) : run<float>(z, weights, turned, io);
     return 0;
 }
