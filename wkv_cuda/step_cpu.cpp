@@ -11,6 +11,16 @@
 
 #include "cpu.h"
 
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#include <immintrin.h>
+constexpr bool HAS_PAIRS = true;  // an instruction for bf16: sum += a[1] b[1], then a[0] b[0], in every 32-bit lane
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
+template <class T> constexpr bool in_pairs = sizeof(T) == 2 && HAS_PAIRS;
+// what a product takes: with such an instruction bf16, at any number of rows, so that a row does not depend on its mates
+template <class T> static float narrow(float x) { return in_pairs<T> ? as_float((uint32_t)as_bf16(x) << 16) : x; }
+
 static float f32(float x) { return x; }
 static float f32(uint16_t x) { return as_float((uint32_t)x << 16); }
 #define UNROLL _Pragma("GCC unroll 8")
@@ -79,18 +89,57 @@ template <int O, int R, class T> [[gnu::noinline]] static void block(const float
     for (int o = 0; o < O; o++) *(lanes*)(y + o * R) = sum[o];
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+static Lanes<4>::type add_pair(Lanes<4>::type sum, uint32_t w, Lanes<4>::type x) {
+    return _mm_dpbf16_ps(sum, (__m128bh)_mm_set1_epi32(w), (__m128bh)x);
+}
+static Lanes<8>::type add_pair(Lanes<8>::type sum, uint32_t w, Lanes<8>::type x) {
+    return _mm256_dpbf16_ps(sum, (__m256bh)_mm256_set1_epi32(w), (__m256bh)x);
+}
+static Lanes<16>::type add_pair(Lanes<16>::type sum, uint32_t w, Lanes<16>::type x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(w), (__m512bh)x);
+}
+// the same in bf16, x as pairs [K / 2, R]
+template <int O, int R> [[gnu::noinline]] static void block(const uint16_t* w, const uint32_t* x, int K, float* y, const uint16_t* next) {
+    typedef typename Lanes<R>::type lanes;
+    lanes sum[O] = {};
+    for (int i = 0; i < K; i += 16) {
+        UNROLL for (int o = 0; o < O; o++) __builtin_prefetch(next + (size_t)o * K + i);
+        for (int j = i; j < i + 16; j += 2) {
+            const lanes xj = *(lanes*)(x + (size_t)j / 2 * R);
+            UNROLL for (int o = 0; o < O; o++) {
+                uint32_t pair;
+                memcpy(&pair, w + (size_t)o * K + j, 4);
+                sum[o] = add_pair(sum[o], pair, xj);
+            }
+        }
+    }
+    for (int o = 0; o < O; o++) *(lanes*)(y + o * R) = sum[o];
+}
+#endif
+
+static uint32_t pair(const float* x) { return as_int(x[0]) >> 16 | (as_int(x[1]) & 0xffff0000); }
+
 template <int R, class T, class F> static void batch(const T* w, const float* x, int M, int K, int from, int to, float* scratch, F done) {
     constexpr int O = 8;
     float *turned = scratch, *wide = scratch + (size_t)R * K;
+    uint32_t* pairs = (uint32_t*)turned;
     alignas(64) float y[O * R];
     for (int m = 0; m < M; m += R) {
         const int rows = M - m < R ? M - m : R;
-        for (int j = 0; j < K; j++)
-            for (int i = 0; i < R; i++) turned[(size_t)j * R + i] = i < rows ? x[(size_t)(m + i) * K + j] : 0;
+        if constexpr (in_pairs<T>)
+            for (int j = 0; j < K; j += 2)
+                for (int i = 0; i < R; i++) pairs[(size_t)j / 2 * R + i] = i < rows ? pair(x + (size_t)(m + i) * K + j) : 0;
+        else
+            for (int j = 0; j < K; j++)
+                for (int i = 0; i < R; i++) turned[(size_t)j * R + i] = i < rows ? x[(size_t)(m + i) * K + j] : 0;
         for (int o = from, n; o < to; o += n) {
             n = std::min(O, to - o);  // the last block is one of 8 too: one of another size may round otherwise
             const T* p = w + (size_t)o * K;
-            if (sizeof(T) == 4 && n == O) block<O, R>((const float*)p, turned, K, y, p + O * K);
+            if constexpr (in_pairs<T>) {
+                if (n < O) memcpy(wide, p, sizeof(T) * n * K);
+                block<O, R>(n < O ? (const T*)wide : p, pairs, K, y, p + O * K);
+            } else if (sizeof(T) == 4 && n == O) block<O, R>((const float*)p, turned, K, y, p + O * K);
             else {
                 for (int i = 0; i < n * K; i += W) *(loose*)(wide + i) = load(p + i);
                 block<O, R>(wide, turned, K, y, p + O * K);
@@ -143,15 +192,16 @@ template <int rows, class T> static void add_rows(const T* const* w, const T* co
     }
 }
 
-// done(m, c, sum_j x[m, j] w[j, c]) for columns from <= c < to of w [K, n], x [M, K]. Each sum goes over the j in their
-// order, as batch() has it, and a w[j] for which all x[m, j] are 0 is not read. False, and nothing done, if these are so few
+// done(m, c, sum_j x[m, j] w[j, c]) for columns from <= c < to of w [K, n], x [M, K]. Each sum goes over the j in the
+// order of batch(), and a w[j] for which all x[m, j] are 0 is not read. False, and nothing done, if these are so few
 // that it does not pay. Scratch for K + M (to - from) numbers.
 template <class T, class F> static bool nonzero_rows(const T* w, const float* x, int M, int K, int n, int from, int to,
                                                      float* scratch, F done) {
     constexpr int G = 8;
     int *at = (int*)scratch, count = 0, width = to - from;
     float* sum = scratch + K;
-    for (int j = 0; j < K; j++) {
+    for (int i = 0; i < K; i++) {
+        const int j = in_pairs<T> ? i ^ 1 : i;
         bool counts = false;
         for (int m = 0; m < M; m++) counts |= x[(size_t)m * K + j] != 0;  // true of what is not a number
         at[count] = j, count += counts;
@@ -259,7 +309,7 @@ template <class T> struct Step : Sizes {
     }
     void mix_in(int m, const T* weight, float* to) const {
         const size_t at = (size_t)m * C;
-        for (int i = 0; i < C; i++) to[at + i] = h[at + i] + delta[at + i] * f32(weight[i]);
+        for (int i = 0; i < C; i++) to[at + i] = narrow<T>(h[at + i] + delta[at + i] * f32(weight[i]));
     }
 
     void run(int me) {
@@ -307,7 +357,7 @@ template <class T> struct Step : Sizes {
                     columns(maa_w2 + (size_t)i * mix * C, low[1] + i * mix, M, mix, C, from, to, mixed[i + 1], 5 * mix, C);
                     for (int m = 0; m < M; m++)
                         for (size_t j = (size_t)m * C + from; j < (size_t)m * C + to; j++)
-                            mixed[i + 1][j] = h[j] + delta[j] * (mixed[i + 1][j] + f32(maa[i + 1][j - (size_t)m * C]));
+                            mixed[i + 1][j] = narrow<T>(h[j] + delta[j] * (mixed[i + 1][j] + f32(maa[i + 1][j - (size_t)m * C])));
                 }
                 meet();
                 xw = mixed[1], xk = mixed[2], xv = mixed[3], xr = mixed[4];
@@ -332,7 +382,7 @@ template <class T> struct Step : Sizes {
                     if (seven) bonus = recur7(S, j, head * N, layer, w0, a0, v0, k_k, k_a, r_k);
                     else bonus = recur6(S, j, head * N, w0, r_k), bonus = 0;
                     layer_norm(y + j, lnxw + head * N, lnxb + head * N, y + j, N, 64e-5f);
-                    for (int i = 0; i < N; i++) y[j + i] = (y[j + i] + bonus * v[j + i]) * g[j + i];
+                    for (int i = 0; i < N; i++) y[j + i] = narrow<T>((y[j + i] + bonus * v[j + i]) * g[j + i]);
                 }
             meet();
             auto add = [&](int m, int o, float y) { return x[(size_t)m * C + o] + y; };
@@ -344,7 +394,7 @@ template <class T> struct Step : Sizes {
                 if (!seven) mix_in(m, ffn_x_r, mixed[1]);
             }
             meet();
-            product(me, ffn_key, mixed[0], C, F, ffn, [](int, int, float k) { return k > 0 ? k * k : k == k ? 0 : k; });
+            product(me, ffn_key, mixed[0], C, F, ffn, [](int, int, float k) { return k > 0 ? narrow<T>(k * k) : k == k ? 0 : k; });
             if (!seven) product(me, ffn_receptance, mixed[1], C, C, r, [](int, int, float r) { return sigmoid(r); });
             meet();
             auto add_gated = [&](int m, int o, float y) { return x[(size_t)m * C + o] + r[(size_t)m * C + o] * y; };
@@ -354,8 +404,11 @@ template <class T> struct Step : Sizes {
         }
         T *ln_out_w, *ln_out_b, *head;
         take(ln_out_w, ln_out_b, head);
-        for (int m = my_rows.from; m < my_rows.to; m++)
-            layer_norm(x + (size_t)m * C, ln_out_w, ln_out_b, h + (size_t)m * C, C, 1e-5f);
+        for (int m = my_rows.from; m < my_rows.to; m++) {
+            float* hm = h + (size_t)m * C;
+            layer_norm(x + (size_t)m * C, ln_out_w, ln_out_b, hm, C, 1e-5f);
+            for (int i = 0; i < C; i++) hm[i] = narrow<T>(hm[i]);
+        }
         meet();
         product(me, head, h, C, V, logits);
     }
