@@ -7,12 +7,14 @@
 #include <cmath>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "cpu.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
 #include <immintrin.h>
+#define PAIRS
 constexpr bool HAS_PAIRS = true;  // an instruction for bf16: sum += a[1] b[1], then a[0] b[0], in every 32-bit lane
 #else
 constexpr bool HAS_PAIRS = false;
@@ -26,6 +28,7 @@ static float f32(uint16_t x) { return as_float((uint32_t)x << 16); }
 #define UNROLL _Pragma("GCC unroll 8")
 static void set(float& to, float x) { to = x; }
 static void set(uint16_t& to, float x) { to = as_bf16(x); }
+static uint32_t pair(const float* x) { return as_int(x[0]) >> 16 | (as_int(x[1]) & 0xffff0000); }  // of narrow ones
 
 typedef float loose __attribute__((vector_size(4 * W), aligned(4), may_alias));  // at any address
 typedef uint16_t halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
@@ -42,7 +45,7 @@ template <int n, class X> static float total(X x) {
         return total<n / 2>(half[0] + half[1]);
     }
 }
-template <class T> static float dot(const T* x, const float* y, int n) {  // four sums at a time: one waits for the last
+static float dot(const float* x, const float* y, int n) {  // four sums at a time: one waits for the last
     vec sum[4] = {};
     int i = 0;
     for (; i + 4 * W <= n; i += 4 * W)
@@ -50,14 +53,11 @@ template <class T> static float dot(const T* x, const float* y, int n) {  // fou
     for (; i < n; i += W) sum[0] += load(x + i) * load(y + i);
     return total<W>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
-// The same numbers, of two rows far from each other: memory gives two streams more than one. At the end of a page of 4 KB
-// the processor's own prefetching ends too, hence ours, of what comes a page later.
+// two products with y, for memory gives two rows that are far from each other sooner than one after the other
 template <class T> [[gnu::noinline]] static void two_dots(const T* x1, const T* x2, const float* y, int n, float* to1, float* to2) {
     vec sum[2][4] = {};
     int i = 0;
     for (; i + 4 * W <= n; i += 4 * W) {
-        if (sizeof(T) == 2)
-            UNROLL for (int q = 0; q < 4; q += 2) __builtin_prefetch(x1 + i + q * W + 2048), __builtin_prefetch(x2 + i + q * W + 2048);
         UNROLL for (int q = 0; q < 4; q++) {
             const vec yq = load(y + i + q * W);
             sum[0][q] += load(x1 + i + q * W) * yq, sum[1][q] += load(x2 + i + q * W) * yq;
@@ -67,6 +67,25 @@ template <class T> [[gnu::noinline]] static void two_dots(const T* x1, const T* 
     *to1 = total<W>((sum[0][0] + sum[0][1]) + (sum[0][2] + sum[0][3]));
     *to2 = total<W>((sum[1][0] + sum[1][1]) + (sum[1][2] + sum[1][3]));
 }
+#ifdef PAIRS  // the same, of y in bf16 too
+[[gnu::noinline]] static void two_dots(const uint16_t* x1, const uint16_t* x2, const uint16_t* y, int n, float* to1, float* to2) {
+    auto at = [](const uint16_t* p, int rest) { return (__m512bh)_mm512_maskz_loadu_epi16(rest < 32 ? 0xffff : 0xffffffff, p); };
+    __m512 sum[2][4] = {};
+    int i = 0;
+    for (; i + 128 <= n; i += 128)
+        UNROLL for (int q = 0; q < 4; q++) {
+            const __m512bh yq = at(y + i + q * 32, 32);
+            sum[0][q] = _mm512_dpbf16_ps(sum[0][q], at(x1 + i + q * 32, 32), yq);
+            sum[1][q] = _mm512_dpbf16_ps(sum[1][q], at(x2 + i + q * 32, 32), yq);
+        }
+    for (; i < n; i += 32) {  // n is whole 16s
+        sum[0][0] = _mm512_dpbf16_ps(sum[0][0], at(x1 + i, n - i), at(y + i, n - i));
+        sum[1][0] = _mm512_dpbf16_ps(sum[1][0], at(x2 + i, n - i), at(y + i, n - i));
+    }
+    *to1 = total<16>((vec)((sum[0][0] + sum[0][1]) + (sum[0][2] + sum[0][3])));
+    *to2 = total<16>((vec)((sum[1][0] + sum[1][1]) + (sum[1][2] + sum[1][3])));
+}
+#endif
 static float sigmoid(float x) {
     const float e = exp_(-fabsf(x));
     return (x < 0 ? e : 1.f) / (1.f + e);
@@ -89,7 +108,7 @@ template <int O, int R, class T> [[gnu::noinline]] static void block(const float
     for (int o = 0; o < O; o++) *(lanes*)(y + o * R) = sum[o];
 }
 
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#ifdef PAIRS
 static Lanes<4>::type add_pair(Lanes<4>::type sum, uint32_t w, Lanes<4>::type x) {
     return _mm_dpbf16_ps(sum, (__m128bh)_mm_set1_epi32(w), (__m128bh)x);
 }
@@ -117,8 +136,6 @@ template <int O, int R> [[gnu::noinline]] static void block(const uint16_t* w, c
     for (int o = 0; o < O; o++) *(lanes*)(y + o * R) = sum[o];
 }
 #endif
-
-static uint32_t pair(const float* x) { return as_int(x[0]) >> 16 | (as_int(x[1]) & 0xffff0000); }
 
 template <int R, class T, class F> static void batch(const T* w, const float* x, int M, int K, int from, int to, float* scratch, F done) {
     constexpr int O = 8;
@@ -153,30 +170,51 @@ template <int R, class T, class F> static void batch(const T* w, const float* x,
 // done(m, o, sum_j w[o, j] x[m, j]) for rows from <= o < to of w [*, K] and x [M, K]; scratch for 24 K numbers
 template <class T, class F> static void rows(const T* w, const float* x, int M, int K, int from, int to, float* scratch, F done) {
     if (M == 1) {
-        const int half = (to - from) / 2;
+        typedef std::conditional_t<in_pairs<T>, uint16_t, float> number;
+        uint32_t* pairs = (uint32_t*)scratch;
+        if (in_pairs<T>)
+            for (int j = 0; j < K; j += 2) pairs[j / 2] = pair(x + j);
+        const number* xs = in_pairs<T> ? (const number*)pairs : (const number*)x;
+        const int half = (to - from + 1) / 2;
         for (int o = from; o < from + half; o++) {
+            const int far = std::min(o + half, to - 1);  // of an odd number the last one is far from itself
             float y1, y2;
-            two_dots(w + (size_t)o * K, w + (size_t)(o + half) * K, x, K, &y1, &y2);
-            done(0, o, y1), done(0, o + half, y2);
+            two_dots(w + (size_t)o * K, w + (size_t)far * K, xs, K, &y1, &y2);
+            done(0, o, y1);
+            if (o + half < to) done(0, far, y2);
         }
-        for (int o = from + 2 * half; o < to; o++) done(0, o, dot(w + (size_t)o * K, x, K));
     } else if (M <= 4 || W == 4) batch<4>(w, x, M, K, from, to, scratch, done);
     else if (M <= 8 || W == 8) batch<8>(w, x, M, K, from, to, scratch, done);
     else batch<16>(w, x, M, K, from, to, scratch, done);
 }
 
-// y[m, c] = sum_j x[m, j] w[j, c] for columns from <= c < to of w [K, n]; x and y with so many numbers a row
+// y[m, c] = sum_j x[m, j] w[j, c] for `rows` m and as many vectors of columns c of w [K, n]; so many numbers in a row of x and y
+template <int rows, int vectors, class T> static void columns(const T* w, const float* x, int K, int n, float* y, int x_row, int y_row) {
+    vec sum[rows][vectors] = {};
+    for (int j = 0; j < K; j++)
+        UNROLL for (int q = 0; q < vectors; q++) {
+            const vec wq = load(w + (size_t)j * n + q * W);
+            UNROLL for (int m = 0; m < rows; m++) sum[m][q] += wq * x[(size_t)m * x_row + j];
+        }
+    for (int m = 0; m < rows; m++)
+        for (int q = 0; q < vectors; q++) *(loose*)(y + (size_t)m * y_row + q * W) = sum[m][q];
+}
+
+// the same for all M rows, and columns from <= c < to
 template <class T> static void columns(const T* w, const float* x, int M, int K, int n, int from, int to, float* y,
                                        int x_row, int y_row) {
+    constexpr int R = 4;
     for (int c = from; c < to;) {
         const bool four = to - c >= 4 * W;
-        for (int m = 0; m < M; m++) {
+        for (int m = 0; m < M;) {
             const float* xm = x + (size_t)m * x_row;
-            vec sum[4] = {};
-            if (four) for (int j = 0; j < K; j++)
-                UNROLL for (int q = 0; q < 4; q++) sum[q] += load(w + (size_t)j * n + c + q * W) * xm[j];
-            else for (int j = 0; j < K; j++) sum[0] += load(w + (size_t)j * n + c) * xm[j];
-            for (int q = 0; q < (four ? 4 : 1); q++) *(loose*)(y + (size_t)m * y_row + c + q * W) = sum[q];
+            float* ym = y + (size_t)m * y_row + c;
+            const bool some = M - m >= R;
+            if (four && some) columns<R, 4>(w + c, xm, K, n, ym, x_row, y_row);
+            else if (four) columns<1, 4>(w + c, xm, K, n, ym, x_row, y_row);
+            else if (some) columns<R, 1>(w + c, xm, K, n, ym, x_row, y_row);
+            else columns<1, 1>(w + c, xm, K, n, ym, x_row, y_row);
+            m += some ? R : 1;
         }
         c += four ? 4 * W : W;
     }
