@@ -424,6 +424,55 @@ def test_one_token_in_one_call_equals_the_layers(version, dtype, most):
     assert fused.decoder(model) is None
 
 
+@pytest.mark.parametrize("version", ["x060", "x070"])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 5e-6), (torch.bfloat16, 0.05)])
+def test_what_relu_leaves_at_zero_is_not_read_in_one_call(version, dtype, most, monkeypatch):
+    """ffn.value's columns of units that are 0 may hold anything. The others give, to the bit, what
+    reading all gives, and for one sequence up to rounding; threads change no bit."""
+    if wkv_cuda.cpu.unavailable():
+        pytest.skip(wkv_cuda.cpu.unavailable())
+    torch.manual_seed(0)
+    for share in (None, 0, 0.5, 1):  # None: each sequence has other units at 0, about half
+        model = RWKV(RWKVConfig(version, 2, 96, 70, head_size=48)).requires_grad_(False)
+        unused = [torch.rand(model.config.dim_ffn) < (share or 0) for _ in model.blocks]
+        for block, zero in zip(model.blocks, unused, strict=True):
+            ffn, key = block.ffn, block.ffn.key.weight
+            if share is not None:
+                key.copy_(torch.where(zero[:, None], -key.abs(), key.abs()))  # for inputs around 5
+                block.ln2.bias.fill_(5)
+            ffn.value.weight.add_(0.1 * torch.randn_like(ffn.value.weight))
+            ffn.value.weight[:, zero] = 0
+        model.to(dtype)
+        ids = torch.randint(0, 70, (19, 12))
+        want, _ = model(ids)
+        every_step = every_logit(model, fused.decoder(model), ids, 19)
+        with monkeypatch.context() as patch:
+            patch.setattr(wkv_cuda.cpu, "MOST_FEW", 0)
+            everything = {M: every_logit(model, fused.decoder(model), ids, M) for M in (1, 2, 4)}
+        for block, zero in zip(model.blocks, unused, strict=True):
+            block.ffn.value.weight[:, zero] = torch.nan
+        step = fused.decoder(model)
+        for M, dense in everything.items():
+            got = every_logit(model, step, ids, M)
+            assert (got - want[:M]).norm() < most * want[:M].norm()
+            if M == 1:
+                assert (got - dense).norm() < most * dense.norm()
+            else:
+                assert torch.equal(got, dense) and torch.equal(got, every_step[:M])
+            threads = torch.get_num_threads()
+            torch.set_num_threads(3)
+            try:
+                assert torch.equal(every_logit(model, step, ids, M), got)
+            finally:
+                torch.set_num_threads(threads)
+
+
+def every_logit(model, step, ids, M):
+    """Of the first M rows of ids [19, T], one token after the other -> [M, T, V]"""
+    state = model.zero_state(M)
+    return torch.stack([step(token, state) for token in ids[:M].T], 1)
+
+
 @pytest.mark.parametrize("temperature, l2wrap, V", [(1.0, 0.0, 333), (0.7, 0.1, 64), (1.3, 0.0, 5)])
 def test_scores_in_cpp_equal_float64(temperature, l2wrap, V):
     """train_cpu.cpp, in float32, against the PyTorch form in float64."""
