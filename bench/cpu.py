@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as network
 from gosling import config, engine
 from model import RWKV, RWKVConfig
-from wkv_cuda import fused
+from wkv_cuda import cpu, fused
 
 import timer
 import train_vs_gpt
@@ -37,6 +37,7 @@ class Config:
     slots: int = 16  # sequences of a batch
     tokens: int = 5  # decoded in a row
     prompt: int = 1024  # tokens of the prefill
+    zeros: float = 0.8  # share of the channel mix's hidden units at 0 in decoding, 0 to below 1
     rounds: int = 5  # counted runs of each side, interleaved
     threads: int = 1  # CPU threads
 
@@ -131,6 +132,13 @@ def decode_ours(model, step, ids, rows):
         _, state = engine.decode(model, step, torch.full((rows,), token), state)
 
 
+def decode_all(model, step, ids):
+    """decode_ours of one row, all of ffn.value read, whatever is 0."""
+    most_few, cpu.MOST_FEW = cpu.MOST_FEW, 0
+    decode_ours(model, step, ids, 1)
+    cpu.MOST_FEW = most_few
+
+
 def decode_theirs(official, ids):
     state = None
     for token in ids:
@@ -139,12 +147,13 @@ def decode_theirs(official, ids):
 
 def compare(cfg, model, official, ids):
     dtype = model.emb.weight.dtype
-    step = fused.decoder(model)
+    step, step_all = fused.decoder(model), fused.decoder(model)
     n_read = sum(p.numel() for name, p in model.named_parameters() if name != "emb.weight")
     as_many_bytes = torch.empty(n_read * dtype.itemsize // 4).uniform_()
     some = ids[: cfg.tokens]
     sides = {
         "step": functools.partial(decode_ours, model, step, some, 1),
+        "step_all": functools.partial(decode_all, model, step_all, some),
         "batch": functools.partial(decode_ours, model, step, some, cfg.slots),
         "rwkv": functools.partial(decode_theirs, official, some),
         "sum": functools.partial(repeat, as_many_bytes.sum, cfg.tokens),
@@ -154,6 +163,7 @@ def compare(cfg, model, official, ids):
     seconds = timer.interleaved(sides, cfg.rounds, timer.cpu_and_wall)  # [rounds, 2]
     tokens = dict(
         step=cfg.tokens,
+        step_all=cfg.tokens,
         batch=cfg.tokens * cfg.slots,
         rwkv=cfg.tokens,
         sum=cfg.tokens,
@@ -164,6 +174,7 @@ def compare(cfg, model, official, ids):
     for name, peer in dict(step="rwkv", batch="rwkv", prefill="rwkv_prefill").items():
         report_pair(cfg, dtype, speed, name, peer)
     report_pair(cfg, dtype, speed, "step", "sum")
+    report_pair(cfg, dtype, speed, "step", "step_all")
 
 
 def report_pair(cfg, dtype, speed, name, peer):
@@ -175,6 +186,7 @@ def report_pair(cfg, dtype, speed, name, peer):
         n_layer=cfg.n_layer,
         n_embd=cfg.n_embd,
         vocab=cfg.vocab,
+        zeros=cfg.zeros,
         rows=cfg.slots if name == "batch" else 1,
         ratio=ratio,
         wall_ratio=wall_ratio,
@@ -182,10 +194,22 @@ def report_pair(cfg, dtype, speed, name, peer):
     )
 
 
+def set_zeros(model, share):
+    """Shift the channel mix's hidden units so that about this share is 0, others for each token."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+    threshold = normal.icdf(torch.tensor(share)).clamp(-9)  # of units with a deviation of 1
+    for block in model.blocks:
+        block.ln2.bias.fill_(1)  # inputs of mean 1, so that the weights can hold a bias
+        weight = block.ffn.key.weight
+        deviation = (2 * weight.square().sum(1, keepdim=True)).sqrt()
+        weight -= threshold * deviation / weight.shape[1]
+
+
 @torch.no_grad()
 def decode(cfg):
     torch.manual_seed(0)
     model = RWKV(RWKVConfig("x070", cfg.n_layer, cfg.n_embd, cfg.vocab)).eval()
+    set_zeros(model, cfg.zeros)
     ids = torch.randint(1, cfg.vocab, (cfg.prompt,)).tolist()
     for dtype, official in load_official(model).items():
         compare(cfg, model.to(dtype), official, ids)
