@@ -244,7 +244,7 @@ template <class T, class F> static bool nonzero_rows(const T* w, const float* x,
         for (int m = 0; m < M; m++) counts |= x[(size_t)m * K + j] != 0;  // true of what is not a number
         at[count] = j, count += counts;
     }
-    if (count > K - K / 8) return false;
+    if (count > K - K / (in_pairs<T> ? 4 : 8)) return false;
     memset(sum, 0, sizeof(float) * M * width);
     const T *row[G], *next[G];
     float xs[G];
