@@ -37,7 +37,7 @@ class Config:
     slots: int = 16  # sequences of a batch
     tokens: int = 5  # decoded in a row
     prompt: int = 1024  # tokens of the prefill
-    zeros: float = 0.8  # share of the channel mix's hidden units at 0 in decoding, 0 to below 1
+    zeros: config.Share = 0.8  # of the channel mix's hidden units, at 0 in decoding
     rounds: int = 5  # counted runs of each side, interleaved
     threads: int = 1  # CPU threads
 
@@ -197,7 +197,7 @@ def report_pair(cfg, dtype, speed, name, peer):
 def set_zeros(model, share):
     """Shift the channel mix's hidden units so that about this share is 0, others for each token."""
     normal = torch.distributions.Normal(0.0, 1.0)
-    threshold = normal.icdf(torch.tensor(share)).clamp(-9)  # of units with a deviation of 1
+    threshold = normal.icdf(torch.tensor(share)).clamp(-9, 9)  # of units with a deviation of 1
     for block in model.blocks:
         block.ln2.bias.fill_(1)  # inputs of mean 1, so that the weights can hold a bias
         weight = block.ffn.key.weight

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gosling.config import read_flags
+from gosling.config import UserError, read_flags
 from gosling.token_files import TokenFile
 from model import RWKV
 
@@ -23,7 +23,7 @@ import timer
 class Config:
     model: str = "out/demo/sft/rwkv-final.pth"  # a model's weights
     data: str = "out/demo/data/tasks_val"  # a token file of its tokenizer
-    rows: int = 16  # windows from the start of the data; so many sequences of a batch
+    groups: int = 4  # of four windows each, from the start of the data
     ctx_len: int = 256  # tokens of a window
 
 
@@ -35,8 +35,10 @@ def keep_zeros(found, module, inputs, output):
 @torch.no_grad()
 def main(cfg):
     model = RWKV.from_pretrained(cfg.model).eval()
-    n_tokens = cfg.rows * cfg.ctx_len
+    n_tokens = 4 * cfg.groups * cfg.ctx_len
     tokens = TokenFile(cfg.data).tokens[:n_tokens].astype("int64")
+    if len(tokens) < n_tokens:
+        raise UserError(f"{cfg.data} has {len(tokens)} tokens, {n_tokens} are needed: lower groups")
     found = []
     for block in model.blocks:
         block.ffn.key.register_forward_hook(functools.partial(keep_zeros, found))

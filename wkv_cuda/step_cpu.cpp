@@ -1,7 +1,7 @@
 // One token of each of M sequences through a whole RWKV-6 or RWKV-7, for generation on a CPU. At few rows everything waits
 // for the weights, so each is read once, in the order it lies in memory, by threads that meet at a barrier between layers'
-// parts. Weights and shifts are fp32 or bf16 (T), everything else fp32. A row's numbers depend neither on the other rows
-// nor on the number of threads. The formulas are model.py's, names too.
+// parts. Weights and shifts are fp32 or bf16 (T), everything else fp32. A row's numbers do not depend on the number of threads,
+// nor on the other rows where there are any: one row alone sums in another order. The formulas are model.py's, names too.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -15,12 +15,12 @@
 #if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define PAIRS
-constexpr bool HAS_PAIRS = true;  // an instruction for bf16: sum += a[1] b[1], then a[0] b[0], in every 32-bit lane
+constexpr bool HAS_PAIRS = true;  // an instruction for bf16: sum += a[1] b[1], then sum += a[0] b[0], in every 32-bit lane
 #else
 constexpr bool HAS_PAIRS = false;
 #endif
 template <class T> constexpr bool in_pairs = sizeof(T) == 2 && HAS_PAIRS;
-// what a product takes: with such an instruction bf16, at any number of rows, so that a row does not depend on its mates
+// What a product takes: with such an instruction bf16. One row alone is rounded too, so that it agrees with itself among others.
 template <class T> static float narrow(float x) { return in_pairs<T> ? as_float((uint32_t)as_bf16(x) << 16) : x; }
 
 static float f32(float x) { return x; }
