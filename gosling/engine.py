@@ -15,10 +15,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from gosling import penalties
 from gosling.batch import pack_ids
+from gosling.choice import settings_of, together
 from gosling.config import Share, UserError, check
-from gosling.grammar import grammar_of, masked
-from gosling.penalties import Penalties
+from gosling.grammar import bits_of, grammar_of
+from gosling.graph import STATE, Lean, Rows, advance, choose, graphs_for
 from gosling.shard import place, shards
 from gosling.tokenizer import agree, recorded_tokenizer, tokenizer_of
 from gosling.tune import load_model
@@ -211,55 +213,6 @@ def prefill(model, prompts, state=None):
 
 
 # ----------------------------------------------------------------------------------------------
-# choosing tokens
-
-
-def draw(p, u, top_p=1.0, top_k=0, min_p=0.0, width=256):
-    """p [B, V] probabilities, u [B] uniform in [0, 1) -> ids [B].
-
-    By the inverse of the cumulative distribution, so that a row's choice depends on its own numbers
-    alone. top_p, top_k and min_p (a share of the likeliest token's) each rule out tokens of p, the
-    likeliest one never. Only the `width` likeliest are sorted; rows that keep them all are drawn
-    again with more.
-    """
-    order = None
-    if top_k or top_p < 1 or min_p:
-        width = min(top_k or width, p.shape[1])
-        likeliest, order = p.topk(width)
-        keep = (likeliest.cumsum(-1) - likeliest < top_p) & (likeliest >= min_p * likeliest[:, :1])
-        cumulative = (likeliest * keep).cumsum(-1)
-    else:
-        cumulative = p.cumsum(-1)
-    # Below the sum even when rounded: the last token might be one that was ruled out.
-    total = cumulative[:, -1:]
-    target = torch.minimum(u[:, None] * total, total * (1 - 2**-23))
-    ids = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)
-    if order is None:
-        return ids[:, 0]
-    ids = order.gather(-1, ids)[:, 0]
-    if not top_k and width < p.shape[1]:
-        too_narrow = keep[:, -1]
-        if too_narrow.any():
-            ids[too_narrow] = draw(p[too_narrow], u[too_narrow], top_p, top_k, min_p, 16 * width)
-    return ids
-
-
-def pick(logits, u, o, changed=None):
-    """logits [B, V], u [B] -> (ids [B], log-probabilities [B] under softmax(logits / temperature)).
-
-    changed [B, V]: the logits after penalties and biases, which the choice is then made from.
-    """
-    temperature = o.temperature or 1.0
-    logp = (logits.float() / temperature).log_softmax(-1)
-    if o.temperature == 0:
-        ids = (logp if changed is None else changed).argmax(-1)
-    else:
-        p = logp.exp() if changed is None else (changed / temperature).softmax(-1)
-        ids = draw(p, u, o.top_p, o.top_k, o.min_p)
-    return ids, logp.gather(-1, ids[:, None])[:, 0]
-
-
-# ----------------------------------------------------------------------------------------------
 # the engine
 
 
@@ -352,15 +305,14 @@ class Request:
     def __init__(self, model, prompts, options):
         o = complete(model, prompts, options)
         self.prompts, self.options = prompts, o
-        how = (o.temperature, o.top_p, o.top_k, o.min_p, o.grammar is None)
         self.bias = None  # [V] if the logits are to be changed
         if o.presence_penalty or o.frequency_penalty or o.repetition_penalty != 1 or o.logit_bias:
             self.bias = torch.zeros(model.config.vocab_size, device=model.emb.weight.device)
             for token, value in o.logit_bias.items():
                 self.bias[token] = value
-            how += (o.presence_penalty, o.frequency_penalty, o.penalty_decay, o.repetition_penalty)
-            how += (id(o.tokenizer), *sorted(o.logit_bias.items()))
-        self.how = how  # requests that are equal in this choose their tokens together
+        # How its rows choose their tokens.
+        vocab_size, has_bias = model.config.vocab_size, self.bias is not None
+        self.settings, self.kind = settings_of(o, vocab_size, has_bias)
 
     def groups(self):
         """[[index, ...], ...]: which prompts are equal, and go on from the same state."""
@@ -371,7 +323,7 @@ class Request:
         return list(equal.values())
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """A completion that is being decoded."""
 
@@ -384,25 +336,41 @@ class Slot:
     completion: Completion = field(default_factory=Completion)
 
 
+@dataclass
+class Flight:
+    """A step on its way: the slots that it is of, and what it chooses, once `event` has come."""
+
+    slots: list  # by row; None where it is of none
+    chosen: torch.Tensor  # [B, 2] ids and log-probabilities
+    event: Any
+
+
 class Engine:
     """Decodes requests together, which come and go while it runs.
 
     Memory is for at most n_slots sequences. A free slot for which nothing waits is computed on and
     ignored, until most are.
+
+    graphs: what records steps (graph.py), by default on CUDA. With it the host is a step behind: it
+    sees who has stopped while the next step is computed, and throws away what that one makes of
+    them. Where a step needs to know the token before, for a grammar, or the state after it is asked
+    for, the host waits.
     """
 
-    def __init__(self, model, n_slots):
+    def __init__(self, model, n_slots, graphs=None):
         self.model, self.n_slots = model, n_slots
         self.native = fused.decoder(model)  # writes the state in place; None: not possible here
+        self.graphs = graphs or graphs_for(model)
+        self.lean = Lean(model)
         self.queue = deque()  # (request, indices of equal prompts) that are not read yet
         self.ready = deque()  # (Slot, its prompt's logits [V], its prompt's state [L, ...])
-        self.slots = [None]  # a Slot or None, as many as the state has rows
-        self.state = model.zero_state(1)  # [L, slots, ...]
-        self.ids = torch.zeros(1, dtype=torch.long, device=model.emb.weight.device)  # last tokens
-        self.penalties = None  # from the first request on that has any
+        self.slots = [None]  # a Slot or None, as many as there are rows
+        self.rows = Rows(model, n_slots if self.graphs else None)
+        self.flight = None  # the step ahead, if there is one
 
     def submit(self, request):
-        """Queue a request; `step` starts it when slots are free."""
+        """Queue a request, for the model's weights of now; `step` starts it when slots are free."""
+        self.lean.refresh()
         self.queue.extend((request, equal) for equal in request.groups())
 
     def cancel(self, request):
@@ -412,6 +380,11 @@ class Engine:
         for row in self.live():
             if self.slots[row].request is request:
                 self.slots[row] = None
+
+    @property
+    def state(self):
+        """The state of the rows, [L, B, ...]."""
+        return {key: self.rows[key] for key in STATE}
 
     def live(self):
         """The rows that decode."""
@@ -424,19 +397,59 @@ class Engine:
         Where slots are free and something waits it is the first token of those that start. An empty
         list: nothing is left to do.
         """
-        started = self.fill()
-        rows = [row for row, _ in started] or self.live()
-        if not rows:
-            return []
-        if started:
-            logits = torch.stack([prompt_logits for _, prompt_logits in started])
-        else:
-            logits, self.state = decode(self.model, self.native, self.ids, self.state)
-            logits = logits if len(rows) == len(self.slots) else logits[rows]
+        if started := self.fill():
+            at, logits = zip(*started, strict=True)
+            return self.land(self.launch(list(at), torch.stack(logits)))
         pieces = []
-        for row, token, logp in zip(rows, *self.choose(logits, rows), strict=True):
-            slot = self.slots[row]
-            grow(slot, token, logp)
+        while self.live() and not pieces:
+            now = self.flight or self.launch()
+            self.flight = self.launch() if self.is_ahead() else None
+            pieces = self.land(now)
+        return pieces
+
+    def launch(self, at=None, logits=None):
+        """Queue a token of every slot, or of those in the rows `at` from these logits -> Flight"""
+        slots, rows = list(self.slots), self.rows
+        if at is not None:
+            slots = [slot if row in at else None for row, slot in enumerate(slots)]
+        waiting = [row for row, slot in enumerate(slots) if slot is not None]
+        kind = together({slots[row].request.kind for row in waiting})
+        u = np.zeros(len(slots), np.float32)
+        for row in waiting:
+            u[row] = slots[row].random.random(dtype=np.float32)
+        rows.send("u", u)
+        if kind.masked:
+            rows.add("bits", -(-rows.vocab_size // 8), dtype=torch.uint8)
+            rows.send("bits", bits_of([slot and slot.matcher for slot in slots], rows.vocab_size))
+        index = None
+        if len(waiting) < len(slots):
+            index = torch.tensor(waiting, device=rows.device)
+        if at is not None:
+            choose(logits, rows, kind, index)
+        elif self.graphs:
+            self.graphs.advance(self.lean.network, rows, kind)
+        else:
+            advance(self.lean.network, self.native, rows, kind, index)
+        return Flight(slots, *rows.receive())
+
+    def is_ahead(self):
+        """Whether to queue a step before the one before it is known: if it is of use to a slot."""
+        live = [slot for slot in self.slots if slot is not None]
+        waits = any(slot.matcher or slot.request.options.return_state for slot in live)
+        is_of_use = any(len(slot.completion.tokens) + 2 <= slot.limit for slot in live)
+        return self.graphs is not None and is_of_use and not waits
+
+    def land(self, flight):
+        """What a step chose, for the slots that still decode -> as from `step`"""
+        if flight.event is not None:
+            flight.event.synchronize()
+        row_of = {slot: row for row, slot in enumerate(self.slots) if slot is not None}
+        pieces = []
+        for slot, (token, logp) in zip(flight.slots, flight.chosen.tolist(), strict=True):
+            if slot not in row_of:
+                continue
+            row = row_of[slot]
+            grow(slot, int(token), logp)
             if slot.completion.finish_reason:
                 self.slots[row] = None
                 if slot.request.options.return_state:
@@ -457,10 +470,13 @@ class Engine:
         for row, (slot, _, prompt_state) in zip(free, started, strict=False):
             self.slots[row] = slot
             for key, value in prompt_state.items():
-                self.state[key][:, row] = value
+                self.rows[key][:, row] = value
             if slot.request.bias is not None:
-                self.penalties = self.penalties or Penalties(self.model, len(self.slots))
-                self.penalties.start(row, slot.prompt_ids)
+                penalties.start(self.rows, row, slot.prompt_ids, slot.request)
+        if started:
+            lines = np.stack([slot.request.settings for slot, _, _ in started])
+            at = torch.tensor(free[: len(started)], device=self.rows.device)
+            self.rows["table"][at] = torch.from_numpy(lines).to(self.rows.device)
         return [(row, logits) for row, (_, logits, _) in zip(free, started, strict=False)]
 
     def read(self):
@@ -474,7 +490,7 @@ class Engine:
         first = [self.queue.popleft() for _ in range(n_prompts)]
         like, states = self.model.initial_state(1), []
         for request, equal in first:
-            state = state_rows(request.options.state, equal[:1], self.ids.device) or like
+            state = state_rows(request.options.state, equal[:1], self.rows.device) or like
             states.append({key: value.to(like[key].dtype) for key, value in state.items()})
         state = {key: torch.cat([state[key] for state in states], 1) for key in like}
         prompts = [request.prompts[equal[0]] for request, equal in first]
@@ -495,35 +511,9 @@ class Engine:
             return
         width = min(self.n_slots, max(n, 2 * width)) if n > width else max(1, 2 * n)
         keep = self.live()
-        index = torch.tensor(keep + [0] * (width - len(keep)), device=self.ids.device)
+        index = torch.tensor(keep + [0] * (width - len(keep)), device=self.rows.device)
         self.slots = [self.slots[row] for row in keep] + [None] * (width - len(keep))
-        self.state = {key: v.index_select(1, index) for key, v in self.state.items()}
-        self.ids = self.ids[index]
-        if self.penalties:
-            self.penalties.take(index)
-
-    def choose(self, logits, rows):
-        """logits [rows, V] of these slots -> (ids, log-probabilities), lists"""
-        slots = [self.slots[row] for row in rows]
-        u = torch.tensor([slot.random.random(dtype=np.float32) for slot in slots])
-        u, alike = u.to(logits.device), {}
-        for i, slot in enumerate(slots):
-            alike.setdefault(slot.request.how, []).append(i)
-        chosen = {}  # position among these rows -> (id, log-probability)
-        for group in alike.values():
-            request, own = slots[group[0]].request, [rows[i] for i in group]
-            some, changed = logits if len(group) == len(rows) else logits[group], None
-            if request.bias is not None:
-                changed = self.penalties.apply(some, own, request)
-            if request.options.grammar is not None:
-                matchers = [slots[i].matcher for i in group]
-                changed = masked(some if changed is None else changed, matchers)
-            ids, logps = pick(some, u[group], request.options, changed)
-            self.ids[own] = ids
-            if request.bias is not None:
-                self.penalties.add(own, ids, request.options)
-            chosen.update(zip(group, zip(ids.tolist(), logps.tolist(), strict=True), strict=True))
-        return zip(*[chosen[i] for i in range(len(rows))], strict=True)
+        self.rows.take(index)
 
 
 def stream(model, prompts, **options):
@@ -540,14 +530,6 @@ def stream(model, prompts, **options):
         while pieces := engine.step():
             for _, number, completion in pieces:
                 yield number, completion
-
-
-def decode(model, step, ids, state):
-    """Another token for each slot: ids [B], state -> (logits [B, V], state)"""
-    if step is not None:
-        return step(ids, state).to(state["att_shift"].dtype), state
-    logits, state = model(ids[:, None], state)
-    return logits[:, 0], state
 
 
 def generate(model, prompts, *, n=1, callback=None, progress=True, **options):

@@ -306,8 +306,18 @@ class Matcher:
         self.grammar.warned = True
 
 
-def masked(logits, matchers):
-    """logits [B, V] -> the same with -inf on what each row's Matcher does not allow"""
-    bits = torch.from_numpy(np.stack([matcher.allowed for matcher in matchers]))  # [B, V / 8]
-    added = embedding(bits.to(logits.device).int(), ADDED.to(logits.device)).flatten(1)
-    return added[:, : logits.shape[1]] + logits
+def bits_of(matchers, vocab_size):
+    """-> bits of the tokens that each row allows, [B, V / 8]; all where its Matcher is None"""
+    bits = np.full((len(matchers), -(-vocab_size // 8)), 255, np.uint8)
+    for row, matcher in enumerate(matchers):
+        if matcher is not None:
+            bits[row] = matcher.allowed
+    return bits
+
+
+def masked(logits, bits, added=ADDED):
+    """logits [B, V], bits [B, V / 8] -> the logits, -inf where the bits are 0
+
+    added: ADDED, where the logits are.
+    """
+    return embedding(bits.int(), added).flatten(1)[:, : logits.shape[1]] + logits

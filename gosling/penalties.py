@@ -1,45 +1,71 @@
 """Penalties of a sampler: logits that depend on which tokens a slot had.
 
-V vocabulary, rows of the engine's slots.
+The counts lie in the engine's rows (graph.Rows): "count" [B, V], how often a token was generated,
+decaying; "generated" and "read" [B, V], whether it was, and whether it was or is in the prompt;
+"bias" [B, V]; "weighs" [B], which of `rows.weights` [tokenizers, V] says how much a token counts.
+
+V vocabulary, B rows.
 """
+
+import functools
+
+from gosling.choice import column
 
 import torch
 
+KEYS = ("count", "generated", "read", "bias", "weighs")
 
-class Penalties:
-    """What moves the logits away from the model's own: which tokens each slot had, how often."""
 
-    def __init__(self, model, width):
-        device, shape = model.emb.weight.device, (width, model.config.vocab_size)
-        self.count = torch.zeros(shape, device=device)  # how often generated, decaying
-        self.generated = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.read = torch.zeros_like(self.generated)  # generated or in the prompt
+def start(rows, row, prompt_ids, request):
+    """A slot begins anew."""
+    V, tokenizer = rows.vocab_size, request.options.tokenizer
+    for key in ("count", "bias"):
+        rows.add(key, V)
+    for key in ("generated", "read"):
+        rows.add(key, V, dtype=torch.bool)
+    rows.add("weighs", dtype=torch.long)
+    if tokenizer not in rows.tokenizers:
+        weights = weights_of(tokenizer, V).to(rows.device)[None]
+        before = [] if rows.weights is None else [rows.weights]
+        rows.weights = torch.cat([*before, weights])
+        rows.tokenizers.append(tokenizer)
+    rows["count"][row], rows["generated"][row], rows["read"][row] = 0, False, False
+    rows["read"][row, prompt_ids] = True
+    rows["bias"][row] = request.bias
+    rows["weighs"][row] = rows.tokenizers.index(tokenizer)
 
-    def take(self, index):
-        """Go on with these rows, in this order."""
-        self.count, self.generated = self.count[index], self.generated[index]
-        self.read = self.read[index]
 
-    def start(self, row, prompt_ids):
-        """A slot begins anew."""
-        self.count[row], self.generated[row], self.read[row] = 0, False, False
-        self.read[row, prompt_ids] = True
+@functools.lru_cache(maxsize=4)
+def weights_of(tokenizer, vocab_size):
+    """How often a token counts, [V]. As in the RWKV runners, blanks and digits count 0 times."""
+    if tokenizer is None:
+        return torch.ones(vocab_size)
+    texts = [tokenizer.decode([token]) for token in range(vocab_size)]
+    return torch.tensor([float(text not in " \t0123456789") for text in texts])
 
-    def apply(self, logits, rows, request):
-        """logits [rows, V] of these slots -> those that the choice is made from"""
-        o, logits = request.options, logits.float()
-        factor = torch.where(logits > 0, 1 / o.repetition_penalty, o.repetition_penalty)
-        logits = torch.where(self.read[rows], logits * factor, logits)
-        held_back = o.presence_penalty * self.generated[rows]
-        held_back = held_back + o.frequency_penalty * self.count[rows]
-        return logits - held_back + request.bias
 
-    def add(self, rows, ids, options):
-        """Count the tokens chosen. As in the RWKV runners, blanks and digits count 0 times."""
-        weights = torch.ones(len(ids), device=ids.device)
-        if options.tokenizer is not None:
-            texts = [options.tokenizer.decode([token]) for token in ids.tolist()]
-            weights = torch.tensor([text not in " \t0123456789" for text in texts]).to(weights)
-        self.count[rows] *= options.penalty_decay
-        self.count[rows, ids] += weights
-        self.generated[rows, ids] = self.read[rows, ids] = True
+def apply(logits, rows, table, at=None):
+    """logits [B, V], float32, of these slots -> those that the choice is made from
+
+    at: the slots' numbers, or None of all of them; table [B, columns] is theirs.
+    """
+    count, generated, read, bias = (rows.some(key, at) for key in KEYS[:4])
+    repetition, inverse = column(table, "repetition_penalty"), column(table, "inverse_repetition")
+    factor = torch.where(logits > 0, inverse, repetition)
+    logits = torch.where(read, logits * factor, logits)
+    held_back = column(table, "presence_penalty") * generated
+    held_back = held_back + column(table, "frequency_penalty") * count
+    return logits - held_back + bias
+
+
+def add(ids, rows, table, at=None):
+    """Count the tokens chosen."""
+    weights = rows.weights[rows.some("weighs", at), ids]
+    if at is None:
+        rows["count"].mul_(column(table, "penalty_decay"))
+        at = torch.arange(len(ids), device=ids.device)
+    else:
+        rows["count"][at] *= column(table, "penalty_decay")
+    rows["count"][at, ids] += weights
+    yes = torch.ones_like(ids, dtype=torch.bool)
+    rows["generated"][at, ids] = rows["read"][at, ids] = yes

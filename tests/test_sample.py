@@ -9,7 +9,7 @@ import sys
 import time
 
 import sample
-from gosling import answers, batch, engine, terminal, weights
+from gosling import answers, batch, choice, engine, graph, terminal, weights
 from gosling.config import UserError, read_flags
 from gosling.tokenizer import load_tokenizer
 from model import RWKV, RWKVConfig
@@ -85,7 +85,9 @@ def test_sampling_follows_the_distribution():
         keep = (before < top_p) & (torch.arange(5) < (top_k or 5))
         want = (p * keep / (p * keep).sum()).double()
         options = engine.Options(temperature=temperature, top_p=top_p, top_k=top_k)
-        ids, logps = engine.pick(logits.expand(40000, -1), u.float(), options)
+        settings, kind = choice.settings_of(options, 5, False)
+        table = torch.from_numpy(settings).expand(40000, -1)
+        ids, logps = choice.pick(logits.expand(40000, -1), u.float(), table, kind)
         got = ids.bincount(minlength=5).double() / 40000
         assert ((got - want).abs() <= 4 * (want * (1 - want) / 40000).sqrt() + 1e-9).all(), (
             got,
@@ -201,7 +203,7 @@ def test_the_number_of_slots_and_the_batch_mates_change_nothing(model):
 
 
 def test_refill_keeps_every_decode_full_and_reads_each_prompt_once(model, monkeypatch):
-    read, decoded, real_prefill, real_decode = [], [], engine.prefill, engine.decode
+    read, decoded, real_prefill, real_decode = [], [], engine.prefill, graph.decode
 
     def prefill(model, prompts, state=None):
         read.extend(prompts)
@@ -212,7 +214,7 @@ def test_refill_keeps_every_decode_full_and_reads_each_prompt_once(model, monkey
         return real_decode(model, step, ids, state)
 
     monkeypatch.setattr(engine, "prefill", prefill)
-    monkeypatch.setattr(engine, "decode", decode)
+    monkeypatch.setattr(graph, "decode", decode)
     limits = [2, 9, 3, 8, 4, 10]
     out = sample.generate(
         model,
@@ -447,33 +449,34 @@ def test_a_wide_nucleus_is_the_same_as_a_sort_of_everything():
         -1
     )
     for top_p, min_p in ((0.95, 0.0), (1.0, 0.001)):
+        limits = [torch.full((6, 1), x) for x in (top_p, 3000.0, min_p)]
         for u in torch.rand(50, 6, generator=g):
-            got = engine.draw(p, u, top_p, 0, min_p)
+            got = choice.draw_narrow(p, u, *limits, 256)
             for row in range(6):
                 q, order = p[row].double().sort(descending=True)
                 q = q * (q.cumsum(0) - q < top_p) * (q >= min_p * q[0])
                 at = int((q.cumsum(0) / q.sum() <= float(u[row])).sum())
-                near = order[max(at - 1, 0) : at + 2]
+                near, one = order[max(at - 1, 0) : at + 2], slice(row, row + 1)
                 assert (
                     got[row] in near
                     and got[row]
-                    == engine.draw(p[row : row + 1], u[row : row + 1], top_p, 0, min_p)[0]
+                    == choice.draw_narrow(p[one], u[one], *(x[one] for x in limits), 256)[0]
                 )
     certain = torch.zeros(1, 5).index_fill(1, torch.tensor([1]), 0.7)
     assert (
-        engine.draw(certain, torch.tensor([1 - 2**-24]))[0] == 1
+        choice.draw(certain, torch.tensor([1 - 2**-24]))[0] == 1
     )  # never a token of probability 0
 
 
 def forced(model, tokens, **options):
     """generate, the tokens being dictated."""
-    real, left = engine.pick, list(tokens)
+    real, left = graph.pick, list(tokens)
 
     def pick(logits, u, *rest):
         ids = torch.full((len(logits),), left.pop(0))
         return ids, logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
-    engine.pick = pick
+    graph.pick = pick
     try:
         return sample.generate(
             model,
@@ -483,7 +486,7 @@ def forced(model, tokens, **options):
             **options,
         )[0]
     finally:
-        engine.pick = real
+        graph.pick = real
 
 
 @pytest.mark.parametrize(
@@ -541,13 +544,13 @@ def test_slots_from_a_memory_budget(model, monkeypatch):
         need = slots * (3 * state + 24 * 257)
         assert engine.slots_for(model, need) == slots
         assert engine.slots_for(model, need - 1) == max(1, slots - 1)
-    widths, real = set(), engine.decode
+    widths, real = set(), graph.decode
 
     def decode(model, step, ids, state):
         widths.add(len(ids))
         return real(model, step, ids, state)
 
-    monkeypatch.setattr(engine, "decode", decode)
+    monkeypatch.setattr(graph, "decode", decode)
     memory = 7 * (3 * state + 24 * 257)
     sample.generate(model, PROMPTS, n=4, max_new_tokens=3, memory=memory, stop_ids=())
     assert widths == {7}

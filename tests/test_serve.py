@@ -15,7 +15,7 @@ import threading
 import time
 
 import sample
-from gosling import engine, serve
+from gosling import engine, graph, serve
 from gosling.config import UserError, read_flags
 from gosling.data import render_chat
 from gosling.tokenizer import load_tokenizer
@@ -89,7 +89,7 @@ def test_requests_that_join_while_others_decode_get_what_they_get_alone(model, n
         for _ in range(i % 3):  # some decode already when the next one comes
             for of, number, completion in running.step():
                 found.setdefault(of, {})[number] = completion
-        assert len(running.slots) == len(running.ids) == running.state["wkv"].shape[1] <= n_slots
+        assert len(running.slots) == running.rows.n_rows == running.state["wkv"].shape[1] <= n_slots
     run_to_end(running, found)
     for (prompts, options), request in zip(asked, requests, strict=True):
         alone = engine.generate(model, prompts, **options)
@@ -103,13 +103,13 @@ def test_requests_that_join_while_others_decode_get_what_they_get_alone(model, n
 
 def test_rows_follow_the_number_of_live_requests(model, monkeypatch):
     """One long completion among 15 short ones is not decoded 16 wide to its end."""
-    widths, real = [], engine.decode
+    widths, real = [], graph.decode
 
     def decode(model, step, ids, state):
         widths.append(len(ids))
         return real(model, step, ids, state)
 
-    monkeypatch.setattr(engine, "decode", decode)
+    monkeypatch.setattr(graph, "decode", decode)
     prompts = [[i] for i in range(1, 17)]
     engine.generate(model, prompts, max_new_tokens=[3] * 15 + [40], stop_ids=(), seed=1)
     assert widths == [16] * 2 + [2] * 37
@@ -447,12 +447,12 @@ def test_an_engine_that_fails_fails_its_requests_alone(server, monkeypatch, caps
         raise MemoryError("no room")
 
     def tear(running, n):  # leave the engine without its tables
-        running.state = {}
+        running.rows.tensors = {}
         fail()
 
     body = {"model": "m", "prompt": "a", "seed": 1}
     before = ask(server, "/v1/completions", body)
-    monkeypatch.setattr(engine, "decode", fail)
+    monkeypatch.setattr(graph, "decode", fail)
     for stream in (False, True):
         text = ask(server, "/v1/completions", {**body, "stream": stream})[1]
         assert "the engine failed" in text
