@@ -338,11 +338,10 @@ class Slot:
 
 @dataclass
 class Flight:
-    """A step on its way: the slots that it is of, and what it chooses, once `event` has come."""
+    """A step on its way."""
 
-    slots: list  # by row; None where it is of none
-    chosen: torch.Tensor  # [B, 2] ids and log-probabilities
-    event: Any
+    slots: list  # that it is of, by row; None where it is of none
+    receive: Any  # a function that waits for it, -> (ids, log-probabilities), lists
 
 
 class Engine:
@@ -430,7 +429,7 @@ class Engine:
             self.graphs.advance(self.lean.network, rows, kind)
         else:
             advance(self.lean.network, self.native, rows, kind, index)
-        return Flight(slots, *rows.receive())
+        return Flight(slots, rows.receive())
 
     def is_ahead(self):
         """Whether to queue a step before the one before it is known: if it is of use to a slot."""
@@ -441,15 +440,14 @@ class Engine:
 
     def land(self, flight):
         """What a step chose, for the slots that still decode -> as from `step`"""
-        if flight.event is not None:
-            flight.event.synchronize()
+        ids, logps = flight.receive()
         row_of = {slot: row for row, slot in enumerate(self.slots) if slot is not None}
         pieces = []
-        for slot, (token, logp) in zip(flight.slots, flight.chosen.tolist(), strict=True):
+        for slot, token, logp in zip(flight.slots, ids, logps, strict=True):
             if slot not in row_of:
                 continue
             row = row_of[slot]
-            grow(slot, int(token), logp)
+            grow(slot, token, logp)
             if slot.completion.finish_reason:
                 self.slots[row] = None
                 if slot.request.options.return_state:

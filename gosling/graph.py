@@ -31,8 +31,8 @@ class Rows:
     """What the engine's slots are decoded from and into, tensors by name.
 
     ids [B], the last tokens; u [B], random numbers in [0, 1); table [B, columns] of choice.py;
-    chosen [B, 2], ids and log-probabilities; the state [L, B, ...]; once they are needed, bits
-    [B, V / 8] of grammars, a byte for eight tokens, and the counts of penalties.py.
+    logps [B], their log-probabilities; the state [L, B, ...]; once they are needed, bits [B, V / 8]
+    of grammars, a byte for eight tokens, and the counts of penalties.py.
 
     room: if given, there is memory for so many rows from the start, and so many or fewer lie at the
     same addresses whenever they are in use.
@@ -48,7 +48,7 @@ class Rows:
         self.add("ids", dtype=torch.long)
         self.add("u")
         self.add("table", len(COLUMNS))
-        self.add("chosen", 2, dtype=torch.float64)
+        self.add("logps")
         self["table"].fill_(1.0)
         self.weights, self.tokenizers = None, []  # see penalties.py
         self.added = ADDED.to(self.device)
@@ -92,13 +92,19 @@ class Rows:
         self[name].copy_(values, non_blocking=True)
 
     def receive(self):
-        """-> what was chosen [B, 2], on the host once the event, if there is one, has come"""
+        """-> a function that waits for what is queued, -> (ids, log-probabilities), lists"""
+        chosen = [self[name].to("cpu", non_blocking=True) for name in ("ids", "logps")]
         if self.device.type != "cuda":
-            return self["chosen"].clone(), None
-        chosen = self["chosen"].to("cpu", non_blocking=True)
+            lists = [x.tolist() for x in chosen]
+            return lambda: lists
         event = torch.cuda.Event()
         event.record()
-        return chosen, event
+
+        def wait():
+            event.synchronize()
+            return [x.tolist() for x in chosen]
+
+        return wait
 
 
 def advance(network, native, rows, kind, at=None):
@@ -139,12 +145,11 @@ def choose(logits, rows, kind, at=None):
     ids, logps = pick(logits, rows.some("u", at), table, kind, changed)
     if kind.penalised:
         penalties.add(ids, rows, table, at)
-    chosen = torch.stack([ids, logps.double()], 1)
     if at is None:
         rows["ids"].copy_(ids)
-        rows["chosen"].copy_(chosen)
+        rows["logps"].copy_(logps)
     else:
-        rows["ids"][at], rows["chosen"][at] = ids, chosen
+        rows["ids"][at], rows["logps"][at] = ids, logps
 
 
 # ----------------------------------------------------------------------------------------------
