@@ -20,6 +20,7 @@ from gosling.config import warn
 from gosling.grammar import ADDED, masked
 from gosling.shard import STAY_WHOLE, is_sharded
 from model import packing_of
+from wkv_cuda.cuda_token import in_place
 
 import torch
 import torch.nn as nn
@@ -126,9 +127,10 @@ def decode(model, native, ids, state):
     v_first, packing = None, packing_of(None, ids.device)
     for layer, block in enumerate(model.blocks):
         before = [state[key][layer] for key in STATE]
-        x, v_first, *after = block(x, v_first, *before, packing)
+        with in_place():
+            x, v_first, *after = block(x, v_first, *before, packing)
         for old, new in zip(before, after, strict=True):
-            if new.data_ptr() != old.data_ptr():
+            if new is not old:
                 old.copy_(new)
     return model.head(model.ln_out(x))[:, 0]
 

@@ -12,6 +12,8 @@ passes its state through.
   "cuda_seq"  a CUDA thread block per sequence and head, token by token, built at first use
               (cuda_seq.py)
   "cuda"      the same on tensor cores, 16 tokens at a time, for bf16 (cuda.py)
+Within cuda_token.in_place(), one token of every row on CUDA writes to the
+state that it is given (cuda_token.py).
 torch.export and torch.onnx get one of standard operators instead (exported.py).
 """
 
@@ -20,7 +22,7 @@ from itertools import pairwise
 
 import torch
 
-from . import chunked, cpu, cuda, cuda_seq, exported, native
+from . import chunked, cpu, cuda, cuda_seq, cuda_token, exported, native
 
 COMPILED = {"cpu": cpu, "cuda_seq": cuda_seq, "cuda": cuda}
 BACKENDS = ("naive", "chunked", *COMPILED)
@@ -95,6 +97,8 @@ def _run(version, backend, named, state, cu_seqlens):
     inputs = tuple(named.values())
     if backend is None and cu_seqlens is None and native.is_exported():
         return exported.wkv(version, inputs, state)
+    if backend is None and cu_seqlens is None and cuda_token.takes(inputs, state):
+        return cuda_token.wkv(version, inputs, state)
     backend = backend or _fastest(inputs, state)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
