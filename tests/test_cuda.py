@@ -331,7 +331,7 @@ def test_wrong_arguments(device):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", ["wkv6.cu", "wkv7.cu"])
+@pytest.mark.parametrize("source", ["wkv6.cu", "wkv7.cu", "wkv_token.cu"])
 def test_nvcc_compiles_without_spills(source, tmp_path):
     archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (75, 80, 90)]
     done = subprocess.run(

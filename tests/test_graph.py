@@ -43,10 +43,12 @@ class Recorded(TorchDispatchMode):
         self.calls, self.replays = [], 0
         rows = step.args[2]
         before = {name: x.clone() for name, x in rows.tensors.items()}
-        with self:
-            step()
-        for name, x in rows.tensors.items():
-            x.copy_(before[name])
+        try:
+            with self:
+                step()
+        finally:
+            for name, x in rows.tensors.items():
+                x.copy_(before[name])
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
