@@ -1,6 +1,6 @@
-"""wkv_cuda/cuda_seq.py and its .cu files. Without a GPU the same .cu sources are compiled by g++
-(cuda_on_cpu.h) and go through the whole Python path on CPU tensors; where there is a GPU every
-comparison runs there as well."""
+"""wkv_cuda/cuda_seq.py, cuda_token.py and their .cu files. Without a GPU the same .cu sources are
+compiled by g++ (cuda_on_cpu.h) and go through the whole Python path on CPU tensors; where there is
+a GPU every comparison runs there as well."""
 
 import functools
 import os
@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import wkv_cuda
-from wkv_cuda import cuda_seq, native
+from wkv_cuda import cuda_seq, cuda_token, native
 
 import pytest
 import torch
@@ -323,6 +323,60 @@ def test_wrong_arguments(device):
         for x, y in zip(
             call(r, logw, k, v, a, b, half), call(r, logw, k, v, a, b, half.float()), strict=False
         )
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# one token, the state in place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["random", "stress"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_token_in_place_against_float64(op, kind, dtype, device, request):
+    """Token after token, in the state that is given; emulated lanes in either order."""
+    inputs, _, _ = make(op, 5, B=3, kind=kind, dtype=dtype)
+    want_y, want_state = oracle(op, *[x.double() for x in inputs])
+    for reverse in (0, 1):
+        if device == "cpu":
+            request.getfixturevalue("emulated").cuda_on_cpu_reverse(reverse)
+        *vectors, state = [x.to(device, copy=True) for x in inputs]
+        ys, place = [], state.data_ptr()
+        with torch.no_grad(), cuda_token.in_place():
+            for t in range(5):
+                now = [x if x.dim() == 2 else x[:, t : t + 1] for x in vectors]
+                y, after = getattr(wkv_cuda, op)(*now, state)
+                assert after.data_ptr() == place
+                ys.append(y)
+        if device == "cpu":
+            request.getfixturevalue("emulated").cuda_on_cpu_reverse(0)
+        rounding = {torch.bfloat16: 2**-9, torch.float16: 2**-12}.get(dtype, 2e-6)
+        pairs = ((torch.cat(ys, 1), want_y, rounding), (state, want_state, 2e-6))
+        for got, want, tolerance in pairs:
+            assert (got.cpu().double() - want).norm() <= tolerance * want.norm()
+
+
+def test_in_place_is_for_one_token_without_gradients_and_for_a_state_that_fits(emulated):
+    inputs, _, _ = make("wkv7", 2)
+    *vectors, state = inputs
+    one = [x[:, :1] for x in vectors]
+    with torch.no_grad():
+        assert not cuda_token.takes(one, state)
+        with cuda_token.in_place():
+            assert cuda_token.takes(one, state) and not cuda_token.takes(vectors, state)
+            assert not cuda_token.takes(one, state.double())
+            assert not cuda_token.takes(one, state.mT)
+            assert not cuda_token.takes([x[..., :32] for x in one], state)
+            with torch.enable_grad():
+                assert not cuda_token.takes(one, state)
+        assert not cuda_token.is_in_place()
+    flat = [x[:, 0] for x in one]
+    with pytest.raises(ValueError, match="in one piece"):
+        cuda_token._ops[7](*flat, state.mT)
+    with pytest.raises(ValueError, match="k is torch.float32"):
+        cuda_token._ops[7](*flat[:2], flat[2][:1], *flat[3:], state)
+    torch.library.opcheck(
+        cuda_token._ops[7], (*flat, state.clone()), test_utils=("test_schema", "test_faketensor")
     )
 
 

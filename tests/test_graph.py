@@ -1,13 +1,12 @@
-"""gosling/graph.py and wkv_cuda/cuda_token.py without a GPU.
+"""gosling/graph.py, decode steps as CUDA graphs, without a GPU.
 
 A stand-in for CUDA graphs notes the operators of a step and runs them again without its Python. A
-trace over tensors without numbers shows what a step asks of the host. The kernel is emulated.
+trace over tensors without numbers shows what a step asks of the host.
 """
 
 import copy
 import math
 
-import wkv_cuda
 from gosling import choice, engine, graph
 from gosling.tokenizer import load_tokenizer
 from wkv_cuda import cpu, cuda_seq, cuda_token, fused
@@ -15,7 +14,6 @@ from wkv_cuda import cpu, cuda_seq, cuda_token, fused
 import helpers
 import pytest
 import torch
-from test_cuda import NAMES, make, oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -298,57 +296,3 @@ def test_an_engine_decodes_with_copies_of_the_weights_of_now(in_pytorch):
             found |= {number: copy.copy(c) for _, number, c in pieces}
         want = engine.generate(copy.deepcopy(model), [[5, 6], [7]], **options)
         same([found[0], found[1]], want)
-
-
-# ----------------------------------------------------------------------------------------------
-# the kernel
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["random", "stress"])
-@pytest.mark.parametrize("op", ["wkv6", "wkv7"])
-def test_the_kernel_against_float64(op, kind, dtype, emulated):
-    """Token after token, in the state that is given, whatever the order of the warps' lanes."""
-    for reverse in (0, 1):
-        emulated.cuda_on_cpu_reverse(reverse)
-        inputs, _, _ = make(op, 5, B=3, kind=kind, dtype=dtype)
-        *vectors, state = inputs
-        state, place, ys = state.clone(), state, []
-        want_y, want_state = oracle(op, *[x.double() for x in inputs])
-        place = state.data_ptr()
-        with torch.no_grad(), cuda_token.in_place():
-            for t in range(5):
-                now = [x if x.dim() == 2 else x[:, t : t + 1] for x in vectors]
-                y, after = getattr(wkv_cuda, op)(*now, state)
-                assert after.data_ptr() == place
-                ys.append(y)
-        emulated.cuda_on_cpu_reverse(0)
-        for got, want, fp32 in ((torch.cat(ys, 1), want_y, False), (state, want_state, True)):
-            error = (got.double() - want).norm() / want.norm()
-            rounding = {torch.bfloat16: 2**-9, torch.float16: 2**-12}.get(dtype, 2e-6)
-            assert error <= (2e-6 if fp32 else rounding)
-    assert NAMES[op][-1] == "state"
-
-
-def test_in_place_is_for_one_token_without_gradients_and_for_a_state_that_fits(emulated):
-    inputs, _, _ = make("wkv7", 2)
-    *vectors, state = inputs
-    one = [x[:, :1] for x in vectors]
-    with torch.no_grad():
-        assert not cuda_token.takes(one, state)
-        with cuda_token.in_place():
-            assert cuda_token.takes(one, state) and not cuda_token.takes(vectors, state)
-            assert not cuda_token.takes(one, state.double())
-            assert not cuda_token.takes(one, state.mT)
-            assert not cuda_token.takes([x[..., :32] for x in one], state)
-            with torch.enable_grad():
-                assert not cuda_token.takes(one, state)
-        assert not cuda_token.is_in_place()
-    flat = [x[:, 0] for x in one]
-    with pytest.raises(ValueError, match="in one piece"):
-        cuda_token._ops[7](*flat, state.mT)
-    with pytest.raises(ValueError, match="k is torch.float32"):
-        cuda_token._ops[7](*flat[:2], flat[2][:1], *flat[3:], state)
-    torch.library.opcheck(
-        cuda_token._ops[7], (*flat, state.clone()), test_utils=("test_schema", "test_faketensor")
-    )
