@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as network
-from gosling import config, engine
+from gosling import config, graph
 from model import RWKV, RWKVConfig
 from wkv_cuda import cpu, fused
 
@@ -129,7 +129,7 @@ def load_official(model):
 def decode_ours(model, step, ids, rows):
     state = model.zero_state(rows)
     for token in ids:
-        _, state = engine.decode(model, step, torch.full((rows,), token), state)
+        graph.decode(model, step, torch.full((rows,), token), state)
 
 
 def decode_all(model, step, ids):

@@ -162,7 +162,9 @@ def record_on_cuda(step, pool):
     """-> a torch.cuda.CUDAGraph of a step, of which nothing is computed yet"""
     recorded = torch.cuda.CUDAGraph()
     # Other threads, NCCL's among them, may do on CUDA what a recording forbids.
-    with torch.cuda.graph(recorded, pool=pool, capture_error_mode="thread_local"):
+    recording = torch.cuda.graph(recorded, pool=pool, capture_error_mode="thread_local")
+    # One that fails does not come back to the stream that it left.
+    with torch.cuda.stream(torch.cuda.current_stream()), recording:
         step()
     return recorded
 

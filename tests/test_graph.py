@@ -165,6 +165,36 @@ def test_a_recording_that_fails_says_so_once_and_nothing_else_changes(in_pytorch
     assert len(said) == 1 and said[0].endswith("recorded: CUDA error: operation not permitted")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_on_a_card_recorded_steps_choose_what_others_choose(version, monkeypatch):
+    model = helpers.random_model(version, n_layer=2, n_embd=128, vocab_size=320).cuda().eval()
+    for what in ("plain", "narrow", "mixed"):
+        got, running = run(model, ASKED[what], 8, None)
+        assert running.graphs.recorded and not running.graphs.has_failed
+        with monkeypatch.context() as plain:
+            plain.setattr(engine, "graphs_for", lambda model: None)
+            want, _ = run(model, ASKED[what], 8, None)
+        same(got, want, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_card_the_host_waits_for_nothing_while_it_queues_a_step():
+    model = helpers.random_model("x070", n_layer=2, n_embd=128, vocab_size=320).cuda().eval()
+    running = engine.Engine(model, 4)
+    options = engine.Options(n=4, max_new_tokens=30, stop_ids=(), seed=1, top_p=0.9)
+    running.submit(engine.Request(model, [[5, 6]], options))
+    for _ in range(5):
+        running.step()
+    assert running.graphs.recorded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            running.launch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ----------------------------------------------------------------------------------------------
 # what a step asks of the host
 
