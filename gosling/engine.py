@@ -410,7 +410,9 @@ class Engine:
         """Queue a token of every slot, or of those in the rows `at` from these logits -> Flight"""
         slots, rows = list(self.slots), self.rows
         if at is not None:
-            slots = [slot if row in set(at) else None for row, slot in enumerate(slots)]
+            slots = [None] * len(slots)
+            for row in at:
+                slots[row] = self.slots[row]
         waiting = [row for row, slot in enumerate(slots) if slot is not None]
         kind = together({slots[row].request.kind for row in waiting})
         u = np.zeros(len(slots), np.float32)

@@ -141,6 +141,34 @@ def test_a_grammar_goes_through_the_recording(in_pytorch):
     assert any(kind.masked for kind in kinds) and any(not kind.masked for kind in kinds)
 
 
+def test_a_slot_that_changes_hands_while_a_step_is_on_its_way(in_pytorch):
+    """The step ahead is of the request that was cancelled, not of the one in its place."""
+    model, found = random_model(), {}
+    running = engine.Engine(model, 2, recorder())
+    requests = [
+        engine.Request(model, [[i]], engine.Options(seed=i, max_new_tokens=15, stop_ids=()))
+        for i in range(4)
+    ]
+    for request in requests[:2]:
+        running.submit(request)
+    for _ in range(5):
+        running.step()
+    assert running.flight is not None
+    running.cancel(requests[0])
+    running.submit(requests[2])
+    for request, _, completion in running.step():
+        found[request] = completion
+    assert list(found) == [requests[2]] and running.flight.slots[0] not in running.slots
+    running.submit(requests[3])
+    while pieces := running.step():
+        found |= {request: completion for request, _, completion in pieces}
+    assert found.keys() == set(requests[1:])
+    for i, request in enumerate(requests):
+        if i > 0:
+            (want,) = engine.generate(model, [[i]], seed=i, max_new_tokens=15, stop_ids=())
+            same([found[request]], [want], atol=1e-5)
+
+
 def test_memory_stays_where_it_is_however_many_rows_are_in_use():
     rows = graph.Rows(random_model(), 6)
     places = {name: x.data_ptr() for name, x in rows.tensors.items()}
