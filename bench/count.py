@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from gosling import shard
-from gosling.optimizer import BLOCK_SIZE
+from gosling.optimizer import block_size
 from model import RWKV, RWKVConfig
 from wkv_cuda import fused
 
@@ -249,7 +249,7 @@ def count(c, layout):
             to_shares(model, layout, mesh)
         trained = [p for p in model.parameters() if p.requires_grad]
         memory.kind = "optimiser"
-        moments = [m for p in trained for m in moments_of(local(p), layout)]
+        moments = [m for p in trained for m in moments_of(local(p), layout, c.n_embd)]
         memory.kind = "activations"
         memory.most = 0  # that of the start does not count
         sent = run_step(model, memory, layout, is_sharded)
@@ -268,12 +268,13 @@ def count(c, layout):
     return Count(peak, after, sent, n_trained, sum(p.numel() for p in model.parameters()))
 
 
-def moments_of(p, layout):
+def moments_of(p, layout, n_embd):
     """What AdamW keeps of a parameter; torchao keeps small tensors in float32."""
-    if layout.optim == "adamw" or p.numel() < 4096 or p.numel() % BLOCK_SIZE:
+    size = block_size(n_embd)
+    if layout.optim == "adamw" or p.numel() < 4096 or p.numel() % size:
         return [torch.empty(p.shape, dtype=p.dtype) for _ in range(2)]
     codes = [torch.empty(p.shape, dtype=torch.uint8) for _ in range(2)]
-    return codes + [torch.empty(p.numel() // BLOCK_SIZE) for _ in range(2)]
+    return codes + [torch.empty(p.numel() // size) for _ in range(2)]
 
 
 def local(p):

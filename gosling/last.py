@@ -19,7 +19,7 @@ from gosling.files import (
     sync_folder,
     write_json,
 )
-from gosling.optimizer import BLOCK_SIZE, MOMENTS
+from gosling.optimizer import MOMENTS
 from gosling.processes import gather
 from gosling.schemas import Last, Optimizer, RunNotes
 from gosling.shard import fill
@@ -75,7 +75,8 @@ def checked_optimizer(saved, opt, path):
     for number, of_parameter in saved["state"].items():
         place = f"optimizer.state.{number}"
         expect(number in range(len(parameters)), path, f"{place} is not of AdamW")
-        expected = tensors_of(parameters[number], of_parameter)
+        block_size = getattr(opt, "block_size", 0)
+        expected = tensors_of(parameters[number], block_size if is_8bit(of_parameter) else 0)
         expect(of_parameter.keys() == expected.keys(), path, f"{place} is not of AdamW")
         for key, w in of_parameter.items():
             dtype, shape = expected[key]
@@ -84,13 +85,17 @@ def checked_optimizer(saved, opt, path):
     return {**saved, "param_groups": today}
 
 
-def tensors_of(p, found):
-    """{key: (dtype, shape)} of AdamW's state for a parameter; 8-bit, if what is found is."""
+def is_8bit(values):
+    return any(key.endswith(".codes") for key in values)
+
+
+def tensors_of(p, block_size):
+    """{key: (dtype, shape)} of AdamW's state for a parameter; block_size: of 8-bit moments, or 0"""
     expected = {"step": (torch.float32, ())}
     for moment in MOMENTS:
-        if f"{moment}.codes" in found:
+        if block_size:
             expected[f"{moment}.codes"] = (torch.uint8, p.shape)
-            expected[f"{moment}.scale"] = (torch.float32, (p.numel() // BLOCK_SIZE,))
+            expected[f"{moment}.scale"] = (torch.float32, (p.numel() // block_size,))
         else:
             expected[moment] = (torch.float32, p.shape)
     return expected

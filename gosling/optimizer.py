@@ -6,6 +6,7 @@ moments, https://arxiv.org/abs/2110.02861, are torchao's, a package of its own.
 """
 
 import functools
+import math
 
 from gosling.config import UserError, print0
 from gosling.shard import is_sharded
@@ -13,7 +14,6 @@ from gosling.shard import is_sharded
 import torch
 
 SMALLEST_EPS = 1e-8  # for 8-bit moments
-BLOCK_SIZE = 256  # numbers of an 8-bit moment that share a scale
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether there are negative ones
 
 
@@ -41,7 +41,7 @@ def make_optimizer(model, cfg, run):
         )
     options = dict(betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
     if is_8bit:
-        opt = torchao().AdamW8bit(groups, **options, block_size=BLOCK_SIZE)
+        opt = torchao().AdamW8bit(groups, **options, block_size=block_size(c.n_embd))
     else:
         fused = run.device.type in ("cpu", "cuda")
         opt = torch.optim.AdamW(groups, **options, fused=fused)
@@ -76,6 +76,12 @@ def check_in_backward(cfg, run):
         )
     if getattr(cfg, "bptt", "full") == "truncated":
         raise UserError("bptt=truncated runs several backward passes; leave step_in_backward out")
+
+
+def block_size(n_embd):
+    """How many numbers of an 8-bit moment share a scale: 256, or so many that no two rows of the
+    embedding share one. Beside a row of tokens that are often read, all of another rounds to 0."""
+    return math.gcd(n_embd, 256)
 
 
 def torchao():
@@ -161,7 +167,8 @@ def from_plain(optimizer):
 def eight_bit(codes, scale, is_signed):
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    moment = OptimState8bit.zeros(codes.shape, is_signed, BLOCK_SIZE, codes.device, torch.float32)
+    size = codes.numel() // scale.numel()
+    moment = OptimState8bit.zeros(codes.shape, is_signed, size, codes.device, torch.float32)
     moment.codes.copy_(codes)
     moment.scale.copy_(scale)
     return moment
