@@ -7,14 +7,17 @@ matrix products alone, and long sequences to short ones.
     python bench/cpu.py --part=decode --threads=2
 """
 
+import contextlib
 import functools
 import os
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,7 +33,7 @@ import wkv
 
 @dataclass
 class Config:
-    part: Literal["all", "op", "train", "large", "decode"] = "all"
+    part: Literal["all", "op", "train", "share", "large", "decode"] = "all"
     n_layer: int = 12  # of the large model, which trains and decodes
     n_embd: int = 768  # its width
     vocab: int = 65536  # its vocabulary
@@ -62,13 +65,72 @@ def train_step(model, opt, ids):
     opt.zero_grad()
 
 
-def training(n_layer, n_embd, vocab, rows, length, dtype):
+def training(n_layer, n_embd, vocab, rows, length, dtype, version="x070"):
     """-> a function that takes a step on [rows, length] tokens"""
-    model = RWKV(RWKVConfig("x070", n_layer, n_embd, vocab))
+    model = RWKV(RWKVConfig(version, n_layer, n_embd, vocab))
     model.compute_dtype = dtype
     opt = torch.optim.AdamW(model.param_groups(1e-4, 0.1), fused=True)
     ids = torch.randint(0, vocab, (rows, length + 1))
     return functools.partial(train_step, model, opt, ids)
+
+
+class Clock:
+    """Adds up what a function of a module takes, while it stands in its place."""
+
+    def __init__(self, module, name):
+        self.module, self.name, self.function = module, name, getattr(module, name)
+        self.seconds = self.gflop = 0.0
+
+    def __enter__(self):
+        setattr(self.module, self.name, self)
+        return self
+
+    def __exit__(self, *error):
+        setattr(self.module, self.name, self.function)
+
+    def __call__(self, *args):
+        start = time.process_time()
+        result = self.function(*args)
+        self.seconds += time.process_time() - start
+        if self.name == "product":  # x [.., in], w [out, in]
+            self.gflop += 2e-9 * args[0].numel() * args[1].shape[0]
+        elif self.name == "weight_gradient":  # dy [.., out], x [.., in]
+            self.gflop += 2e-9 * args[0].numel() * args[1].shape[-1]
+        return result
+
+
+def share(cfg):
+    """What part of a training step, 4 x 256 on 512 x 8, its products and the recurrence are, and
+    how fast the products are next to one large product."""
+    for version in ("x070", "x060"):
+        step = training(4, 256, 4096, 8, 512, torch.float32, version)
+        repeat(step, 2)
+        x, w = torch.randn(4096, 256), torch.randn(1024, 256)
+        rows = []
+        for _ in range(cfg.rounds):
+            with contextlib.ExitStack() as stack:
+                names = ("product", "weight_gradient")
+                products = [stack.enter_context(Clock(fused, name)) for name in names]
+                recurrence = stack.enter_context(Clock(cpu, "launch"))
+                start = time.process_time()
+                step()
+                whole = time.process_time() - start
+            start = time.process_time()
+            repeat(functools.partial(fused.product, x, w), 20)
+            rate = 20 * 2e-9 * 4096 * 256 * 1024 / (time.process_time() - start)
+            seconds = sum(clock.seconds for clock in products)
+            gflop_per_s = sum(clock.gflop for clock in products) / seconds
+            outside = 1 - (seconds + recurrence.seconds) / whole
+            rows.append((seconds / whole, recurrence.seconds / whole, outside, gflop_per_s / rate))
+        shares = timer.median(np.array(rows), 3)
+        timer.report(
+            "cpu",
+            what=f"a training step of {version}, 4 x 256 on 512 x 8",
+            products=shares[0],
+            recurrence=shares[1],
+            outside=shares[2],
+            rate_of_products_to_a_large_one=shares[3],
+        )
 
 
 def n_multiplied(c):
@@ -225,8 +287,10 @@ def main(cfg):
             train_vs_gpt.main(train_vs_gpt.Config(n_layer=n_layer, n_embd=n_embd, **options))
     fused.build("cpu")
     network.init_parameter = init_uniform
+    fused.keep_memory()
+    if cfg.part in ("all", "share"):
+        share(cfg)
     if cfg.part in ("all", "large"):
-        fused.keep_memory()
         large(cfg)
     if cfg.part in ("all", "decode"):
         decode(cfg)

@@ -326,7 +326,10 @@ extern "C" void relu_squared(int back, int64_t n, int threads, void** io) {
     float *out = (float*)io[1], *dx = back ? (float*)io[2] : 0;
     on_threads(threads, [&](int me) {
         const int64_t from = n / 16 * me / threads * 16, to = me + 1 == threads ? n : n / 16 * (me + 1) / threads * 16;
-        if (!back) INDEPENDENT for (int64_t i = from; i < to; i++) out[i] = x[i] < 0 ? 0 : x[i] * x[i];  // NaN stays
-        else INDEPENDENT for (int64_t i = from; i < to; i++) dx[i] = x[i] < 0 ? 0 : 2 * x[i] * dout[i];
+        if (back) {
+            INDEPENDENT for (int64_t i = from; i < to; i++) dx[i] = 2 * std::max(x[i], 0.f) * dout[i];
+        } else {
+            INDEPENDENT for (int64_t i = from; i < to; i++) out[i] = std::max(x[i], 0.f) * std::max(x[i], 0.f);
+        }
     });
 }
