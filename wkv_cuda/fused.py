@@ -22,7 +22,6 @@ from . import cpu, native
 # matrix products
 
 
-@functools.cache
 def prefers_onednn():
     """Whether float32 products go through oneDNN: on processors that are not Intel's, where MKL,
     which PyTorch takes, may need twice as long. On Intel's the two are equally fast."""
