@@ -156,6 +156,21 @@ inline float2 unpack(uint32_t bits) {
 }
 
 inline void forget(uint4*) {}
+inline uint32_t pack_bf16(float low, float high) {
+    return __float2bfloat16(low).x | (uint32_t)__float2bfloat16(high).x << 16;
+}
+inline void store_global(void* p, const void* from, size_t bytes) {
+    if ((uintptr_t)p % bytes) fprintf(stderr, "a store of %zu bytes must be aligned to as many\n", bytes), abort();
+    memcpy(p, from, bytes);
+}
+inline void store8(void* p, uint32_t x, uint32_t y) {
+    const uint32_t both[2] = {x, y};
+    store_global(p, both, 8);
+}
+inline void store16(void* p, float x, float y, float z, float w) {
+    const float all[4] = {x, y, z, w};
+    store_global(p, all, 16);
+}
 
 inline float shuffle(float x, int lane) {
     cuda_on_cpu::Slot s;

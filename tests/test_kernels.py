@@ -177,6 +177,26 @@ def test_size_of_values_and_gradients_does_not_matter(version, values, grads, de
 
 
 @both
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("r, k", [(1000, 1000), (1000, 1), (1, 1000)])
+def test_size_of_r_and_k_does_not_matter(version, kind, r, k, device):
+    """A thousand times the usual leaves fp16's range unless it is scaled."""
+    inputs, *grads = make(version, 70, kind, H=1)
+    inputs[0], inputs[2] = inputs[0] * r, inputs[2] * k
+    check(version, (inputs, *grads), kind, device)
+
+
+@both
+def test_one_large_token(version, device):
+    """It shares a scale with its neighbours; and zeros give a gradient."""
+    inputs, *grads = make(version, 50, H=1)
+    for x in (inputs[0], inputs[2]):
+        x[:, :16] = 0
+        x[:, 20] *= 1000
+    check(version, (inputs, *grads), "plain", device)
+
+
+@both
 def test_size_may_change_on_the_way(version, device):
     """Each chunk has its own scale; the loss of some tokens is masked."""
     inputs, dy, dstate = make(version, 80)

@@ -40,6 +40,17 @@ __device__ __forceinline__ void forget(uint4* x) {
 #pragma unroll
     for (int i = 0; i < 4; i++) asm volatile("" : "+r"(x[i].x), "+r"(x[i].y), "+r"(x[i].z), "+r"(x[i].w));
 }
+// nvcc splits a plain store of 8 or 16 bytes into several
+__device__ __forceinline__ void store8(void* p, uint32_t x, uint32_t y) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ void store16(void* p, float x, float y, float z, float w) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&x);
+}
 __device__ __forceinline__ float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 __device__ __forceinline__ bool every(bool x) { return __all_sync(~0u, x); }
@@ -239,12 +250,9 @@ __device__ __forceinline__ void get4(float* x, const bf16* p) {
     x[0] = __uint_as_float(u.x << 16), x[1] = __uint_as_float(u.x & 0xffff0000u);
     x[2] = __uint_as_float(u.y << 16), x[3] = __uint_as_float(u.y & 0xffff0000u);
 }
-__device__ __forceinline__ void put4(float* p, float a, float b, float c, float d) {
-    *reinterpret_cast<float4*>(p) = make_float4(a, b, c, d);
-}
+__device__ __forceinline__ void put4(float* p, float a, float b, float c, float d) { store16(p, a, b, c, d); }
 __device__ __forceinline__ void put4(bf16* p, float a, float b, float c, float d) {
-    union { bf16 x[4]; uint2 u; } z = {{__float2bfloat16(a), __float2bfloat16(b), __float2bfloat16(c), __float2bfloat16(d)}};
-    *reinterpret_cast<uint2*>(p) = z.u;
+    store8(p, pack_bf16(a, b), pack_bf16(c, d));
 }
 // rows lo .. hi - 1 of a tile, columns 16 w .. of the head, times a factor; `to`: the head of the block's first token
 template <typename T>
@@ -257,28 +265,47 @@ __device__ __forceinline__ void put_rows(T* to, int H, float (*c)[4], float fact
                  c[0][i] * factor, c[0][i + 1] * factor, c[1][i] * factor, c[1][i + 1] * factor);
     }
 }
-// start copying n tokens of one input to `to` [L, N], zeros after them
+// Start copying n tokens of one input to `to` [L, N], zeros after them. Warp w copies tokens 4 w .. 4 w + 3, whole sectors
+// at a time.
 template <typename T> __device__ __forceinline__ void copy_tokens(T (*to)[N], const T* from, int H, int n) {
-    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * (16 / sizeof(bf16));
+    constexpr int EACH = 16 / sizeof(T);
+    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * EACH;
     from += t < n ? (size_t)t * H * N + c : 0;
 #pragma unroll
-    for (int i = 0; i < (int)(sizeof(T) / sizeof(bf16)); i++)
-        copy16(&to[t][c + i * 4], from + (t < n ? i * 4 : 0), t < n);
+    for (int i = 0; i < N; i += 8 * EACH) copy16(&to[t][c + i], from + (t < n ? i : 0), t < n);
 }
 // Lane i prepares channels 2 i and 2 i + 1; where these two go in a row of a tile
-__device__ __forceinline__ void put_pair(__half* tile, int t, float x, float y) {
+__device__ __forceinline__ void put_pair(__half* tile, int t, float x, float y, uint32_t mask = ~0u) {
     const int i = threadIdx.x % 32;
-    reinterpret_cast<uint32_t*>(at<64>(tile, t, i / 8 * 2 + i % 2))[i / 2 % 4] = pack(x, y);
+    reinterpret_cast<uint32_t*>(at<64>(tile, t, i / 8 * 2 + i % 2))[i / 2 % 4] = pack(x, y) & mask;
 }
 __device__ __forceinline__ int place() {  // the same as a number, 0 .. 62
     const int i = threadIdx.x % 32;
     return i / 8 * 16 + i % 2 * 8 + i / 2 % 4 * 2;
 }
-template <typename T> __device__ __forceinline__ float larger(float x, const T* p) {  // of x and two numbers
-    const float2 f = f32x2(p);
-    return fmaxf(x, fmaxf(fabsf(f.x), fabsf(f.y)));
+__device__ __forceinline__ int swapped(int row) { return row % 4 * 8; }  // of a tile of floats
+__device__ __forceinline__ float larger(float x, float2 f) { return fmaxf(x, fmaxf(fabsf(f.x), fabsf(f.y))); }
+
+// What each warp found the largest of, [LARGEST][4 warps] in shared memory, and what is made of it: the powers of two by
+// which a chunk's r, its k, what has the size of values (S, U) and of their gradients (G, dZ) are multiplied before they
+// are rounded to halves. v is then multiplied by value / k and dy by grad / r, so that V' K and DY' R have the size of S
+// and G, and one product may be summed with another. r and k are only ever made smaller: where all of them are zero,
+// v and dy must keep their size for the sake of dk and dr.
+enum { OF_S, OF_V, OF_K, OF_R, OF_G, OF_DY, LARGEST };
+struct Scales { float r, k, value, grad; };
+
+__device__ __forceinline__ float largest4(const float* x) {
+    const float4 f = *reinterpret_cast<const float4*>(x);
+    return fmaxf(fmaxf(f.x, f.y), fmaxf(f.z, f.w));
 }
-__device__ __forceinline__ float largest4(const float* x) { return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])); }
+template <bool BACKWARD> __device__ __forceinline__ Scales scales(const float (*largest)[4]) {
+    Scales s;
+    const float k = fmaxf(largest4(largest[OF_K]), 1), r = fmaxf(largest4(largest[OF_R]), 1);
+    s.k = fminf(scale_for(k), 1), s.r = fminf(scale_for(r), 1);
+    s.value = scale_for(fmaxf(largest4(largest[OF_S]), largest4(largest[OF_V]) * k));
+    s.grad = BACKWARD ? scale_for(fmaxf(largest4(largest[OF_G]), largest4(largest[OF_DY]) * r)) : 1;
+    return s;
+}
 
 // X += P' Y, four tiles: P' this warp's rows of a left operand, Y [L, N] in shared memory
 __device__ __forceinline__ void add_outer(float (*X)[2][4], const uint32_t* P, __half* Y) {
@@ -296,11 +323,13 @@ __device__ __forceinline__ void mine(uint32_t* x, __half* tile) {
     for (int m = 0; m < 4; m++)
         x[m] = reinterpret_cast<uint32_t*>(at<64>(tile, i / 4 + m % 2 * 8, 2 * warp + m / 2))[i % 4];
 }
-__device__ __forceinline__ void mine(float (*x)[4], const float (*rows)[N + 8]) {  // the same of a tile of floats
+// the same of rows first .. first + 15 of a tile of floats, whose groups of 8 are swapped around by row
+__device__ __forceinline__ void mine(float (*x)[4], const float (*rows)[N], int first) {
     const int i = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int m = 0; m < 4; m++) {
-        const float2 f = f32x2(&rows[i / 4 + m % 2 * 8][16 * warp + m / 2 * 8 + i % 4 * 2]);
+        const int row = first + i / 4 + m % 2 * 8;
+        const float2 f = f32x2(&rows[row][(16 * warp + m / 2 * 8 + i % 4 * 2) ^ swapped(row)]);
         x[m / 2][m % 2 * 2] = f.x, x[m / 2][m % 2 * 2 + 1] = f.y;
     }
 }

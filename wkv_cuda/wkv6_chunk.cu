@@ -22,7 +22,8 @@ template <typename W> struct Chunk {  // in shared memory
     bf16 r[L][N], k[L][N], v[L][N];     // a block of tokens as it comes
     __half X[4][L * N];                 // n = 8, 4, 2, 1
     __half R[L * N], K[L * N], V[L * N], A[L * L];
-    float P[N], largest[2][4];          // number in S, in G, by warp
+    float P[N], sums[4][N];             // sums: of log w over each warp's tokens
+    float largest[LARGEST][4];
     bf16 dy[L][N];                      // from here the backward pass only
     __half DY[L * N], S[N * N], D[N * N];
     __half decay[3][L * N], before[L * N], after[L * N];  // exp of log w between t and the middle (n = 8, 4, 2), before t, after t
@@ -39,32 +40,42 @@ template <typename W> __device__ void fetch(Chunk<W>& m, const Inputs<W>& x, int
     if (x.dy) copy_tokens(m.dy, x.dy + p, H, n);
 }
 
-// X R K V P and A's diagonal; what fetch() made zero stays so. Returns the scales of what has the size of values (v, S) and
-// of their gradients (dy, G). Warp w makes tokens 4 w .. 4 w + 3, lane i channels 2 i and 2 i + 1; u of these two.
+// X R K V P and A's diagonal; what fetch() made zero stays so. r and k are scaled wherever they stand, so A has both scales.
+// Warp w makes tokens 4 w .. 4 w + 3, which it has copied itself; lane i channels 2 i and 2 i + 1, and u of these two.
 template <bool BACKWARD, typename W>
-__device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, float& value_scale, float& grad_scale) {
+__device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, Scales& scale) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane * 2;
-    float2 own[4], before = {0, 0}, after = {0, 0}, near = {0, 0};  // log w: of this warp's tokens, the others' sums
-    float most_v = 0, most_dy = 0;
-#pragma unroll 4
-    for (int t = 0; t < L; t++) {
-        const float2 x = f32x2(&m.logw[t][c]);
-        if (t / 4 < warp) before.x += x.x, before.y += x.y;
-        if (t / 4 > warp) after.x += x.x, after.y += x.y;
-        if (t / 4 == (warp ^ 1)) near.x += x.x, near.y += x.y;
-        most_v = larger(most_v, &m.v[t][c]);
-        if (BACKWARD) most_dy = larger(most_dy, &m.dy[t][c]);
-    }
-    value_scale = scale_for(fmaxf(warp_max(most_v), largest4(m.largest[0])));
-    if (BACKWARD) grad_scale = scale_for(fmaxf(warp_max(most_dy), largest4(m.largest[1])));
-#pragma unroll
-    for (int i = 0; i < 4; i++) own[i] = f32x2(&m.logw[4 * warp + i][c]);
     auto exp2 = [](float2 x) { return make_float2(__expf(x.x), __expf(x.y)); };
     auto add = [](float2 x, float2 y) { return make_float2(x.x + y.x, x.y + y.y); };
     auto times = [](float2 x, float2 y) { return make_float2(x.x * y.x, x.y * y.y); };
+    float2 own[4];
+    float most_v = 0, most_k = 0, most_r = 0, most_dy = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int t = 4 * warp + i;
+        own[i] = f32x2(&m.logw[t][c]);
+        most_v = larger(most_v, f32x2(&m.v[t][c])), most_k = larger(most_k, f32x2(&m.k[t][c]));
+        most_r = larger(most_r, f32x2(&m.r[t][c]));
+        if (BACKWARD) most_dy = larger(most_dy, f32x2(&m.dy[t][c]));
+    }
+    const float2 sum = add(add(own[0], own[1]), add(own[2], own[3]));
+    *reinterpret_cast<float2*>(&m.sums[warp][c]) = sum;
+    m.largest[OF_V][warp] = warp_max(most_v), m.largest[OF_K][warp] = warp_max(most_k);
+    m.largest[OF_R][warp] = warp_max(most_r);
+    if (BACKWARD) m.largest[OF_DY][warp] = warp_max(most_dy);
+    __syncthreads();
+    float2 before = {0, 0}, after = {0, 0}, near = {0, 0};  // sums of the other warps' log w
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+        const float2 x = f32x2(&m.sums[w][c]);
+        if (w < warp) before = add(before, x);
+        if (w > warp) after = add(after, x);
+        if (w == (warp ^ 1)) near = x;
+    }
+    scale = scales<BACKWARD>(m.largest);
+    const float v_scale = scale.value * inverse(scale.k), dy_scale = scale.grad * inverse(scale.r);
     const float2 one = {1, 1};
-    if (warp == 0)
-        *reinterpret_cast<float2*>(m.P + place()) = exp2(add(add(own[0], own[1]), add(add(own[2], own[3]), after)));
+    if (warp == 0) *reinterpret_cast<float2*>(m.P + place()) = exp2(add(sum, after));
     before = exp2(before), after = exp2(after), near = warp % 3 ? one : exp2(near);
     const float2 up[4] = {one, exp2(own[0]), exp2(add(own[0], own[1])), exp2(add(add(own[0], own[1]), own[2]))};
     const float2 down[4] = {exp2(add(own[1], add(own[2], own[3]))), exp2(add(own[2], own[3])), exp2(own[3]), one};
@@ -72,7 +83,8 @@ __device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, float& value_scal
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int t = 4 * warp + i;
-        const float2 r = f32x2(&m.r[t][c]), k = f32x2(&m.k[t][c]), v = f32x2(&m.v[t][c]);
+        const float2 v = f32x2(&m.v[t][c]), r = times(f32x2(&m.r[t][c]), {scale.r, scale.r}),
+                     k = times(f32x2(&m.k[t][c]), {scale.k, scale.k});
         auto put = [&](__half* tile, float2 x) { put_pair(tile, t, x.x, x.y); };
         const float2 e8 = times(near, warp / 2 ? up[i] : down[i]), e4 = warp % 2 ? up[i] : down[i];
         put(m.X[0], times(warp / 2 ? r : k, e8));
@@ -81,10 +93,10 @@ __device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, float& value_scal
         put(m.X[3], i % 2 ? r : k);
         put(m.R, times(r, times(before, up[i])));
         put(m.K, times(k, times(after, down[i])));
-        put_pair(m.V, t, v.x * value_scale, v.y * value_scale);
+        put_pair(m.V, t, v.x * v_scale, v.y * v_scale);
         if (BACKWARD) {
             const float2 dy = f32x2(&m.dy[t][c]);
-            put_pair(m.DY, t, dy.x * grad_scale, dy.y * grad_scale);
+            put_pair(m.DY, t, dy.x * dy_scale, dy.y * dy_scale);
             put(m.decay[0], e8), put(m.decay[1], e4), put(m.decay[2], within[i]);
             put(m.before, times(before, up[i])), put(m.after, times(after, down[i]));
         }
@@ -135,15 +147,15 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
     const float2 own_u = f32x2(u + h * N + threadIdx.x % 32 * 2);
     float S[4][2][4];
     begin(S, part, H, h, state, spans, probe);
-    m.largest[0][warp] = largest(S);
+    m.largest[OF_S][warp] = largest(S);
     if (first < last) fetch(m, in, first, min(L, last - first), H, h);
     for (int t = first; t < last; t += L) {
-        float scale, none;
+        Scales scale;
         wait_for_copies();
-        __syncthreads();
-        prepare<false>(m, own_u, scale, none);
+        __syncwarp();
+        prepare<false>(m, own_u, scale);
         if (starts && (t - first) % CH == 0)
-            save(starts + ((size_t)(first_slot(cu, part.s) + (t - cu[part.s]) / CH) * H + h) * STATE, S, scale);
+            save(starts + ((size_t)(first_slot(cu, part.s) + (t - cu[part.s]) / CH) * H + h) * STATE, S, scale.value);
         __syncthreads();
         if (t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
         scores(m);
@@ -152,20 +164,20 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
 #pragma unroll
         for (int x = 0; x < 4; x++) {
             uint32_t p[4], q[4];
-            round(p, S[x], scale);
+            round(p, S[x], scale.value);
             left<64>(q, m.R, 0, 2 * x);
             multiply_t(Y, q, p);
         }
         uint32_t V[4], A[4];
         left_t<64>(V, m.V, 0, 2 * warp);
-        scale_columns(S, m.P, scale);
+        scale_columns(S, m.P, scale.value);
         add_outer(S, V, m.K);
-        scale_all(S, inverse(scale));
+        scale_all(S, inverse(scale.value));
         __syncthreads();
         left<16>(A, m.A, 0, 0);
         multiply_t(Y, A, V);
-        if (!probe) put_rows(y + ((size_t)t * H + h) * N, H, Y, inverse(scale), 0, last - t);
-        m.largest[0][warp] = largest(S);
+        if (!probe) put_rows(y + ((size_t)t * H + h) * N, H, Y, inverse(scale.value) * inverse(scale.r), 0, last - t);
+        m.largest[OF_S][warp] = largest(S);
     }
     if (probe) store(spans + (size_t)blockIdx.x * N * N, S);
     else if (part.closes) store(state_out + ((size_t)part.s * H + h) * N * N, S);
@@ -221,7 +233,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
     if (!SCAN && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
     else if (!SCAN && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
     for (int i = 0; i < 4; i++) four_u[i] = u[h * N + channel + i];
-    m.largest[1][warp] = largest(G);
+    m.largest[OF_G][warp] = largest(G);
     int loaded = -1;  // the block of tokens in m, or on its way there
     auto need = [&](int block) {
         if (block >= first && block != loaded) fetch(m, in, loaded = block, min(L, last - block), H, h);
@@ -230,33 +242,34 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
     if (blocks) need(first + (blocks - 1) * L / (SCAN ? L : CH) * (SCAN ? L : CH));
     for (int block = blocks - 1; block >= 0; block--) {
         const int t0 = first + block * L, begin = SCAN ? t0 : first + block * L / CH * CH;
-        float value_scale, grad_scale, scale = 1;  // scale: of kept
-        if (!SCAN) scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
+        Scales scale;
+        float kept_scale = 1;
+        if (!SCAN) kept_scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
         uint32_t V[4];
         for (int t = begin;; t += L) {
-            m.largest[0][warp] = SCAN ? 0 : 7.99f * inverse(scale);
+            m.largest[OF_S][warp] = SCAN ? 0 : 7.99f * inverse(kept_scale);
             wait_for_copies();
-            __syncthreads();
-            prepare<true>(m, own_u, value_scale, grad_scale);
+            __syncwarp();
+            prepare<true>(m, own_u, scale);
             __syncthreads();
             need(t < t0 ? t + L : t0 > begin ? begin : begin - (SCAN ? L : CH));
             left_t<64>(V, m.V, 0, 2 * warp);
             if (t == t0) break;
             float S[4][2][4];
-            unpack(S, kept, value_scale * inverse(scale));
+            unpack(S, kept, scale.value * inverse(kept_scale));
             scale_columns(S, m.P, 1);
             add_outer(S, V, m.K);
-            scale_all(S, inverse(value_scale));
-            scale = scale_for(largest(S));
-            pack(kept, S, scale);
+            scale_all(S, inverse(scale.value));
+            kept_scale = scale_for(largest(S));
+            pack(kept, S, kept_scale);
         }
         uint32_t DY[4], A[4], q[4];
         left_t<64>(DY, m.DY, 0, 2 * warp);
         if (SCAN) {
-            scale_columns(G, m.P, grad_scale);
+            scale_columns(G, m.P, scale.grad);
             add_outer(G, DY, m.R);
-            scale_all(G, inverse(grad_scale));
-            m.largest[1][warp] = largest(G);
+            scale_all(G, inverse(scale.grad));
+            m.largest[OF_G][warp] = largest(G);
             continue;
         }
         const size_t p = ((size_t)t0 * H + h) * N;
@@ -273,22 +286,22 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
         for (int x = 0; x < 4; x++) {
             uint32_t D[4];
             float S[2][4];
-            unpack(S, kept[x], value_scale * inverse(scale));
+            unpack(S, kept[x], scale.value * inverse(kept_scale));
             round(D, S);
             store<64>(m.S, 16 * warp, 2 * x, D);
-            round(D, G[x], grad_scale);
+            round(D, G[x], scale.grad);
             store<64>(m.D, 16 * warp, 2 * x, D);
             left<64>(q, m.K, 0, 2 * x);
             multiply_t(dV, q, D);
         }
-        scale_columns(G, m.P, grad_scale);
+        scale_columns(G, m.P, scale.grad);
         add_outer(G, DY, m.R);
-        scale_all(G, inverse(grad_scale));
-        m.largest[1][warp] = largest(G);
+        scale_all(G, inverse(scale.grad));
+        m.largest[OF_G][warp] = largest(G);
         __syncthreads();
         left_t<16>(A, m.A, 0, 0);
         multiply_t(dV, A, DY);
-        put_rows(dv + p, H, dV, inverse(grad_scale), 0, last - t0);
+        put_rows(dv + p, H, dV, inverse(scale.grad) * inverse(scale.k), 0, last - t0);
         // the other gradients, each warp 16 channels; dA and dA' made by every warp
         float dA[2][4], dAt[2][4], rho[2][4], kappa[2][4], SD[2][4];
         zero(dA), zero(dAt), zero(rho), zero(kappa), zero(SD);
@@ -315,16 +328,16 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
         for (int i = 0; i < 8; i++)
             if (row_of(i % 4) < column_of(i / 4, i % 4)) dA[i / 4][i % 4] = dAt[i / 4][i % 4];
         round(A, dA);
-        const float factor = inverse(value_scale) * inverse(grad_scale);
+        const float factor = inverse(scale.value) * inverse(scale.grad);
         float sum[2][2], dlog[2][4], dR[2][4], dK[2][4];
         uint32_t x[4], e[4];
         diagonal(sum, SD);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int j = i / 4, c = i % 4, at = 2 * j + c % 2;
-            const float d = delta[c / 2] * factor, rt = r[c / 2][at], kt = k[c / 2][at];
+            const float d = delta[c / 2] * factor, rt = r[c / 2][at] * scale.r, kt = k[c / 2][at] * scale.k;
             dR[j][c] = delta[c / 2] * four_u[at] * kt, dK[j][c] = delta[c / 2] * four_u[at] * rt;
-            du_sum[at] += d * rt * kt;
+            du_sum[at] += d * rt * kt;  // delta is of v / k and dy / r
             dlog[j][c] = m.P[16 * warp + column_of(j, c)] * sum[j][c % 2];
         }
         auto add = [&](float (*to)[4], float (*c)[4], int i) { to[i / 4][i % 4] += c[i / 4][i % 4] * element(e, i / 4, i % 4); };
@@ -358,8 +371,8 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
 #pragma unroll
             for (int i = 0; i < 8; i++) row_of(i % 4) / n % 2 ? add(dR, Q, i) : add(dK, Q, i);
         }
-        put_rows(dr + p, H, dR, factor, 0, last - t0);
-        put_rows(dk + p, H, dK, factor, 0, last - t0);
+        put_rows(dr + p, H, dR, factor * scale.r, 0, last - t0);
+        put_rows(dk + p, H, dK, factor * scale.k, 0, last - t0);
         put_rows(dlogw + p, H, dlog, factor, 0, last - t0);
     }
 #pragma unroll

@@ -24,19 +24,22 @@ template <typename W> struct Chunk {  // in shared memory
     bf16 r[L][N], k[L][N], v[L][N], a[L][N], b[L][N];     // a block of tokens as it comes
     __half A[L * N], R[L * N], B[L * N], K[L * N], V[L * N];
     __half M_low[L * L], AK[L * L], RB[L * L], RK[L * L], M[L * L];  // the inverse: M + M_low
-    float exp_m[N];
-    float largest[2][4];                                  // number in S, in G, by warp
-    union {
+    float largest[LARGEST][4];
+    union {                       // the first is read before the second is written, and that before the next chunk's first
+        float sums[4][N];         // of log w over each warp's tokens
         float solve[L][L + 4];
+    };
+    union {
+        float exp_m[N];                                   // the forward pass only
         struct {                                          // the backward pass only
             __half U[N * L], dZ[N * L];                   // transposed
             bf16 dy[L][N];
             __half DY[L * N], S[N * N], D[N * N];
-            float exp_c[L + 1][N + 8];                    // exp(c - m), before the first token and after each
+            float exp_c[L + 1][N];                        // exp(c - m), before the first token and after each
         };
     };
 };
-template <typename W> constexpr int FORWARD_BYTES = offsetof(Chunk<W>, solve) + sizeof(Chunk<W>::solve);
+template <typename W> constexpr int FORWARD_BYTES = offsetof(Chunk<W>, exp_m) + sizeof(Chunk<W>::exp_m);
 
 // start copying the n tokens at `first` of head h
 template <typename W> __device__ void fetch(Chunk<W>& m, const Inputs<W>& x, int first, int n, int H, int h) {
@@ -51,26 +54,37 @@ template <typename W> __device__ void fetch(Chunk<W>& m, const Inputs<W>& x, int
 }
 
 // A R B K V (DY) for the chunk that begins at token lo of a block and ends at token n or before; zeros for other tokens.
-// Returns the chunk's end, and the scales of what has the size of values (v, S) and of their gradients (dy, G).
-// Warp w makes tokens 4 w .. 4 w + 3, lane i channels 2 i and 2 i + 1.
+// Returns the chunk's end. Warp w makes tokens 4 w .. 4 w + 3, which it has copied itself; lane i channels 2 i and 2 i + 1.
 template <bool BACKWARD, typename W>
-__device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, float& value_scale, float& grad_scale) {
-    const int first = threadIdx.x / 32 * 4, j = threadIdx.x % 32 * 2;
+__device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale) {
+    const int warp = threadIdx.x / 32, first = warp * 4, j = threadIdx.x % 32 * 2;
     auto logw = [&](int t) {
         const float2 x = f32x2(&m.logw[t][j]);
         return make_float2(x.x < -LIMIT ? -LIMIT : x.x, x.y < -LIMIT ? -LIMIT : x.y);  // NaN stays NaN
     };
+    float2 own[4];
+    float most_v = 0, most_k = 0, most_r = 0, most_dy = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int t = first + i;
+        const float2 x = logw(t);
+        own[i] = t >= lo && t < n ? x : make_float2(0, 0);
+        most_v = larger(most_v, f32x2(&m.v[t][j])), most_k = larger(most_k, f32x2(&m.k[t][j]));
+        most_r = larger(most_r, f32x2(&m.r[t][j]));
+        if (BACKWARD) most_dy = larger(most_dy, f32x2(&m.dy[t][j]));
+    }
+    *reinterpret_cast<float2*>(&m.sums[warp][j]) = make_float2((own[0].x + own[1].x) + (own[2].x + own[3].x),
+                                                               (own[0].y + own[1].y) + (own[2].y + own[3].y));
+    m.largest[OF_V][warp] = warp_max(most_v), m.largest[OF_K][warp] = warp_max(most_k);
+    m.largest[OF_R][warp] = warp_max(most_r);
+    if (BACKWARD) m.largest[OF_DY][warp] = warp_max(most_dy);
+    __syncthreads();
     float2 c = {0, 0}, before = {0, 0};  // sums over the chunk, over its tokens before `first`
-    float most_v = 0, most_dy = 0;
-#pragma unroll 4
-    for (int t = 0; t < L; t++) {
-        if (t == first) before = c;
-        if (t >= lo && t < n) {
-            const float2 x = logw(t);
-            c.x += x.x, c.y += x.y;
-        }
-        most_v = larger(most_v, &m.v[t][j]);
-        if (BACKWARD) most_dy = larger(most_dy, &m.dy[t][j]);
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+        const float2 x = f32x2(&m.sums[w][j]);
+        if (w == warp) before = c;
+        c.x += x.x, c.y += x.y;
     }
     int hi = n;
     if (!every(c.x >= -LIMIT && c.y >= -LIMIT)) {
@@ -81,36 +95,35 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, float& value_
             if (hi == first) before = c;
             c.x += x.x, c.y += x.y;
         }
+        if (hi <= first) before = c;
     }
-    value_scale = scale_for(fmaxf(warp_max(most_v), largest4(m.largest[0])));
-    if (BACKWARD) grad_scale = scale_for(fmaxf(warp_max(most_dy), largest4(m.largest[1])));
+    scale = scales<BACKWARD>(m.largest);
+    const float v_scale = scale.value * inverse(scale.k), dy_scale = scale.grad * inverse(scale.r);
     const float2 mid = {c.x / 2, c.y / 2};
     c = before;
     float2 e = {__expf(c.x - mid.x), __expf(c.y - mid.y)};
-    if (first == 0) *reinterpret_cast<float2*>(m.exp_m + place()) = make_float2(__expf(mid.x), __expf(mid.y));
-    if (BACKWARD && first == 0) *reinterpret_cast<float2*>(m.exp_c[0] + place()) = e;
+    if (BACKWARD && warp == 0) *reinterpret_cast<float2*>(m.exp_c[0] + place()) = e;
 #pragma unroll
-    for (int t = first; t < first + 4; t++) {
-        const bool valid = t >= lo && t < hi;
-        float2 A = {0, 0}, R = A, B = A, K = A;
-        if (valid) {
-            const float2 x = logw(t), a = f32x2(&m.a[t][j]), r = f32x2(&m.r[t][j]), b = f32x2(&m.b[t][j]),
-                         k = f32x2(&m.k[t][j]);
-            A = {a.x * e.x, a.y * e.y};
-            c.x += x.x, c.y += x.y;
-            e = {__expf(c.x - mid.x), __expf(c.y - mid.y)};
-            const float2 f = {__expf(mid.x - c.x), __expf(mid.y - c.y)};
-            R = {r.x * e.x, r.y * e.y}, B = {b.x * f.x, b.y * f.y}, K = {k.x * f.x, k.y * f.y};
-        }
-        put_pair(m.A, t, A.x, A.y), put_pair(m.R, t, R.x, R.y), put_pair(m.B, t, B.x, B.y), put_pair(m.K, t, K.x, K.y);
+    for (int i = 0; i < 4; i++) {
+        const int t = first + i;
+        const uint32_t mask = t >= lo && t < hi ? ~0u : 0;
+        const float2 a = f32x2(&m.a[t][j]), r = f32x2(&m.r[t][j]), b = f32x2(&m.b[t][j]), k = f32x2(&m.k[t][j]);
+        put_pair(m.A, t, a.x * e.x, a.y * e.y, mask);
+        if (t < hi) c.x += own[i].x, c.y += own[i].y;
+        e = {__expf(c.x - mid.x), __expf(c.y - mid.y)};
+        const float2 f = {__expf(mid.x - c.x), __expf(mid.y - c.y)};
+        put_pair(m.R, t, r.x * (e.x * scale.r), r.y * (e.y * scale.r), mask);
+        put_pair(m.B, t, b.x * f.x, b.y * f.y, mask);
+        put_pair(m.K, t, k.x * (f.x * scale.k), k.y * (f.y * scale.k), mask);
         const float2 v = f32x2(&m.v[t][j]);
-        put_pair(m.V, t, v.x * value_scale, v.y * value_scale);
+        put_pair(m.V, t, v.x * v_scale, v.y * v_scale);
         if (BACKWARD) {
             const float2 dy = f32x2(&m.dy[t][j]);
-            put_pair(m.DY, t, dy.x * grad_scale, dy.y * grad_scale);
-            *reinterpret_cast<float2*>(m.exp_c[t + 1] + place()) = e;
+            put_pair(m.DY, t, dy.x * dy_scale, dy.y * dy_scale);
+            *reinterpret_cast<float2*>(m.exp_c[t + 1] + (place() ^ swapped(t + 1))) = e;
         }
     }
+    if (!BACKWARD && warp == 3) *reinterpret_cast<float2*>(m.exp_m + place()) = e;  // after the last token c - m is m
     return hi;
 }
 
@@ -204,22 +217,22 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
     if (probe && blockIdx.x % 2) in.v = nullptr;  // counts as 0
     float S[4][2][4];
     begin(S, part, H, h, state, spans, probe);
-    m.largest[0][warp] = largest(S);
+    m.largest[OF_S][warp] = largest(S);
     if (first < last) fetch(m, in, first, min(L, last - first), H, h);
     for (int t = first; t < last; t += L) {
         const int n = min(L, last - t);
         bf16* out = y + ((size_t)t * H + h) * N;
         for (int lo = 0, hi; lo < n; lo = hi) {
-            float value_scale, none;
+            Scales scale;
             if (lo == 0) wait_for_copies();
-            __syncthreads();
-            hi = prepare<false>(m, lo, n, value_scale, none);
+            __syncwarp();
+            hi = prepare<false>(m, lo, n, scale);
             if (starts && lo == 0 && (t - first) % CH == 0)
-                save(starts + ((size_t)(first_slot(cu, part.s) + (t - cu[part.s]) / CH) * H + h) * STATE, S, value_scale);
+                save(starts + ((size_t)(first_slot(cu, part.s) + (t - cu[part.s]) / CH) * H + h) * STATE, S, scale.value);
             __syncthreads();
             if (hi == n && t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
             scores(m);
-            scale_columns(S, m.exp_m, value_scale);  // Z
+            scale_columns(S, m.exp_m, scale.value);  // Z
             float Zt[2][4], Y[2][4];
             zero(Zt), zero(Y);
 #pragma unroll
@@ -239,10 +252,10 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
             multiply_t(Y, q, V);
             left<16>(q, m.RB, 0, 0);
             multiply_t(Y, q, U);
-            if (!probe) put_rows(out, H, Y, inverse(value_scale), lo, hi);
+            if (!probe) put_rows(out, H, Y, inverse(scale.value) * inverse(scale.r), lo, hi);
             add_outer(S, U, m.B), add_outer(S, V, m.K);
-            scale_columns(S, m.exp_m, inverse(value_scale));
-            m.largest[0][warp] = largest(S);
+            scale_columns(S, m.exp_m, inverse(scale.value));
+            m.largest[OF_S][warp] = largest(S);
         }
     }
     if (probe) store(spans + (size_t)blockIdx.x * N * N, S);
@@ -267,11 +280,12 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
     const int s = part.s, first = part.first, last = part.last;
     float G[4][2][4];
     uint4 kept[4];  // S in halves, where its registers are needed
+    float* const exp_m = m.exp_c[L];  // after the last token c - m is m
 #pragma unroll
     for (int x = 0; x < 4; x++) zero(G[x]);
     if (!SCAN && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
     else if (!SCAN && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
-    m.largest[1][warp] = largest(G);
+    m.largest[OF_G][warp] = largest(G);
     int loaded = -1;  // the block of tokens in m, or on its way there
     auto need = [&](int block) {
         if (block >= first && block != loaded) fetch(m, in, loaded = block, min(L, last - block), H, h);
@@ -281,16 +295,17 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
         const int begin = first + segment * CH;
         need(begin + (SCAN ? (min(CH, last - begin) - 1) / L * L : 0));
         for (int stop = min(CH, last - begin), lo; stop > 0; stop = lo) {  // the chunk that ends at `stop`
-            float value_scale, grad_scale, scale = 1;  // scale: of kept
-            if (!SCAN) scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
+            Scales scale;
+            float kept_scale = 1;
+            if (!SCAN) kept_scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
             uint32_t U[4], V[4];
             int hi;
             for (lo = SCAN ? (stop - 1) / L * L : 0;; lo = hi) {
                 const int block = lo / L * L;
-                m.largest[0][warp] = SCAN ? 0 : 7.99f * inverse(scale);
+                m.largest[OF_S][warp] = SCAN ? 0 : 7.99f * inverse(kept_scale);
                 wait_for_copies();
-                __syncthreads();
-                hi = block + prepare<true>(m, lo - block, min(stop - block, L), value_scale, grad_scale);
+                __syncwarp();
+                hi = block + prepare<true>(m, lo - block, min(stop - block, L), scale);
                 __syncthreads();
                 // the block after this one: on the way to `stop`, back at the start, the segment before
                 if (hi < stop) need(begin + hi / L * L);
@@ -304,8 +319,8 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 for (int x = 0; x < 4; x++) {
                     uint32_t p[4], q[4];
                     float Z[2][4];
-                    unpack(Z, kept[x], value_scale * inverse(scale));
-                    scale_columns(Z, m.exp_m + 16 * x, 1);
+                    unpack(Z, kept[x], scale.value * inverse(kept_scale));
+                    scale_columns(Z, exp_m + 16 * x, 1);
                     round(p, Z);
                     right_t<64>(q, m.A, 0, 2 * x);
                     multiply(Zt, p, q);
@@ -317,12 +332,12 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 if (hi == stop) break;
                 float S[4][2][4];
                 forget(kept);
-                unpack(S, kept, value_scale * inverse(scale));
-                scale_columns(S, m.exp_m, 1);
+                unpack(S, kept, scale.value * inverse(kept_scale));
+                scale_columns(S, exp_m, 1);
                 add_outer(S, U, m.B), add_outer(S, V, m.K);
-                scale_columns(S, m.exp_m, inverse(value_scale));
-                scale = scale_for(largest(S));
-                pack(kept, S, scale);
+                scale_columns(S, exp_m, inverse(scale.value));
+                kept_scale = scale_for(largest(S));
+                pack(kept, S, kept_scale);
             }
             if (SCAN) __syncthreads();
             const int from = lo % L, to = hi - lo / L * L;
@@ -331,7 +346,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 uint32_t DY[4], dZ[4], q[4];
                 float dV[2][4], dU[2][4];
                 zero(dV), zero(dU);
-                scale_columns(G, m.exp_m, grad_scale);  // D
+                scale_columns(G, exp_m, scale.grad);  // D
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     uint32_t D[4];
@@ -352,11 +367,11 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                     multiply_t(dV, q, DY);
                     left_t<16>(q, m.AK, 0, 0);
                     multiply_t(dV, q, dZ);
-                    put_rows(dv + p, H, dV, inverse(grad_scale), from, to);
+                    put_rows(dv + p, H, dV, inverse(scale.grad) * inverse(scale.k), from, to);
                 }
                 add_outer(G, dZ, m.A), add_outer(G, DY, m.R);
-                scale_columns(G, m.exp_m, inverse(grad_scale));
-                m.largest[1][warp] = largest(G);
+                scale_columns(G, exp_m, inverse(scale.grad));
+                m.largest[OF_G][warp] = largest(G);
                 if (SCAN) continue;
                 store<16>(m.U, 16 * warp, 0, U);
                 store<16>(m.dZ, 16 * warp, 0, dZ);
@@ -382,7 +397,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
             }
             __syncthreads();
             // the other gradients, each warp 16 channels; first of what reads the state, then of what writes it
-            const float factor = inverse(value_scale) * inverse(grad_scale);
+            const float factor = inverse(scale.value) * inverse(scale.grad);
             float dlog[2][4], own[2][4], common[2][2] = {}, sum[2][2];  // own: A dA;  dlog: R dR + A dA - B dB - K dK
             {
                 float dR[2][4], dA[2][4], ZD[2][4];
@@ -404,7 +419,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 left<16>(y, dAB, 0, 0), multiply(dA, y, z);
                 mine(y, m.A), mine(z, m.R);
                 float e[2][4], before[2][4];
-                mine(e, m.exp_c + 1), mine(before, m.exp_c);
+                mine(e, m.exp_c, 1), mine(before, m.exp_c, 0);
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     const int j = i / 4, c = i % 4;
@@ -412,7 +427,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                     dlog[j][c] = own[j][c] + element(z, j, c) * dR[j][c];
                     dR[j][c] *= e[j][c], dA[j][c] *= before[j][c];
                 }
-                put_rows(dr + p, H, dR, factor, from, to);
+                put_rows(dr + p, H, dR, factor * scale.r, from, to);
                 put_rows(da + p, H, dA, factor, from, to);
             }
             {
@@ -436,7 +451,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                 left_t<16>(y, dAK, 0, 0), multiply(dK, y, z);
                 left_t<16>(y, dAB, 0, 0), multiply(dB, y, z);
                 float e[2][4];
-                mine(e, m.exp_c + 1);
+                mine(e, m.exp_c, 1);
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     const int j = i / 4, c = i % 4;
@@ -444,7 +459,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
                     dlog[j][c] -= element(B, j, c) * dB[j][c] + element(K, j, c) * dK[j][c];
                     dK[j][c] *= f, dB[j][c] *= f;
                 }
-                put_rows(dk + p, H, dK, factor, from, to);
+                put_rows(dk + p, H, dK, factor * scale.k, from, to);
                 put_rows(db + p, H, dB, factor, from, to);
             }
 #pragma unroll
