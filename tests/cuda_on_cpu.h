@@ -156,6 +156,7 @@ inline float2 unpack(uint32_t bits) {
 }
 
 inline void forget(uint4*) {}
+inline float power_of_2(float x) { return exp2f(x); }
 inline uint32_t pack_bf16(float low, float high) {
     return __float2bfloat16(low).x | (uint32_t)__float2bfloat16(high).x << 16;
 }

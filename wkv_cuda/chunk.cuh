@@ -51,6 +51,11 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<uint32_t*>(&x);
 }
+__device__ __forceinline__ float power_of_2(float x) {  // no extra steps for results below 2^-126: they become 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ __forceinline__ float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 __device__ __forceinline__ bool every(bool x) { return __all_sync(~0u, x); }
@@ -265,14 +270,20 @@ __device__ __forceinline__ void put_rows(T* to, int H, float (*c)[4], float fact
                  c[0][i] * factor, c[0][i + 1] * factor, c[1][i] * factor, c[1][i + 1] * factor);
     }
 }
-// Start copying n tokens of one input to `to` [L, N], zeros after them. Warp w copies tokens 4 w .. 4 w + 3, whole sectors
-// at a time.
-template <typename T> __device__ __forceinline__ void copy_tokens(T (*to)[N], const T* from, int H, int n) {
+// Copying a block of n tokens of head h that begins with token `first`, zeros after them. Warp w copies tokens
+// 4 w .. 4 w + 3, whole sectors at a time; one offset for all inputs.
+struct Source { size_t at; int token, channel; bool valid; };
+__device__ __forceinline__ Source source(int first, int n, int H, int h) {
+    const int t = threadIdx.x / 8;
+    return {t < n ? ((size_t)(first + t) * H + h) * N : 0, t, int(threadIdx.x % 8), t < n};
+}
+template <typename T> __device__ __forceinline__ void copy(T (*to)[N], const T* from, const Source& x, bool valid) {
     constexpr int EACH = 16 / sizeof(T);
-    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * EACH;
-    from += t < n ? (size_t)t * H * N + c : 0;
 #pragma unroll
-    for (int i = 0; i < N; i += 8 * EACH) copy16(&to[t][c + i], from + (t < n ? i : 0), t < n);
+    for (int i = 0; i < N; i += 8 * EACH) {
+        const int c = i + x.channel * EACH;
+        copy16(&to[x.token][c], from + x.at + c, valid);
+    }
 }
 // Lane i prepares channels 2 i and 2 i + 1; where these two go in a row of a tile
 __device__ __forceinline__ void put_pair(__half* tile, int t, float x, float y, uint32_t mask = ~0u) {
@@ -352,13 +363,13 @@ __device__ __forceinline__ void diagonal(float (*sum)[2], float (*c)[4]) {
 // spans at once; combine() goes from span to span, and all run at once from the right states. Backward: G <- G T' + E.
 
 struct Part {  // what a block works on: tokens first .. last - 1 of sequence s; `slot` counts the spans
-    int s, first, last, slot;
+    int s, first, last, slot, chunk;  // chunk: the slot of the state before `first`, the next ones have those after CH tokens each
     bool opens, closes;  // the sequence begins, ends here
 };
 __device__ __forceinline__ bool find(Part& p, const int* cu, int S, int span, int slot) {  // false: an unused slot
     p.s = span ? sequence_of(cu, S, slot, span) : slot, p.slot = slot;
-    const int i = span ? slot - first_slot(cu, p.s, span) : 0, end = cu[p.s + 1];
-    p.first = cu[p.s] + i * span;
+    const int start = cu[p.s], end = cu[p.s + 1], i = span ? slot - (start / span + p.s) : 0;
+    p.first = start + i * span, p.chunk = start / CH + p.s + i * (span / CH);
     p.last = span ? min(p.first + span, end) : end;
     p.opens = i == 0, p.closes = p.last == end;
     return p.opens || p.first < p.last;

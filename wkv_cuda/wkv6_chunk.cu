@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr float LOG2_E = 1.44269504f;
+
 template <typename W> struct Inputs {
     const bf16* r;
     const W* logw;
@@ -31,13 +33,12 @@ template <typename W> struct Chunk {  // in shared memory
 
 template <typename W> constexpr int FORWARD_BYTES = offsetof(Chunk<W>, dy);
 
-template <typename W> __device__ void fetch(Chunk<W>& m, const Inputs<W>& x, int first, int n, int H, int h) {
-    const size_t p = ((size_t)first * H + h) * N;
-    copy_tokens(m.logw, x.logw + p, H, n);
-    copy_tokens(m.r, x.r + p, H, n);
-    copy_tokens(m.k, x.k + p, H, n);
-    copy_tokens(m.v, (x.v ? x.v : x.r) + p, H, x.v ? n : 0);
-    if (x.dy) copy_tokens(m.dy, x.dy + p, H, n);
+template <typename W> __device__ __forceinline__ void fetch(Chunk<W>& m, const Inputs<W>& in, int first, int n, int H, int h) {
+    const Source x = source(first, n, H, h);
+    copy(m.logw, in.logw, x, x.valid);
+    copy(m.r, in.r, x, x.valid), copy(m.k, in.k, x, x.valid);
+    copy(m.v, in.v ? in.v : in.r, x, in.v && x.valid);
+    if (in.dy) copy(m.dy, in.dy, x, x.valid);
 }
 
 // X R K V P and A's diagonal; what fetch() made zero stays so. r and k are scaled wherever they stand, so A has both scales.
@@ -45,7 +46,7 @@ template <typename W> __device__ void fetch(Chunk<W>& m, const Inputs<W>& x, int
 template <bool BACKWARD, typename W>
 __device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, Scales& scale) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane * 2;
-    auto exp2 = [](float2 x) { return make_float2(__expf(x.x), __expf(x.y)); };
+    auto exp2 = [](float2 x) { return make_float2(power_of_2(x.x), power_of_2(x.y)); };
     auto add = [](float2 x, float2 y) { return make_float2(x.x + y.x, x.y + y.y); };
     auto times = [](float2 x, float2 y) { return make_float2(x.x * y.x, x.y * y.y); };
     float2 own[4];
@@ -53,7 +54,7 @@ __device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, Scales& scale) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int t = 4 * warp + i;
-        own[i] = f32x2(&m.logw[t][c]);
+        own[i] = times(f32x2(&m.logw[t][c]), {LOG2_E, LOG2_E});  // from here to base 2
         most_v = larger(most_v, f32x2(&m.v[t][c])), most_k = larger(most_k, f32x2(&m.k[t][c]));
         most_r = larger(most_r, f32x2(&m.r[t][c]));
         if (BACKWARD) most_dy = larger(most_dy, f32x2(&m.dy[t][c]));
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
         __syncwarp();
         prepare<false>(m, own_u, scale);
         if (starts && (t - first) % CH == 0)
-            save(starts + ((size_t)(first_slot(cu, part.s) + (t - cu[part.s]) / CH) * H + h) * STATE, S, scale.value);
+            save(starts + ((size_t)(part.chunk + (t - first) / CH) * H + h) * STATE, S, scale.value);
         __syncthreads();
         if (t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
         scores(m);
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
         const int t0 = first + block * L, begin = SCAN ? t0 : first + block * L / CH * CH;
         Scales scale;
         float kept_scale = 1;
-        if (!SCAN) kept_scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
+        if (!SCAN) kept_scale = restore(kept, starts + ((size_t)(part.chunk + (begin - first) / CH) * H + h) * STATE);
         uint32_t V[4];
         for (int t = begin;; t += L) {
             m.largest[OF_S][warp] = SCAN ? 0 : 7.99f * inverse(kept_scale);

@@ -5,13 +5,13 @@
 //   A_t = a_t exp(c_{t-1} - m),  R_t = r_t exp(c_t - m),  B_t = b_t exp(m - c_t),  K_t = k_t exp(m - c_t),  Z = S0 exp(m)
 //   AB, AK = tril(A B', A K'; -1),   RB, RK = tril(R B', R K'),   M = (1 - AB)^-1
 //   U = M (A Z' + AK V)   (row t is sa_t),   Y = R Z' + RK V + RB U,   S <- (Z + U' B + V' K) exp(m)
-// A chunk ends early where a channel's sum would pass -LIMIT, so the factors are never large: RWKV-7 itself reaches -9.7
-// in 16 tokens. A single log w below -LIMIT counts as -LIMIT, a factor of 1e-6.
+// A chunk ends early where a channel's sum would pass -14, so the factors are never large: RWKV-7 itself reaches -9.7
+// in 16 tokens. A single log w below -14 counts as -14, a factor of 1e-6.
 #include "chunk.cuh"
 
 namespace {
 
-constexpr float LIMIT = 14;
+constexpr float LOG2_E = 1.44269504f, LIMIT = 14 * LOG2_E;  // in the kernels the logs are to base 2
 
 template <typename W> struct Inputs {
     const bf16* r;
@@ -42,15 +42,13 @@ template <typename W> struct Chunk {  // in shared memory
 template <typename W> constexpr int FORWARD_BYTES = offsetof(Chunk<W>, exp_m) + sizeof(Chunk<W>::exp_m);
 
 // start copying the n tokens at `first` of head h
-template <typename W> __device__ void fetch(Chunk<W>& m, const Inputs<W>& x, int first, int n, int H, int h) {
-    const size_t p = ((size_t)first * H + h) * N;
-    copy_tokens(m.logw, x.logw + p, H, n);
-    copy_tokens(m.r, x.r + p, H, n);
-    copy_tokens(m.k, x.k + p, H, n);
-    copy_tokens(m.v, (x.v ? x.v : x.r) + p, H, x.v ? n : 0);
-    copy_tokens(m.a, x.a + p, H, n);
-    copy_tokens(m.b, x.b + p, H, n);
-    if (x.dy) copy_tokens(m.dy, x.dy + p, H, n);
+template <typename W> __device__ __forceinline__ void fetch(Chunk<W>& m, const Inputs<W>& in, int first, int n, int H, int h) {
+    const Source x = source(first, n, H, h);
+    copy(m.logw, in.logw, x, x.valid);
+    copy(m.r, in.r, x, x.valid), copy(m.k, in.k, x, x.valid);
+    copy(m.v, in.v ? in.v : in.r, x, in.v && x.valid);
+    copy(m.a, in.a, x, x.valid), copy(m.b, in.b, x, x.valid);
+    if (in.dy) copy(m.dy, in.dy, x, x.valid);
 }
 
 // A R B K V (DY) for the chunk that begins at token lo of a block and ends at token n or before; zeros for other tokens.
@@ -59,7 +57,7 @@ template <bool BACKWARD, typename W>
 __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale) {
     const int warp = threadIdx.x / 32, first = warp * 4, j = threadIdx.x % 32 * 2;
     auto logw = [&](int t) {
-        const float2 x = f32x2(&m.logw[t][j]);
+        const float2 f = f32x2(&m.logw[t][j]), x = {f.x * LOG2_E, f.y * LOG2_E};
         return make_float2(x.x < -LIMIT ? -LIMIT : x.x, x.y < -LIMIT ? -LIMIT : x.y);  // NaN stays NaN
     };
     float2 own[4];
@@ -101,7 +99,7 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale
     const float v_scale = scale.value * inverse(scale.k), dy_scale = scale.grad * inverse(scale.r);
     const float2 mid = {c.x / 2, c.y / 2};
     c = before;
-    float2 e = {__expf(c.x - mid.x), __expf(c.y - mid.y)};
+    float2 e = {power_of_2(c.x - mid.x), power_of_2(c.y - mid.y)};
     if (BACKWARD && warp == 0) *reinterpret_cast<float2*>(m.exp_c[0] + place()) = e;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -110,8 +108,8 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale
         const float2 a = f32x2(&m.a[t][j]), r = f32x2(&m.r[t][j]), b = f32x2(&m.b[t][j]), k = f32x2(&m.k[t][j]);
         put_pair(m.A, t, a.x * e.x, a.y * e.y, mask);
         if (t < hi) c.x += own[i].x, c.y += own[i].y;
-        e = {__expf(c.x - mid.x), __expf(c.y - mid.y)};
-        const float2 f = {__expf(mid.x - c.x), __expf(mid.y - c.y)};
+        e = {power_of_2(c.x - mid.x), power_of_2(c.y - mid.y)};
+        const float2 f = {power_of_2(mid.x - c.x), power_of_2(mid.y - c.y)};
         put_pair(m.R, t, r.x * (e.x * scale.r), r.y * (e.y * scale.r), mask);
         put_pair(m.B, t, b.x * f.x, b.y * f.y, mask);
         put_pair(m.K, t, k.x * (f.x * scale.k), k.y * (f.y * scale.k), mask);
@@ -228,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
             __syncwarp();
             hi = prepare<false>(m, lo, n, scale);
             if (starts && lo == 0 && (t - first) % CH == 0)
-                save(starts + ((size_t)(first_slot(cu, part.s) + (t - cu[part.s]) / CH) * H + h) * STATE, S, scale.value);
+                save(starts + ((size_t)(part.chunk + (t - first) / CH) * H + h) * STATE, S, scale.value);
             __syncthreads();
             if (hi == n && t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
             scores(m);
@@ -297,7 +295,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward(
         for (int stop = min(CH, last - begin), lo; stop > 0; stop = lo) {  // the chunk that ends at `stop`
             Scales scale;
             float kept_scale = 1;
-            if (!SCAN) kept_scale = restore(kept, starts + ((size_t)(first_slot(cu, s) + (begin - cu[s]) / CH) * H + h) * STATE);
+            if (!SCAN) kept_scale = restore(kept, starts + ((size_t)(part.chunk + segment) * H + h) * STATE);
             uint32_t U[4], V[4];
             int hi;
             for (lo = SCAN ? (stop - 1) / L * L : 0;; lo = hi) {
