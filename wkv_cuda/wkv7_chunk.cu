@@ -13,6 +13,8 @@ namespace {
 
 constexpr float LOG2_E = 1.44269504f, LIMIT = 14 * LOG2_E;  // in the kernels the logs are to base 2
 
+constexpr int HALF = L / 2;
+
 template <typename W> struct Inputs {
     const bf16* r;
     const W* logw;
@@ -27,7 +29,7 @@ template <typename W> struct Chunk {  // in shared memory
     float largest[LARGEST][4];
     union {                       // the first is read before the second is written, and that before the next chunk's first
         float sums[4][N];         // of log w over each warp's tokens
-        float solve[L][L + 4];
+        struct { float solve[2][HALF][HALF + 4], inverted[2][HALF][HALF + 2]; };
     };
     union {
         float exp_m[N];                                   // the forward pass only
@@ -125,31 +127,59 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale
     return hi;
 }
 
-// Column by column x = e + AB x, in fp32, each lane its own column: bounded also where one key comes again and again,
-// which the sum 1 + AB + AB^2 + ... is not. One warp; AB in its registers.
+// two numbers as halves, and what the halves leave
+__device__ __forceinline__ void halves(uint32_t* x, float a, float b) {
+    x[0] = pack(a, b);
+    const float2 f = unpack(x[0]);
+    x[1] = pack(a - f.x, b - f.y);
+}
+// C = X Y of 8 x 8 blocks, each lane with its two numbers of a row of X, of a column of Y and of a row of C. One product
+// of 16 x 16: X's halves above what they leave, twice beside each other, times Y's halves above what they leave
+__device__ __forceinline__ void product(float* c, const uint32_t* x, const uint32_t* y) {
+    float sum[4] = {0, 0, 0, 0};
+    const uint32_t twice[4] = {x[0], x[1], x[0], x[1]};
+    mma(sum, twice, y[0], y[1]);
+    c[0] = sum[0] + sum[2], c[1] = sum[1] + sum[3];
+}
+
+// The inverse of 1 - AB, AB = [P 0; Q R] of 8 x 8 blocks: [P* 0; R* Q P*  R*], P* = (1 - P)^-1, R* = (1 - R)^-1. P* and R*
+// column by column, x = e + P x in fp32, each lane its own column: bounded also where one key comes again and again,
+// which the sum 1 + AB + AB^2 + ... is not. The two products on tensor cores with factors of 22 bits. One warp; AB in its
+// registers.
 template <typename W> __device__ __forceinline__ void invert(Chunk<W>& m, float (*c)[4]) {
-    const int column = threadIdx.x % L, half = threadIdx.x / L;
+    const int row = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;  // where this lane has two numbers of a block
+    const int block = threadIdx.x / HALF % 2, column = threadIdx.x % HALF;
 #pragma unroll
-    for (int i = 0; i < 8; i++) m.solve[column_of(i / 4, i % 4)][row_of(i % 4)] = c[i / 4][i % 4];
+    for (int i = 0; i < 2; i++) m.solve[0][pair + i][row] = c[0][i], m.solve[1][pair + i][row] = c[1][2 + i];
     __syncwarp();
-    float x[L];
+    float x[HALF];
 #pragma unroll
-    for (int i = 0; i < L; i++) x[i] = i == column;
+    for (int i = 0; i < HALF; i++) x[i] = i == column;
 #pragma unroll
-    for (int j = 0; j < L - 1; j++)
+    for (int j = 0; j < HALF - 1; j++)
 #pragma unroll
-        for (int i = (j + 1) / 4 * 4; i < L; i += 4) {
-            const float4 f = *reinterpret_cast<const float4*>(&m.solve[j][i]);  // zeros down to row j
+        for (int i = (j + 1) / 4 * 4; i < HALF; i += 4) {
+            const float4 f = *reinterpret_cast<const float4*>(&m.solve[block][j][i]);  // zeros down to row j
             x[i] += f.x * x[j], x[i + 1] += f.y * x[j], x[i + 2] += f.z * x[j], x[i + 3] += f.w * x[j];
         }
 #pragma unroll
-    for (int i = 0; i < L / 2; i++)
-    {
-        const float f = half ? x[i + 8] : x[i];
-        const __half high = __float2half(f);
-        at<16>(m.M, i + half * 8, column / 8)[column % 8] = high;
-        at<16>(m.M_low, i + half * 8, column / 8)[column % 8] = __float2half(f - __half2float(high));
+    for (int i = 0; i < HALF; i++) m.inverted[block][i][column] = x[i];
+    __syncwarp();
+    const float2 P = f32x2(&m.inverted[0][row][pair]), R = f32x2(&m.inverted[1][row][pair]);
+    float low[2];
+    uint32_t high[4], rest[4], Pt[2], Rs[2], q[2];
+    halves(Pt, m.inverted[0][pair][row], m.inverted[0][pair + 1][row]), halves(q, c[0][2], c[0][3]);
+    product(low, Pt, q);  // (Q P*)', of which a lane has two numbers of a row: of a column of Q P*
+    halves(Rs, R.x, R.y), halves(q, low[0], low[1]);
+    product(low, Rs, q);
+    const float2 all[4] = {P, make_float2(low[0], low[1]), make_float2(0, 0), R};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t x[2];
+        halves(x, all[i].x, all[i].y);
+        high[i] = x[0], rest[i] = x[1];
     }
+    store<16>(m.M, 0, 0, high), store<16>(m.M_low, 0, 0, rest);
     __syncwarp();
 }
 
