@@ -26,12 +26,12 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static
 #define LAUNCH(kernel, blocks, stream, ...) cuda_on_cpu::launch(blocks, 64, [=] { kernel(__VA_ARGS__); })
-#define LAUNCH_CHUNKED(kernel, blocks, bytes, stream, ...) \
-    cuda_on_cpu::launch(blocks, 128, [=] { kernel(__VA_ARGS__); }, bytes)
+#define WITH_BLOCKS(blocks, ...) { constexpr int AT_ONCE = 4; __VA_ARGS__; }  // they differ in registers alone
 
 using std::max;
 using std::min;
 using cudaStream_t = void*;
+using cudaError_t = int;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline int cudaGetLastError() { return cudaSuccess; }
 inline int cudaFree(void*) { return cudaSuccess; }
@@ -134,6 +134,12 @@ inline void launch(unsigned blocks, int threads, std::function<void()> kernel, s
     }
 }
 }  // namespace cuda_on_cpu
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int blocks, int bytes, cudaStream_t, Arguments... arguments) {
+    cuda_on_cpu::launch(blocks, 128, [=] { kernel(static_cast<Parameters>(arguments)...); }, bytes);
+    return cudaSuccess;
+}
 
 extern "C" inline __attribute__((used)) void cuda_on_cpu_reverse(int reverse) { cuda_on_cpu::reverse = reverse; }
 inline void __syncthreads() { cuda_on_cpu::pause(cuda_on_cpu::BARRIER); }

@@ -22,9 +22,21 @@ constexpr int STATE = N * N + 8;  // halves of a saved state: its scale (a float
 using bf16 = __nv_bfloat16;
 
 #ifndef CUDA_ON_CPU  // tests/cuda_on_cpu.h has all this for g++
-#define LAUNCH_CHUNKED(kernel, blocks, bytes, stream, ...)                                                   \
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);                      \
-    kernel<<<blocks, THREADS, bytes, stream>>>(__VA_ARGS__)
+// cudaSuccess, or why a kernel cannot start
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int blocks, int bytes, cudaStream_t stream, Arguments... arguments) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    kernel<<<blocks, THREADS, bytes, stream>>>(static_cast<Parameters>(arguments)...);
+    return cudaGetLastError();
+}
+// run a statement with AT_ONCE = how many blocks of a kernel one multiprocessor is to hold: the fewer, the more registers
+// each has, and the shorter it takes alone. For 132 processors, but not from the card at hand: the same inputs give the
+// same bits everywhere.
+#define WITH_BLOCKS(blocks, ...)                                                                             \
+    if (blocks <= 2 * 132) { constexpr int AT_ONCE = 2; __VA_ARGS__; }                                     \
+    else if (blocks <= 3 * 132) { constexpr int AT_ONCE = 3; __VA_ARGS__; }                                \
+    else { constexpr int AT_ONCE = 4; __VA_ARGS__; }
 
 __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(128) unsigned char bytes[];

@@ -133,8 +133,8 @@ template <typename W> __device__ __forceinline__ void scores(Chunk<W>& m) {
 
 // one block per (sequence or span, head). With `starts`, the state at the start of every CH tokens is kept. Without state_out:
 // two blocks per (span, head) find D and T (of the last span T alone, for the backward pass)
-template <typename W>
-__global__ void __launch_bounds__(THREADS, 4) forward(
+template <typename W, int AT_ONCE>
+__global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
         int S_, int H, int total, const int* cu, int span, Inputs<W> in, const float* __restrict__ u, const float* __restrict__ state, bf16* y,
         float* state_out, __half* starts, float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
@@ -217,8 +217,8 @@ __device__ __forceinline__ void spread(float (*dlog)[4], const uint32_t* x, floa
 //   dr = rho exp(before) + (upper) sum_n Q_n exp(..) + delta u k;   dk = kappa exp(after) + (lower) sum_n Q_n exp(..) + delta u r
 // and dlogw sums each product where its decay acts, never as a difference: R rho before t, K kappa after t, X_n Q_n
 // between t and the middle, P colsum(S G) everywhere. S comes from the saved state.
-template <typename W, bool SCAN>
-__global__ void __launch_bounds__(THREADS, 4) backward(
+template <typename W, bool SCAN, int AT_ONCE>
+__global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
         int S_, int H, const int* cu, int span, Inputs<W> in, const float* __restrict__ u, const __half* starts, const float* dstate_out,
         bf16* dr, W* dlogw, bf16* dk, bf16* dv, float* du, float* dstate, float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
@@ -393,16 +393,19 @@ extern "C" int wkv6_chunk_forward(
         cudaStream_t stream) {
     if (S * H == 0) return cudaSuccess;
     const int blocks = slots(S, total, span) * H;
-    WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, nullptr};
+    cudaError_t error = cudaSuccess;
+    WITH_LOGW(dtype, const Inputs<W> in = {r, (const W*)logw, k, v, nullptr};
         if (span) {
-            LAUNCH_CHUNKED(forward<W>, 2 * blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, u, state, nullptr,
-                           nullptr, nullptr, spans);
-            LAUNCH_CHUNKED(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, state, spans, 2 * N * N,
-                           spans + N * N, 2 * N * N);
+            WITH_BLOCKS(2 * blocks, error = launch(forward<W, AT_ONCE>, 2 * blocks, FORWARD_BYTES<W>, stream, S, H, total, cu,
+                                                   span, in, u, state, nullptr, nullptr, nullptr, spans));
+            if (error != cudaSuccess) return error;
+            error = launch(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, state, spans, 2 * N * N, spans + N * N,
+                           2 * N * N);
+            if (error != cudaSuccess) return error;
         }
-        LAUNCH_CHUNKED(forward<W>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, u, state, y, state_out,
-                       starts, spans));
-    return cudaGetLastError();
+        WITH_BLOCKS(blocks, error = launch(forward<W, AT_ONCE>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in,
+                                           u, state, y, state_out, starts, spans)));
+    return error;
 }
 
 extern "C" int wkv6_chunk_backward(
@@ -411,17 +414,20 @@ extern "C" int wkv6_chunk_backward(
         bf16* dv, float* du, float* dstate, float* scratch, int S, int H, int total, int dtype, int span,
         cudaStream_t stream) {
     if (S * H == 0) return cudaSuccess;
-    const int blocks = slots(S, total, span) * H;
-    WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, dy};
+    const int blocks = slots(S, total, span) * H, bytes = dtype == 0 ? sizeof(Chunk<float>) : sizeof(Chunk<bf16>);
+    cudaError_t error = cudaSuccess;
+    WITH_LOGW(dtype, const Inputs<W> in = {r, (const W*)logw, k, v, dy};
         if (span) {
-            LAUNCH_CHUNKED((backward<W, true>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, u, nullptr, nullptr, nullptr,
-                           nullptr, nullptr, nullptr, nullptr, nullptr, scratch);
-            LAUNCH_CHUNKED(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
+            error = launch(backward<W, true, 4>, blocks, bytes, stream, S, H, cu, span, in, u, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                           nullptr, scratch);
+            if (error != cudaSuccess) return error;
+            error = launch(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
                            spans + N * N, 2 * N * N);
+            if (error != cudaSuccess) return error;
         }
-        LAUNCH_CHUNKED((backward<W, false>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, u, starts, dstate_out, dr,
-                       (W*)dlogw, dk, dv, du, dstate, scratch));
-    return cudaGetLastError();
+        WITH_BLOCKS(blocks, error = launch(backward<W, false, AT_ONCE>, blocks, bytes, stream, S, H, cu, span, in, u, starts,
+                                           dstate_out, dr, (W*)dlogw, dk, dv, du, dstate, scratch)));
+    return error;
 }
 
 // for bench/kernels.py: of forward, backward, combine

@@ -231,8 +231,8 @@ template <typename W> __device__ __forceinline__ void solve(Chunk<W>& m, uint32_
 
 // one block per (sequence or span, head). With `starts`, the state at the start of every CH tokens is kept. Without state_out:
 // two blocks per (span, head) find D and T (of the last span T alone, for the backward pass)
-template <typename W>
-__global__ void __launch_bounds__(THREADS, 4) forward(
+template <typename W, int AT_ONCE>
+__global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
         int S_, int H, int total, const int* cu, int span, Inputs<W> in, const float* __restrict__ state, bf16* y,
         float* state_out, __half* starts, float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
@@ -297,8 +297,8 @@ __global__ void __launch_bounds__(THREADS, 4) forward(
 //   dR = dY Z + dRK K + dRB B,  dA = dZ Z + dAB B + dAK K,  dK = V D + dRK' R + dAK' A,  dB = U D + dRB' R + dAB' A
 //   dlogw_t = colsum(Z D) + sum_all (B (U D) + K (V D)) + sum_{i >= t} (R dR - B dB - K dK)_i + sum_{i > t} (A dA)_i
 // No chunk's sum reaches into another. S comes from the saved state, run forward again through the chunks in between.
-template <typename W, bool SCAN>
-__global__ void __launch_bounds__(THREADS, 4) backward(
+template <typename W, bool SCAN, int AT_ONCE>
+__global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
         int S_, int H, const int* cu, int span, Inputs<W> in, const __half* starts, const float* dstate_out, bf16* dr, W* dlogw,
         bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
@@ -523,16 +523,19 @@ extern "C" int wkv7_chunk_forward(
         cudaStream_t stream) {
     if (S * H == 0) return cudaSuccess;
     const int blocks = slots(S, total, span) * H;
-    WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, a, b, nullptr};
+    cudaError_t error = cudaSuccess;
+    WITH_LOGW(dtype, const Inputs<W> in = {r, (const W*)logw, k, v, a, b, nullptr};
         if (span) {
-            LAUNCH_CHUNKED(forward<W>, 2 * blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, nullptr,
-                           nullptr, nullptr, spans);
-            LAUNCH_CHUNKED(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, state, spans, 2 * N * N,
-                           spans + N * N, 2 * N * N);
+            WITH_BLOCKS(2 * blocks, error = launch(forward<W, AT_ONCE>, 2 * blocks, FORWARD_BYTES<W>, stream, S, H, total, cu,
+                                                   span, in, state, nullptr, nullptr, nullptr, spans));
+            if (error != cudaSuccess) return error;
+            error = launch(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, state, spans, 2 * N * N, spans + N * N,
+                           2 * N * N);
+            if (error != cudaSuccess) return error;
         }
-        LAUNCH_CHUNKED(forward<W>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, y, state_out,
-                       starts, spans));
-    return cudaGetLastError();
+        WITH_BLOCKS(blocks, error = launch(forward<W, AT_ONCE>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in,
+                                           state, y, state_out, starts, spans)));
+    return error;
 }
 
 extern "C" int wkv7_chunk_backward(
@@ -541,17 +544,20 @@ extern "C" int wkv7_chunk_backward(
         void* dlogw, bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, float* scratch, int S, int H, int total,
         int dtype, int span, cudaStream_t stream) {
     if (S * H == 0) return cudaSuccess;
-    const int blocks = slots(S, total, span) * H;
-    WITH_LOGW(dtype, Inputs<W> in = {r, (const W*)logw, k, v, a, b, dy};
+    const int blocks = slots(S, total, span) * H, bytes = dtype == 0 ? sizeof(Chunk<float>) : sizeof(Chunk<bf16>);
+    cudaError_t error = cudaSuccess;
+    WITH_LOGW(dtype, const Inputs<W> in = {r, (const W*)logw, k, v, a, b, dy};
         if (span) {
-            LAUNCH_CHUNKED((backward<W, true>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, nullptr, nullptr, nullptr,
-                           nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, scratch);
-            LAUNCH_CHUNKED(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
+            error = launch(backward<W, true, 4>, blocks, bytes, stream, S, H, cu, span, in, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                           nullptr, scratch);
+            if (error != cudaSuccess) return error;
+            error = launch(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
                            spans + N * N, 2 * N * N);
+            if (error != cudaSuccess) return error;
         }
-        LAUNCH_CHUNKED((backward<W, false>), blocks, sizeof(Chunk<W>), stream, S, H, cu, span, in, starts, dstate_out, dr,
-                       (W*)dlogw, dk, dv, da, db, dstate, scratch));
-    return cudaGetLastError();
+        WITH_BLOCKS(blocks, error = launch(backward<W, false, AT_ONCE>, blocks, bytes, stream, S, H, cu, span, in, starts,
+                                           dstate_out, dr, (W*)dlogw, dk, dv, da, db, dstate, scratch)));
+    return error;
 }
 
 // for bench/kernels.py: of forward, backward, combine
