@@ -192,6 +192,11 @@ inline float warp_max(float x) {
     for (int i = 0; i < 32; i++) most = max(most, warp[i].u);
     return __uint_as_float(most);
 }
+inline uint32_t larger_of_each(uint32_t x, uint32_t y) {  // two bf16 >= 0 and the sizes of two others; no NaN wins
+    const float low = fmaxf(__uint_as_float(x << 16), fabsf(__uint_as_float(y << 16)));
+    const float high = fmaxf(__uint_as_float(x & 0xffff0000u), fabsf(__uint_as_float(y & 0xffff0000u)));
+    return __float_as_uint(low) >> 16 | __float_as_uint(high);
+}
 inline void __syncwarp() { cuda_on_cpu::pause(cuda_on_cpu::WARP); }
 inline float shuffle_xor(float x, int mask) { return shuffle(x, (threadIdx.x & 31) ^ mask); }
 inline bool every(bool x) {

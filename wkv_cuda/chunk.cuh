@@ -87,6 +87,7 @@ __device__ inline void mma(float*, const uint32_t*, uint32_t, uint32_t) { __trap
 __device__ inline void copy16(void*, const void*, bool) {}
 __device__ inline void wait_for_copies() {}
 __device__ inline float warp_max(float x) { return x; }
+__device__ inline uint32_t larger_of_each(uint32_t x, uint32_t) { return x; }
 #else
 __device__ __forceinline__ void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {  // c += a b
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -100,6 +101,10 @@ __device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ float warp_max(float x) {  // x >= 0
     return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));
+}
+__device__ __forceinline__ uint32_t larger_of_each(uint32_t x, uint32_t y) {  // two bf16 >= 0 and the sizes of two others
+    asm("max.bf16x2 %0, %0, %1;" : "+r"(x) : "r"(y & 0x7fff7fffu));
+    return x;
 }
 #endif
 #endif
@@ -188,12 +193,12 @@ __device__ inline void store(float* to, float (*S)[2][4]) {
         *reinterpret_cast<float4*>(to + state_at(x % 2, x / 2)) = make_float4(s[0][i], s[0][i + 1], s[1][i], s[1][i + 1]);
     }
 }
-// x: as it was kept; returns its scale
-__device__ inline float restore(uint4* x, const __half* from) {
+// x: as it was kept. Its scale is wanted first, and read a chunk ahead
+__device__ inline void restore(uint4* x, const __half* from) {
 #pragma unroll
     for (int i = 0; i < 4; i++) x[i] = reinterpret_cast<const uint4*>(from + 8)[i * THREADS + threadIdx.x];
-    return *reinterpret_cast<const float*>(from);
 }
+__device__ inline float scale_of(const __half* from) { return *reinterpret_cast<const float*>(from); }
 __device__ __forceinline__ void unpack(float (*c)[4], uint4 x, float factor) {
     const uint32_t p[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
@@ -307,7 +312,11 @@ __device__ __forceinline__ int place() {  // the same as a number, 0 .. 62
     return i / 8 * 16 + i % 2 * 8 + i / 2 % 4 * 2;
 }
 __device__ __forceinline__ int swapped(int row) { return row % 4 * 8; }  // of a tile of floats
-__device__ __forceinline__ float larger(float x, float2 f) { return fmaxf(x, fmaxf(fabsf(f.x), fabsf(f.y))); }
+// x: the largest sizes so far of two numbers that stand beside each other
+__device__ __forceinline__ void see(uint32_t& x, const bf16* p) { x = larger_of_each(x, *reinterpret_cast<const uint32_t*>(p)); }
+__device__ __forceinline__ float largest(uint32_t x) {  // of this warp
+    return warp_max(fmaxf(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)));
+}
 
 // What each warp found the largest of, [LARGEST][4 warps] in shared memory, and what is made of it: the powers of two by
 // which a chunk's r, its k, what has the size of values (S, U) and of their gradients (G, dZ) are multiplied before they

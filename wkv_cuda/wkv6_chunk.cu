@@ -50,20 +50,19 @@ __device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, Scales& scale) {
     auto add = [](float2 x, float2 y) { return make_float2(x.x + y.x, x.y + y.y); };
     auto times = [](float2 x, float2 y) { return make_float2(x.x * y.x, x.y * y.y); };
     float2 own[4];
-    float most_v = 0, most_k = 0, most_r = 0, most_dy = 0;
+    uint32_t most_v = 0, most_k = 0, most_r = 0, most_dy = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int t = 4 * warp + i;
         own[i] = times(f32x2(&m.logw[t][c]), {LOG2_E, LOG2_E});  // from here to base 2
-        most_v = larger(most_v, f32x2(&m.v[t][c])), most_k = larger(most_k, f32x2(&m.k[t][c]));
-        most_r = larger(most_r, f32x2(&m.r[t][c]));
-        if (BACKWARD) most_dy = larger(most_dy, f32x2(&m.dy[t][c]));
+        see(most_v, &m.v[t][c]), see(most_k, &m.k[t][c]), see(most_r, &m.r[t][c]);
+        if (BACKWARD) see(most_dy, &m.dy[t][c]);
     }
     const float2 sum = add(add(own[0], own[1]), add(own[2], own[3]));
     *reinterpret_cast<float2*>(&m.sums[warp][c]) = sum;
-    m.largest[OF_V][warp] = warp_max(most_v), m.largest[OF_K][warp] = warp_max(most_k);
-    m.largest[OF_R][warp] = warp_max(most_r);
-    if (BACKWARD) m.largest[OF_DY][warp] = warp_max(most_dy);
+    m.largest[OF_V][warp] = largest(most_v), m.largest[OF_K][warp] = largest(most_k);
+    m.largest[OF_R][warp] = largest(most_r);
+    if (BACKWARD) m.largest[OF_DY][warp] = largest(most_dy);
     __syncthreads();
     float2 before = {0, 0}, after = {0, 0}, near = {0, 0};  // sums of the other warps' log w
 #pragma unroll
@@ -241,11 +240,15 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
     };
     const int blocks = (last - first + L - 1) / L;
     if (blocks) need(first + (blocks - 1) * L / (SCAN ? L : CH) * (SCAN ? L : CH));
+    auto kept_at = [&](int block) { return starts + ((size_t)(part.chunk + block * L / CH) * H + h) * STATE; };
+    float next_scale = SCAN || !blocks ? 1 : scale_of(kept_at(blocks - 1));
     for (int block = blocks - 1; block >= 0; block--) {
         const int t0 = first + block * L, begin = SCAN ? t0 : first + block * L / CH * CH;
+        const float start_scale = next_scale;
+        if (!SCAN && block) next_scale = scale_of(kept_at(block - 1));
         Scales scale;
-        float kept_scale = 1;
-        if (!SCAN) kept_scale = restore(kept, starts + ((size_t)(part.chunk + (begin - first) / CH) * H + h) * STATE);
+        float kept_scale = start_scale;
+        if (!SCAN) restore(kept, kept_at(block));
         uint32_t V[4];
         for (int t = begin;; t += L) {
             m.largest[OF_S][warp] = SCAN ? 0 : 7.99f * inverse(kept_scale);

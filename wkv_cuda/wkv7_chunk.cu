@@ -63,21 +63,20 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale
         return make_float2(x.x < -LIMIT ? -LIMIT : x.x, x.y < -LIMIT ? -LIMIT : x.y);  // NaN stays NaN
     };
     float2 own[4];
-    float most_v = 0, most_k = 0, most_r = 0, most_dy = 0;
+    uint32_t most_v = 0, most_k = 0, most_r = 0, most_dy = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int t = first + i;
         const float2 x = logw(t);
         own[i] = t >= lo && t < n ? x : make_float2(0, 0);
-        most_v = larger(most_v, f32x2(&m.v[t][j])), most_k = larger(most_k, f32x2(&m.k[t][j]));
-        most_r = larger(most_r, f32x2(&m.r[t][j]));
-        if (BACKWARD) most_dy = larger(most_dy, f32x2(&m.dy[t][j]));
+        see(most_v, &m.v[t][j]), see(most_k, &m.k[t][j]), see(most_r, &m.r[t][j]);
+        if (BACKWARD) see(most_dy, &m.dy[t][j]);
     }
     *reinterpret_cast<float2*>(&m.sums[warp][j]) = make_float2((own[0].x + own[1].x) + (own[2].x + own[3].x),
                                                                (own[0].y + own[1].y) + (own[2].y + own[3].y));
-    m.largest[OF_V][warp] = warp_max(most_v), m.largest[OF_K][warp] = warp_max(most_k);
-    m.largest[OF_R][warp] = warp_max(most_r);
-    if (BACKWARD) m.largest[OF_DY][warp] = warp_max(most_dy);
+    m.largest[OF_V][warp] = largest(most_v), m.largest[OF_K][warp] = largest(most_k);
+    m.largest[OF_R][warp] = largest(most_r);
+    if (BACKWARD) m.largest[OF_DY][warp] = largest(most_dy);
     __syncthreads();
     float2 c = {0, 0}, before = {0, 0};  // sums over the chunk, over its tokens before `first`
 #pragma unroll
@@ -319,13 +318,17 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
         if (block >= first && block != loaded) fetch(m, in, loaded = block, min(L, last - block), H, h);
     };
     const int segments = (last - first + CH - 1) / CH;
+    auto kept_at = [&](int segment) { return starts + ((size_t)(part.chunk + segment) * H + h) * STATE; };
+    float next_scale = SCAN || !segments ? 1 : scale_of(kept_at(segments - 1));
     for (int segment = segments - 1; segment >= 0; segment--) {
         const int begin = first + segment * CH;
+        const float segment_scale = next_scale;
+        if (!SCAN && segment) next_scale = scale_of(kept_at(segment - 1));
         need(begin + (SCAN ? (min(CH, last - begin) - 1) / L * L : 0));
         for (int stop = min(CH, last - begin), lo; stop > 0; stop = lo) {  // the chunk that ends at `stop`
             Scales scale;
-            float kept_scale = 1;
-            if (!SCAN) kept_scale = restore(kept, starts + ((size_t)(part.chunk + segment) * H + h) * STATE);
+            float kept_scale = segment_scale;
+            if (!SCAN) restore(kept, kept_at(segment));
             uint32_t U[4], V[4];
             int hi;
             for (lo = SCAN ? (stop - 1) / L * L : 0;; lo = hi) {
@@ -434,9 +437,10 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     right<64>(z, m.S, 16 * x, 2 * warp);
+                    const uint32_t Zt[4] = {z[0], z[2], z[1], z[3]};  // as a left operand: Z'
                     left<64>(y, m.DY, 0, 2 * x), multiply(dR, y, z);
                     left_t<16>(y, m.dZ, 16 * x, 0), multiply(dA, y, z);
-                    left_t<64>(y, m.S, 16 * x, 2 * warp), right<64>(z, m.D, 16 * x, 2 * warp), multiply(ZD, y, z);
+                    right<64>(z, m.D, 16 * x, 2 * warp), multiply(ZD, Zt, z);
                 }
                 diagonal(sum, ZD);  // colsum(Z D)
                 right<64>(z, m.K, 0, 2 * warp);
