@@ -323,12 +323,12 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
     for (int segment = segments - 1; segment >= 0; segment--) {
         const int begin = first + segment * CH;
         const float segment_scale = next_scale;
-        if (!SCAN && segment) next_scale = scale_of(kept_at(segment - 1));
         need(begin + (SCAN ? (min(CH, last - begin) - 1) / L * L : 0));
         for (int stop = min(CH, last - begin), lo; stop > 0; stop = lo) {  // the chunk that ends at `stop`
             Scales scale;
             float kept_scale = segment_scale;
             if (!SCAN) restore(kept, kept_at(segment));
+            if (!SCAN && segment) next_scale = scale_of(kept_at(segment - 1));
             uint32_t U[4], V[4];
             int hi;
             for (lo = SCAN ? (stop - 1) / L * L : 0;; lo = hi) {
