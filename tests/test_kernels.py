@@ -253,21 +253,42 @@ def test_documents_equal_each_alone(version, device):
         torch.testing.assert_close(packed["du"], du, rtol=1e-5, atol=1e-4)
 
 
+def test_what_is_cut_into_spans():
+    """Few sequences into as many spans as a card holds blocks; else what is much longer than the
+    rest, wherever it stands."""
+    rows = [(1, 32, 65536), (8, 12, 32768), (1, 12, 4096)]
+    assert [cuda.span(*row) for row in rows] == [4096, 832, 512]
+    assert all(-(-T // S // cuda.span(S, H, T)) * S * H <= 528 for S, H, T in rows)
+    for S, H, T in [(8, 32, 4096), (8, 64, 4096), (64, 12, 512), (8, 96, 4096)]:
+        assert cuda.span(S, H, S * T) > 2 * T  # rows of one length stay whole
+    for S, H in [(32, 12), (60, 32), (16, 96)]:
+        assert 0 < cuda.span(S, H, 65536) < 60000  # one document that is nearly all, cut
+    assert cuda.span(4, 12, 2048) == cuda.span(1, 12, 400) == 0  # not worth it
+
+
 @both
 @pytest.mark.parametrize("kind", KINDS)
 def test_spans(version, kind, device, monkeypatch):
-    """Where sequences and heads are few: sequences cut into spans that run at once."""
-    assert cuda.span(1, 32, 65536) == 8192 and cuda.span(8, 12, 32768) == 0
+    """Sequences cut into spans that run at once: rows, and documents that end at a border or
+    not."""
     monkeypatch.setattr(cuda, "span", lambda *sizes: 32)
     check(version, make(version, 100, kind, B=2, H=1), kind, device)
-    borders = [0, 5, 5, 69, 133, 140]
-    check(
-        version,
-        make(version, 140, kind, H=1, sequences=5),
-        kind,
-        device,
-        cu_seqlens=torch.tensor(borders),
-    )
+    for borders in ([0, 5, 5, 69, 133, 140], [0, 32, 96, 97, 97, 200]):
+        case = make(version, borders[-1], kind, H=1, sequences=5)
+        check(version, case, kind, device, cu_seqlens=torch.tensor(borders))
+
+
+@both
+def test_spans_of_any_documents(version, device, monkeypatch):
+    monkeypatch.setattr(cuda, "span", lambda *sizes: 64)
+    cut = random.Random(version)
+    for seed in range(3):
+        borders = torch.tensor(sorted([0, 330] + [cut.randint(0, 330) for _ in range(4)]))
+        case = make(version, 330, H=2, seed=seed, sequences=5)
+        check(version, case, "plain", device, cu_seqlens=borders)
+    case = make(version, 330, H=2, sequences=5)  # and the same bits twice, as everywhere
+    first, again = (run(version, *case, device, cu_seqlens=borders) for _ in range(2))
+    assert all(torch.equal(x, again[name]) for name, x in first.items())
 
 
 @both

@@ -379,71 +379,101 @@ __device__ __forceinline__ void diagonal(float (*sum)[2], float (*c)[4]) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Few sequences and heads leave most of the card idle. Then each sequence is cut into spans: the state at a span's end is
-// S T + D, S the one at its start, and one more pass finds T (from the unit matrix, with v = 0) and D (from zero) of all
-// spans at once; combine() goes from span to span, and all run at once from the right states. Backward: G <- G T' + E.
+// Few sequences and heads, or one long sequence among short ones, leave most of the card idle. Then sequences longer than
+// `span` are cut into spans: the state at a span's end is S T + D, S the one at its start, and one more pass finds T (from
+// the unit matrix, with v = 0) and D (from zero) of all spans at once; the first span of a sequence has its true end at
+// once, and of the last one only T is wanted, for the backward pass. combine() goes from span to span, and all run again
+// at once from the right states. Backward: G <- G T' + E.
+//
+// Span i > 0 of sequence s begins at border cu[s] / span + i - 1: no two spans share one, and there are total / span.
+// What belongs to a border: T of the span that begins there, D of the one that ends there, later the state; and E, later G.
 
-struct Part {  // what a block works on: tokens first .. last - 1 of sequence s; `slot` counts the spans
-    int s, first, last, slot, chunk;  // chunk: the slot of the state before `first`, the next ones have those after CH tokens each
-    bool opens, closes;  // the sequence begins, ends here
+struct Part {  // what a block works on: tokens first .. last - 1 of sequence s
+    int s, first, last, border;  // border: where it ends; the one before is where it begins
+    int chunk;                   // the slot of the state kept before `first`; the next ones have those after CH tokens each
+    bool opens, closes;          // the sequence begins, ends here
 };
-__device__ __forceinline__ bool find(Part& p, const int* cu, int S, int span, int slot) {  // false: an unused slot
-    p.s = span ? sequence_of(cu, S, slot, span) : slot, p.slot = slot;
-    const int start = cu[p.s], end = cu[p.s + 1], i = span ? slot - (start / span + p.s) : 0;
-    p.first = start + i * span, p.chunk = start / CH + p.s + i * (span / CH);
-    p.last = span ? min(p.first + span, end) : end;
+// The part of block `slot`: first those that open a sequence, then one for each border. False: nothing begins there
+__device__ __forceinline__ bool find(Part& p, const int* cu, int S, int span, int slot) {
+    int low = slot, i = 0;
+    if (slot >= S) {  // the last sequence with a start before the end of border's span
+        int high = S - 1;
+        for (low = 0; low < high;) {
+            const int mid = (low + high + 1) / 2;
+            if (cu[mid] / span <= slot - S) low = mid; else high = mid - 1;
+        }
+        i = slot - S - cu[low] / span + 1;
+    }
+    const int start = cu[low], end = cu[low + 1];
+    p.s = low, p.first = start + i * span, p.chunk = start / CH + low + i * (span / CH);
+    p.last = span ? min(p.first + span, end) : end, p.border = span ? start / span + i : 0;
     p.opens = i == 0, p.closes = p.last == end;
-    return p.opens || p.first < p.last;
+    return p.opens || p.first < end;
 }
 inline int slots(int S, int total, int span) { return span ? total / span + S : S; }
 
 namespace {
 constexpr int COMBINE_BYTES = 2 * N * (N + 4) * sizeof(float);
 
-// one block per (sequence, head), in fp32: x <- x T + d from span to span, d replaced by the x it is added to
-template <bool REVERSE>  // last span first, T transposed
+// one block per (sequence, head), in fp32, from border to border: x <- x T + d, which takes d's place
+template <bool REVERSE>  // last border first, T transposed; x begins as `from`, else as what the first border has
 __global__ void __launch_bounds__(THREADS) combine(
         int H, const int* cu, int span, const float* from, float* d, int d_stride, const float* T, int T_stride) {
     float *X = reinterpret_cast<float*>(shared_memory()), *M = X + N * (N + 4);
     const int s = blockIdx.x / H, h = blockIdx.x % H, row = threadIdx.x / 2, side = threadIdx.x % 2 * 4;
-    const int count = max(1, (cu[s + 1] - cu[s] + span - 1) / span);
-    float x[N / 2], add[N / 2];
+    const int borders = (cu[s + 1] - cu[s] - 1) / span;
+    if (borders <= 0) return;
+    auto at = [&](int border) { return (size_t)(cu[s] / span + border) * H + h; };
+    if (!REVERSE) from = d + at(0) * d_stride;
+    else if (from) from += (size_t)blockIdx.x * N * N;
+    float x[N / 2];
 #pragma unroll
-    for (int j = 0; j < N / 2; j++) x[j] = from ? from[((size_t)blockIdx.x * N + row) * N + j / 4 * 8 + side + j % 4] : 0;
-    for (int n = 0; n < count; n++) {
-        const size_t slot = (size_t)(first_slot(cu, s, span) + (REVERSE ? count - 1 - n : n)) * H + h;
-        float* place = d + slot * d_stride + row * N + side;
-#pragma unroll
-        for (int j = 0; j < N / 2; j++) add[j] = place[j / 4 * 8 + j % 4], place[j / 4 * 8 + j % 4] = x[j];
-        if (n + 1 == count) break;
+    for (int j = 0; j < N / 2; j++) x[j] = from ? from[row * N + j / 4 * 8 + side + j % 4] : 0;
+    for (int n = REVERSE ? 0 : 1; n < borders; n++) {
+        const int to = REVERSE ? borders - 1 - n : n;
+        float* place = d + at(to) * d_stride + row * N + side;
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < N / 2; j++) X[row * (N + 1) + j / 4 * 8 + side + j % 4] = x[j];
         for (int i = threadIdx.x; i < N * N; i += THREADS)
-            M[REVERSE ? i % N * (N + 4) + i / N : i / N * (N + 4) + i % N] = T[slot * T_stride + i];
+            M[REVERSE ? i % N * (N + 4) + i / N : i / N * (N + 4) + i % N] = T[at(REVERSE ? to : to - 1) * T_stride + i];
         __syncthreads();
 #pragma unroll
-        for (int j = 0; j < N / 2; j++) x[j] = add[j];
+        for (int j = 0; j < N / 2; j++) x[j] = place[j / 4 * 8 + j % 4];
         for (int k = 0; k < N; k++) {
             const float f = X[row * (N + 1) + k];
 #pragma unroll
             for (int j = 0; j < N / 2; j++) x[j] += f * M[k * (N + 4) + j / 4 * 8 + side + j % 4];
         }
+#pragma unroll
+        for (int j = 0; j < N / 2; j++) place[j / 4 * 8 + j % 4] = x[j];
     }
+}
+
+// A forward pass that looks for T and D has two blocks for each part, the second for T.
+__device__ __forceinline__ bool looks_for_T() { return blockIdx.x % 2; }
+__device__ __forceinline__ bool is_wanted(const Part& p) { return looks_for_T() ? !p.opens : !p.closes; }
+__device__ __forceinline__ float* state_at_border(float* spans, int border, int H, int h) {
+    return spans + ((size_t)border * H + h) * 2 * N * N;
 }
 }  // namespace
 
-// the state a forward block begins with: the sequence's, the span's (in the place of D) or, while T and D are looked for
-// zero or one
-__device__ inline void begin(float (*S)[2][4], const Part& p, int H, int h, const float* state, const float* spans, bool probe) {
-    if (!probe) return load(S, p.opens ? state + ((size_t)p.s * H + h) * N * N : spans + ((size_t)p.slot * H + h) * 2 * N * N);
+// the state a forward block begins with: the sequence's, the border's or, where T and D are looked for, one or zero
+__device__ inline void begin(float (*S)[2][4], const Part& p, int H, int h, const float* state, float* spans, bool probe) {
+    if (p.opens) return load(S, state + ((size_t)p.s * H + h) * N * N);
+    if (!probe) return load(S, state_at_border(spans, p.border - 1, H, h));
 #pragma unroll
     for (int x = 0; x < 32; x++) {
         const int i = x % 4, j = x / 4 % 2;
         const int value = 16 * (threadIdx.x / 32) + threadIdx.x % 32 / 8 * 4 + i / 2 * 2 + threadIdx.x / 4 % 2;
         const int key = 16 * (x / 8) + threadIdx.x % 4 * 4 + 2 * j + i % 2;
-        S[x / 8][j][i] = blockIdx.x % 2 && value == key;
+        S[x / 8][j][i] = looks_for_T() && value == key;
     }
+}
+__device__ inline void end(float (*S)[2][4], const Part& p, int H, int h, float* state_out, float* spans, bool probe) {
+    if (!probe && p.closes) return store(state_out + ((size_t)p.s * H + h) * N * N, S);
+    if (probe && looks_for_T()) return store(state_at_border(spans, p.border - 1, H, h) + N * N, S);
+    if (probe) store(state_at_border(spans, p.border, H, h), S);
 }
 
 #define WITH_LOGW(dtype, ...)                                      \

@@ -66,28 +66,39 @@ def trial(device):
 
 
 def span(S, H, total):
-    """Tokens of a span where S sequences of H heads leave most of a card idle, else 0 (chunk.cuh).
+    """Tokens of a span, of which a long sequence has several at once (chunk.cuh); 0 for none.
 
-    For 2 blocks on each of 132 processors, but not from the card at hand: the same inputs give the
-    same bits everywhere.
+    Where S sequences of H heads cannot fill 132 processors, all are cut, for 4 blocks on each. Else
+    those are that are much longer than the others: how long each is, the host does not know. Not
+    from the card at hand: the same inputs give the same bits everywhere.
     """
-    spans = 264 // max(S * H, 1)
-    if spans < 4 or total < 1024 * S:
+    if total < 1024 * S and total < 8192:
         return 0
-    return max(total // (S * spans) // native.CHUNK * native.CHUNK, 512)
+    spans = 4 * 132 // max(S * H, 1)
+    if spans >= 4 and total >= 1024 * S:
+        tokens = -(-total // (S * spans))
+    else:
+        tokens = max(3 * total // S, total * H // (2 * 132))
+    tokens = max(-(-tokens // native.CHUNK) * native.CHUNK, 512)
+    return tokens if tokens < total else 0
 
 
 def keep(r, state, save):
-    """(shape, dtype) of the state at every chunk's start, and of what passes from span to span."""
+    """(shape, dtype) of the state at every chunk's start, and of what passes between spans."""
     (S, H, N, _), total = state.shape, len(r)
     slots, tokens = total // native.CHUNK + S if save else 0, span(S, H, total)
-    spans = total // tokens + S if tokens else 0
+    spans = total // tokens if tokens else 0
     return [((slots, H, SAVED_STATE), torch.float16), ((spans, H, 2, N, N), torch.float32)]
 
 
 def scratch(state, kept):
-    """Memory for the backward: a state for each span."""
+    """Memory for the backward: a state for each border between spans."""
     return [kept[1].new_empty(len(kept[1]), *state.shape[1:])]
+
+
+def parts(state, kept):
+    """How many blocks a head has in the backward: one for each sequence and border."""
+    return len(state) + len(kept[1])
 
 
 def launch(function, *args):
@@ -98,6 +109,8 @@ def launch(function, *args):
 
 
 _ops = {
-    version: native.register(f"wkv{version}_chunk", version, sys.modules[__name__], keep, scratch)
+    version: native.register(
+        f"wkv{version}_chunk", version, sys.modules[__name__], keep, scratch, parts
+    )
     for version in (6, 7)
 }

@@ -339,15 +339,20 @@ def outputs(count):
     return "(" + ", ".join(["Tensor"] * count) + ")"
 
 
-def register(name, version, form, keep=keep_states, scratch=no_scratch):
+def chunk_slots(state, kept):
+    """How many parts of WKV-6's du a sequential backward makes."""
+    return len(kept[-1])
+
+
+def register(name, version, form, keep=keep_states, scratch=no_scratch, parts=chunk_slots):
     """Make gosling::<name> and gosling::<name>_backward -> the first.
 
     Tokens are flat: vectors [total, H, N], cu_seqlens [S + 1] of S sequences, state [S, H, N, N].
     form: the module, with what its library takes (DEVICE, HEAD_SIZES, DTYPES, LOGW_DTYPES) and
     launch(function, *tensors, S, H, total, dtype of r as in DTYPES), which runs a function of it.
     keep(r, state, save): (shape, dtype) of what the forward also returns, for the backward; WKV-6
-    has no sa. scratch(state, kept): memory for the backward. Tensors that do not fit are a
-    ValueError.
+    has no sa. scratch(state, kept): memory for the backward. parts(state, kept): how many there are
+    of WKV-6's du. Tensors that do not fit are a ValueError.
     """
     names = ("r", "logw", "k", "v", *(("a", "b") if version == 7 else ("u",)), "state")
     n, n_kept = len(names), 1 if version == 6 and keep is keep_states else 2
@@ -374,7 +379,7 @@ def register(name, version, form, keep=keep_states, scratch=no_scratch):
         r, state, kept, grads = args[0], args[n - 1], args[n + 1 : -2], empty_like(args[:n])
         check_kept(kept, keep(r, state, True)[-n_kept:], *args[-2:], r, state)
         if version == 6:  # du: a part per chunk, span or sequence, summed here in a fixed order
-            grads[4] = state.new_zeros(len(kept[-1]) or len(state), *state.shape[1:3])
+            grads[4] = state.new_zeros(parts(state, kept), *state.shape[1:3])
         form.launch(f"{name}_backward", *args, *grads, *scratch(state, kept), *sizes(r, state))
         if version == 6:
             grads[4] = grads[4].sum(0)

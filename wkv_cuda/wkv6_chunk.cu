@@ -130,8 +130,8 @@ template <typename W> __device__ __forceinline__ void scores(Chunk<W>& m) {
     }
 }
 
-// one block per (sequence or span, head). With `starts`, the state at the start of every CH tokens is kept. Without state_out:
-// two blocks per (span, head) find D and T (of the last span T alone, for the backward pass)
+// One block per (sequence or span, head). With `starts`, the state at the start of every CH tokens is kept. Without
+// state_out, two blocks per (span, head) look for T and D.
 template <typename W, int AT_ONCE>
 __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
         int S_, int H, int total, const int* cu, int span, Inputs<W> in, const float* __restrict__ u, const float* __restrict__ state, bf16* y,
@@ -140,10 +140,10 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
     const bool probe = !state_out;
     const int index = probe ? blockIdx.x / 2 : blockIdx.x, h = index % H, warp = threadIdx.x / 32;
     Part part;
-    if (!find(part, cu, S_, span, index / H) || (probe && part.closes && (part.opens || blockIdx.x % 2 == 0))) return;
+    if (!find(part, cu, S_, span, index / H) || (probe && !is_wanted(part))) return;
     check(cu, part.s, S_, total);
     const int first = part.first, last = part.last;
-    if (probe && blockIdx.x % 2) in.v = nullptr;  // counts as 0
+    if (probe && looks_for_T()) in.v = nullptr;  // counts as 0
     const float2 own_u = f32x2(u + h * N + threadIdx.x % 32 * 2);
     float S[4][2][4];
     begin(S, part, H, h, state, spans, probe);
@@ -179,8 +179,7 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
         if (!probe) put_rows(y + ((size_t)t * H + h) * N, H, Y, inverse(scale.value) * inverse(scale.r), 0, last - t);
         m.largest[OF_S][warp] = largest(S);
     }
-    if (probe) store(spans + (size_t)blockIdx.x * N * N, S);
-    else if (part.closes) store(state_out + ((size_t)part.s * H + h) * N * N, S);
+    end(S, part, H, h, state_out, spans, probe);
 }
 
 // sum of x over the rows of a tile after this one, or before it, in blocks of `size` <= 8 rows; x becomes its block's sum
@@ -230,7 +229,7 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
     float G[4][2][4], four_u[4], du_sum[4] = {};  // u of channel, ... channel + 3
 #pragma unroll
     for (int x = 0; x < 4; x++) zero(G[x]);
-    if (!SCAN && !part.closes) load(G, spans + (size_t)blockIdx.x * N * N);
+    if (!SCAN && !part.closes) load(G, spans + ((size_t)part.border * H + h) * N * N);
     else if (!SCAN && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
     for (int i = 0; i < 4; i++) four_u[i] = u[h * N + channel + i];
     m.largest[OF_G][warp] = largest(G);
@@ -384,7 +383,7 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
         for (int lanes = 4; lanes < 32; lanes *= 2) du_sum[i] += shuffle_xor(du_sum[i], lanes);
         if (lane < 4 && !SCAN) du[(size_t)blockIdx.x * N + channel + i] = du_sum[i];
     }
-    if (SCAN) store(spans + (size_t)blockIdx.x * N * N, G);
+    if (SCAN) store(spans + ((size_t)(part.border - 1) * H + h) * N * N, G);
     else if (part.opens) store(dstate + ((size_t)s * H + h) * N * N, G);
 }
 
@@ -402,7 +401,7 @@ extern "C" int wkv6_chunk_forward(
             WITH_BLOCKS(2 * blocks, error = launch(forward<W, AT_ONCE>, 2 * blocks, FORWARD_BYTES<W>, stream, S, H, total, cu,
                                                    span, in, u, state, nullptr, nullptr, nullptr, spans));
             if (error != cudaSuccess) return error;
-            error = launch(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, state, spans, 2 * N * N, spans + N * N,
+            error = launch(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, nullptr, spans, 2 * N * N, spans + N * N,
                            2 * N * N);
             if (error != cudaSuccess) return error;
         }
