@@ -224,7 +224,7 @@ def measure(version, cfg):
 # without one
 
 ENTRY = re.compile(
-    r"\d(forward|backward|combine)I(f|13__nv_bfloat16)?(?:Lb([01])E)?.*for 'sm_(\d+)'"
+    r"\d(forward|backward|combine)I(f|13__nv_bfloat16)?(?:Lb([01])E)?(?:Li(\d)E)?.*for 'sm_(\d+)'"
 )
 NUMBERS = re.compile(
     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.S
@@ -250,7 +250,7 @@ def nvcc(version):
 
 def kernel_row(version, entry, shared, release):
     """What nvcc prints of one kernel -> a row of JSON."""
-    kernel, logw, flag, sm = ENTRY.search(entry).groups()
+    kernel, logw, flag, at_once, sm = ENTRY.search(entry).groups()
     stores, loads, registers = map(int, NUMBERS.search(entry).groups())
     number = ("forward", "backward", "combine").index(kernel)
     shared_bytes = shared(number, int(logw not in ("f", None)))
@@ -263,6 +263,7 @@ def kernel_row(version, entry, shared, release):
         kernel=kernel,
         logw={"f": "float32", None: None}.get(logw, "bfloat16"),
         sm=int(sm),
+        at_once=at_once and int(at_once),  # blocks of it on one multiprocessor, as compiled for
         registers=registers,
         spill_store_bytes=stores,
         spill_load_bytes=loads,

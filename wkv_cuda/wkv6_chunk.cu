@@ -31,6 +31,7 @@ template <typename W> struct Chunk {  // in shared memory
     __half decay[3][L * N], before[L * N], after[L * N];  // exp of log w between t and the middle (n = 8, 4, 2), before t, after t
 };
 
+static_assert(4 * (sizeof(Chunk<float>) + 1024) <= 228 * 1024, "four blocks share a multiprocessor's memory");
 template <typename W> constexpr int FORWARD_BYTES = offsetof(Chunk<W>, dy);
 
 template <typename W> __device__ __forceinline__ void fetch(Chunk<W>& m, const Inputs<W>& in, int first, int n, int H, int h) {

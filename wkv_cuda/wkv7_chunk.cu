@@ -27,9 +27,9 @@ template <typename W> struct Chunk {  // in shared memory
     __half A[L * N], R[L * N], B[L * N], K[L * N], V[L * N];
     __half M_low[L * L], AK[L * L], RB[L * L], RK[L * L], M[L * L];  // the inverse: M + M_low
     float largest[LARGEST][4];
-    union {                       // the first is read before the second is written, and that before the next chunk's first
+    union {                       // each is read before the next is written, the last before the next chunk's first
         float sums[4][N];         // of log w over each warp's tokens
-        struct { float solve[2][HALF][HALF + 4], inverted[2][HALF][HALF + 2]; };
+        float solve[2][HALF][HALF + 4], inverted[2][HALF][HALF + 2];
     };
     union {
         float exp_m[N];                                   // the forward pass only
@@ -41,6 +41,7 @@ template <typename W> struct Chunk {  // in shared memory
         };
     };
 };
+static_assert(4 * (sizeof(Chunk<float>) + 1024) <= 228 * 1024, "four blocks share a multiprocessor's memory");
 template <typename W> constexpr int FORWARD_BYTES = offsetof(Chunk<W>, exp_m) + sizeof(Chunk<W>::exp_m);
 
 // start copying the n tokens at `first` of head h
@@ -161,6 +162,7 @@ template <typename W> __device__ __forceinline__ void invert(Chunk<W>& m, float 
             const float4 f = *reinterpret_cast<const float4*>(&m.solve[block][j][i]);  // zeros down to row j
             x[i] += f.x * x[j], x[i + 1] += f.y * x[j], x[i + 2] += f.z * x[j], x[i + 3] += f.w * x[j];
         }
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < HALF; i++) m.inverted[block][i][column] = x[i];
     __syncwarp();
