@@ -263,10 +263,11 @@ __device__ __forceinline__ float inverse(float power_of_two) {
 // tokens
 
 __device__ __forceinline__ float2 f32x2(const float* p) { return *reinterpret_cast<const float2*>(p); }
-__device__ __forceinline__ float2 f32x2(const bf16* p) {
-    const uint32_t x = *reinterpret_cast<const uint32_t*>(p);
+__device__ __forceinline__ uint32_t two(const bf16* p) { return *reinterpret_cast<const uint32_t*>(p); }
+__device__ __forceinline__ float2 f32x2(uint32_t x) {
     return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
 }
+__device__ __forceinline__ float2 f32x2(const bf16* p) { return f32x2(two(p)); }
 __device__ __forceinline__ void get4(float* x, const bf16* p) {
     const uint2 u = *reinterpret_cast<const uint2*>(p);
     x[0] = __uint_as_float(u.x << 16), x[1] = __uint_as_float(u.x & 0xffff0000u);
@@ -312,9 +313,7 @@ __device__ __forceinline__ int place() {  // the same as a number, 0 .. 62
     return i / 8 * 16 + i % 2 * 8 + i / 2 % 4 * 2;
 }
 __device__ __forceinline__ int swapped(int row) { return row % 4 * 8; }  // of a tile of floats
-// x: the largest sizes so far of two numbers that stand beside each other
-__device__ __forceinline__ void see(uint32_t& x, const bf16* p) { x = larger_of_each(x, *reinterpret_cast<const uint32_t*>(p)); }
-__device__ __forceinline__ float largest(uint32_t x) {  // of this warp
+__device__ __forceinline__ float largest(uint32_t x) {  // of this warp, of two numbers a lane
     return warp_max(fmaxf(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)));
 }
 

@@ -51,13 +51,15 @@ __device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, Scales& scale) {
     auto add = [](float2 x, float2 y) { return make_float2(x.x + y.x, x.y + y.y); };
     auto times = [](float2 x, float2 y) { return make_float2(x.x * y.x, x.y * y.y); };
     float2 own[4];
-    uint32_t most_v = 0, most_k = 0, most_r = 0, most_dy = 0;
+    uint32_t raw_v[4], raw_k[4], raw_r[4], raw_dy[4], most_v = 0, most_k = 0, most_r = 0, most_dy = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int t = 4 * warp + i;
         own[i] = times(f32x2(&m.logw[t][c]), {LOG2_E, LOG2_E});  // from here to base 2
-        see(most_v, &m.v[t][c]), see(most_k, &m.k[t][c]), see(most_r, &m.r[t][c]);
-        if (BACKWARD) see(most_dy, &m.dy[t][c]);
+        raw_v[i] = two(&m.v[t][c]), raw_k[i] = two(&m.k[t][c]), raw_r[i] = two(&m.r[t][c]);
+        most_v = larger_of_each(most_v, raw_v[i]), most_k = larger_of_each(most_k, raw_k[i]);
+        most_r = larger_of_each(most_r, raw_r[i]);
+        if (BACKWARD) raw_dy[i] = two(&m.dy[t][c]), most_dy = larger_of_each(most_dy, raw_dy[i]);
     }
     const float2 sum = add(add(own[0], own[1]), add(own[2], own[3]));
     *reinterpret_cast<float2*>(&m.sums[warp][c]) = sum;
@@ -84,8 +86,8 @@ __device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, Scales& scale) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int t = 4 * warp + i;
-        const float2 v = f32x2(&m.v[t][c]), r = times(f32x2(&m.r[t][c]), {scale.r, scale.r}),
-                     k = times(f32x2(&m.k[t][c]), {scale.k, scale.k});
+        const float2 v = f32x2(raw_v[i]), r = times(f32x2(raw_r[i]), {scale.r, scale.r}),
+                     k = times(f32x2(raw_k[i]), {scale.k, scale.k});
         auto put = [&](__half* tile, float2 x) { put_pair(tile, t, x.x, x.y); };
         const float2 e8 = times(near, warp / 2 ? up[i] : down[i]), e4 = warp % 2 ? up[i] : down[i];
         put(m.X[0], times(warp / 2 ? r : k, e8));
@@ -96,7 +98,7 @@ __device__ __forceinline__ void prepare(Chunk<W>& m, float2 u, Scales& scale) {
         put(m.K, times(k, times(after, down[i])));
         put_pair(m.V, t, v.x * v_scale, v.y * v_scale);
         if (BACKWARD) {
-            const float2 dy = f32x2(&m.dy[t][c]);
+            const float2 dy = f32x2(raw_dy[i]);
             put_pair(m.DY, t, dy.x * dy_scale, dy.y * dy_scale);
             put(m.decay[0], e8), put(m.decay[1], e4), put(m.decay[2], within[i]);
             put(m.before, times(before, up[i])), put(m.after, times(after, down[i]));

@@ -64,14 +64,16 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale
         return make_float2(x.x < -LIMIT ? -LIMIT : x.x, x.y < -LIMIT ? -LIMIT : x.y);  // NaN stays NaN
     };
     float2 own[4];
-    uint32_t most_v = 0, most_k = 0, most_r = 0, most_dy = 0;
+    uint32_t raw_v[4], raw_k[4], raw_r[4], raw_dy[4], most_v = 0, most_k = 0, most_r = 0, most_dy = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int t = first + i;
         const float2 x = logw(t);
         own[i] = t >= lo && t < n ? x : make_float2(0, 0);
-        see(most_v, &m.v[t][j]), see(most_k, &m.k[t][j]), see(most_r, &m.r[t][j]);
-        if (BACKWARD) see(most_dy, &m.dy[t][j]);
+        raw_v[i] = two(&m.v[t][j]), raw_k[i] = two(&m.k[t][j]), raw_r[i] = two(&m.r[t][j]);
+        most_v = larger_of_each(most_v, raw_v[i]), most_k = larger_of_each(most_k, raw_k[i]);
+        most_r = larger_of_each(most_r, raw_r[i]);
+        if (BACKWARD) raw_dy[i] = two(&m.dy[t][j]), most_dy = larger_of_each(most_dy, raw_dy[i]);
     }
     *reinterpret_cast<float2*>(&m.sums[warp][j]) = make_float2((own[0].x + own[1].x) + (own[2].x + own[3].x),
                                                                (own[0].y + own[1].y) + (own[2].y + own[3].y));
@@ -107,7 +109,7 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale
     for (int i = 0; i < 4; i++) {
         const int t = first + i;
         const uint32_t mask = t >= lo && t < hi ? ~0u : 0;
-        const float2 a = f32x2(&m.a[t][j]), r = f32x2(&m.r[t][j]), b = f32x2(&m.b[t][j]), k = f32x2(&m.k[t][j]);
+        const float2 a = f32x2(&m.a[t][j]), r = f32x2(raw_r[i]), b = f32x2(&m.b[t][j]), k = f32x2(raw_k[i]);
         put_pair(m.A, t, a.x * e.x, a.y * e.y, mask);
         if (t < hi) c.x += own[i].x, c.y += own[i].y;
         e = {power_of_2(c.x - mid.x), power_of_2(c.y - mid.y)};
@@ -115,10 +117,10 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale
         put_pair(m.R, t, r.x * (e.x * scale.r), r.y * (e.y * scale.r), mask);
         put_pair(m.B, t, b.x * f.x, b.y * f.y, mask);
         put_pair(m.K, t, k.x * (f.x * scale.k), k.y * (f.y * scale.k), mask);
-        const float2 v = f32x2(&m.v[t][j]);
+        const float2 v = f32x2(raw_v[i]);
         put_pair(m.V, t, v.x * v_scale, v.y * v_scale);
         if (BACKWARD) {
-            const float2 dy = f32x2(&m.dy[t][j]);
+            const float2 dy = f32x2(raw_dy[i]);
             put_pair(m.DY, t, dy.x * dy_scale, dy.y * dy_scale);
             *reinterpret_cast<float2*>(m.exp_c[t + 1] + (place() ^ swapped(t + 1))) = e;
         }
