@@ -27,7 +27,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from wkv_cuda import fused, wkv6, wkv7
+from wkv_cuda import fused, packed, wkv6, wkv7
 
 import torch
 import torch.nn as nn
@@ -126,20 +126,21 @@ def low_rank(x, down, up, activation=None):
 class Packing(NamedTuple):
     """Where D documents lie that are packed end to end, worked out once per forward."""
 
-    cu_seqlens: torch.Tensor  # [D + 1] on the CPU
+    cu_seqlens: packed.CuSeqlens  # [D + 1] on the host and on the device
     filled: torch.Tensor  # indices of the documents with at least one token
     first: torch.Tensor  # their first tokens
     last: torch.Tensor  # their last tokens
 
 
-def packing_of(cu_seqlens, device):
-    """cu_seqlens [D + 1] -> Packing; None, for B rows of one length -> one of None."""
+def packing_of(cu_seqlens, idx):
+    """cu_seqlens [D + 1] of idx [1, T] -> Packing; None, for B rows of one length -> one of None.
+
+    The device copies it while the host goes on.
+    """
     if cu_seqlens is None:
         return Packing(None, None, None, None)
-    cu_seqlens = torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
-    filled = cu_seqlens.diff().nonzero()[:, 0]
-    first, last = cu_seqlens[:-1][filled], cu_seqlens[1:][filled] - 1
-    return Packing(cu_seqlens, filled.to(device), first.to(device), last.to(device))
+    cu_seqlens = packed.cu_seqlens_of(cu_seqlens, *idx.shape, idx.device)
+    return Packing(cu_seqlens, *packed.filled_documents(cu_seqlens, idx.device))
 
 
 def pieces(T, cu_seqlens, chunk_len):
@@ -150,9 +151,10 @@ def pieces(T, cu_seqlens, chunk_len):
     if not chunk_len:
         yield 0, T, cu_seqlens
         return
+    borders = None if cu_seqlens is None else packed.borders_of(cu_seqlens)
     for a in range(0, T, chunk_len):
         b = min(a + chunk_len, T)
-        yield a, b, None if cu_seqlens is None else torch.as_tensor(cu_seqlens).clamp(a, b) - a
+        yield a, b, borders and [min(max(border, a), b) - a for border in borders]
 
 
 def token_shift(x, shift, packing):
@@ -403,7 +405,8 @@ class RWKV(nn.Module):
         T, scores = idx.shape[1], []
         in_chunks = 0 < chunk_len < T and not score
         for a, b, cu_of_chunk in pieces(T, cu_seqlens, chunk_len if in_chunks else 0):
-            chunk = (idx[:, a:b], state, cu_of_chunk)
+            packing = packing_of(cu_of_chunk, idx[:, a:b])
+            chunk = (idx[:, a:b], state, packing)
             # What comes out of the blocks is scored outside of the checkpoint, so that the head is
             # not run twice. The last chunk comes first in backward: its activations may stay.
             if b < T and torch.is_grad_enabled():
@@ -417,17 +420,17 @@ class RWKV(nn.Module):
         if in_chunks:
             return None, state
         if last_only or score:
-            last = packing_of(cu_seqlens, idx.device).last
+            last = packing.last
             x = x[:, -1:] if last is None else x[0, last][:, None]  # [B or D, 1, C]
         if score:
             return self.score(fused.as_float32(x)).flatten(), state
         return self.head(x), state
 
-    def hidden(self, idx, state=None, cu_seqlens=None):
+    def hidden(self, idx, state, packing):
         """idx [B, T] -> (what the head reads, [B, T, C], state)"""
-        packing = packing_of(cu_seqlens, idx.device)
         if state is None:
-            state = self.initial_state(idx.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+            cu_seqlens = packing.cu_seqlens
+            state = self.initial_state(len(idx) if cu_seqlens is None else len(cu_seqlens.host) - 1)
         x = self.emb(idx).to(self.compute_dtype or self.emb.weight.dtype)
         v_first, layers = None, []
         for layer, block in enumerate(self.blocks):

@@ -3,7 +3,7 @@
 Shapes: B rows, T time, H heads, N head size; r k v a b [B, T, H, N]; logw = log of the decay, <= 0,
 same shape; u [H, N]; state [B, H, N, N], rows = value, columns = key. Packed: B = 1, `cu_seqlens`
 [D + 1] gives the borders of D documents laid end to end, state [D, H, N, N]; a document of length 0
-passes its state through.
+passes its state through. Who calls once per layer gives packed.CuSeqlens, made and checked once.
 
 `naive` below is the specification. The other forms agree with it to rounding:
   "chunked"   PyTorch matrix products over chunks of tokens, any device (chunked.py)
@@ -22,7 +22,7 @@ from itertools import pairwise
 
 import torch
 
-from . import chunked, cpu, cuda, cuda_seq, cuda_token, exported, native
+from . import chunked, cpu, cuda, cuda_seq, cuda_token, exported, native, packed
 
 COMPILED = {"cpu": cpu, "cuda_seq": cuda_seq, "cuda": cuda}
 BACKENDS = ("naive", "chunked", *COMPILED)
@@ -54,7 +54,7 @@ def _check(inputs, state, cu_seqlens):
     """ValueError for shapes or devices that do not fit; -> (state, cu_seqlens).
 
     The state, zeros for None, is in the dtype to compute in: float32, or float64 for float64
-    inputs. cu_seqlens is an int64 tensor on the CPU, or None.
+    inputs. cu_seqlens is packed.CuSeqlens, or None.
     """
     r = inputs["r"]
     if r.dim() != 4 or not r.is_floating_point():
@@ -67,19 +67,9 @@ def _check(inputs, state, cu_seqlens):
                 f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected floats {axes} = "
                 f"{tuple(shape)} on {r.device} like r"
             )
+    cu_seqlens = packed.cu_seqlens_of(cu_seqlens, B, T, r.device)
     if cu_seqlens is not None:
-        cu_seqlens = torch.as_tensor(cu_seqlens)
-        if cu_seqlens.is_floating_point() and cu_seqlens.numel():  # an empty list is, too
-            raise ValueError(f"cu_seqlens wants integers; got {cu_seqlens.dtype}")
-        cu_seqlens = cu_seqlens.flatten().to("cpu", torch.int64)
-        ends = cu_seqlens.tolist()
-        rising = len(ends) > 1 and ends == sorted(ends) and (ends[0], ends[-1]) == (0, T)
-        if B != 1 or not rising:
-            raise ValueError(
-                f"cu_seqlens wants B = 1 and numbers rising from 0 to T = {T}; got B = {B}, "
-                f"{ends[:8]}…"
-            )
-        B = len(ends) - 1
+        B = len(cu_seqlens.host) - 1
     dtype = torch.promote_types(r.dtype, torch.float32)
     if state is None:
         return r.new_zeros(B, H, N, N, dtype=dtype), cu_seqlens
@@ -102,10 +92,9 @@ def _run(version, backend, named, state, cu_seqlens):
     backend = backend or _fastest(inputs, state)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend == "naive":
-        return naive(version, inputs, state, cu_seqlens)
-    if backend == "chunked":
-        return chunked.wkv(version, inputs, state, cu_seqlens)
+    if backend in ("naive", "chunked"):
+        form = naive if backend == "naive" else chunked.wkv
+        return form(version, inputs, state, cu_seqlens and cu_seqlens.host)
     form = COMPILED[backend]
     if missing := form.unavailable():
         raise RuntimeError(f"backend {backend!r}: {missing}")

@@ -249,6 +249,8 @@ def check(what, x, shape, dtypes, device):
 def run(op, inputs, state, cu_seqlens, logw_dtypes=(torch.float32,)):
     """What wkv_cuda._check let through, through an op -> y in r's shape and dtype, state.
 
+    cu_seqlens: packed.CuSeqlens, or None for rows of one length.
+
     The op wants tokens flat: vectors [B * T, H, N] in one dtype, logw and u in fp32, cu_seqlens
     int32 on the device.
     """
@@ -258,10 +260,12 @@ def run(op, inputs, state, cu_seqlens, logw_dtypes=(torch.float32,)):
     dtype = torch.float32 if is_mixed else r.dtype
     flat = [x.float() if x.dim() == 2 else x.to(dtype).flatten(0, 1) for x in inputs]
     flat[1] = (logw if logw.dtype in logw_dtypes else logw.float()).flatten(0, 1)
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(len(r) + 1) * r.shape[1]
+    if cu_seqlens is None:  # made on the device: nothing is copied, so nobody waits
+        borders = torch.arange(len(r) + 1, dtype=torch.int32, device=r.device) * r.shape[1]
+    else:
+        borders = cu_seqlens.device
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
-    y, state, *_ = op(*flat, state, cu_seqlens.to(r.device, torch.int32), save)
+    y, state, *_ = op(*flat, state, borders, save)
     return y.view(r.shape).to(r.dtype), state
 
 
