@@ -51,6 +51,7 @@ from gosling.data import read_preferences
 from gosling.engine import load_second
 from gosling.shard import full
 from gosling.tokenizer import tokenizer_of
+from wkv_cuda.packed import to_device
 
 import torch
 import torch.nn.functional as F
@@ -207,7 +208,7 @@ def pair_loss(scores, forks, ref_logps, cfg, n_pairs, n_chosen):
     its parts add up to the whole's. ref_logps [B, 2], or None for simpo.
     """
     logps = forks.per_answer(scores.logps).view(-1, 2)  # [B, 2]
-    lengths = forks.cu_seqlens.diff().to(logps.device).view(-1, 2)
+    lengths = to_device(forks.cu_seqlens.diff(), logps.device).view(-1, 2)
     ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.unbind(1)
     losses, chosen, rejected = dpo_loss(
         logps[:, 0],
@@ -241,7 +242,7 @@ def evaluate(model, pairs, ref_logps, cfg, run):
     loss, metrics = 0.0, torch.zeros(len(METRICS), device=run.device)
     for numbers in batches_in_file_order(pairs, cfg, run):
         forks = fork_pairs(pairs, numbers, run)
-        ref = None if ref_logps is None else ref_logps[numbers].to(run.device)
+        ref = None if ref_logps is None else to_device(ref_logps[numbers], run.device)
         scores = score_forks(model, forks, cfg.chunk_len)
         batch_loss, batch_metrics = pair_loss(scores, forks, ref, cfg, len(pairs), n_chosen)
         loss, metrics = loss + batch_loss, metrics + batch_metrics
@@ -434,7 +435,7 @@ def main(cfg):
                 loss, totals = 0.0, torch.zeros(len(METRICS), device=run.device)
                 for i, numbers in enumerate(batches):
                     forks = fork_pairs(pairs, numbers, run)
-                    ref = None if ref_train is None else ref_train[numbers].to(run.device)
+                    ref = None if ref_train is None else to_device(ref_train[numbers], run.device)
                     with nullcontext() if i == accumulation - 1 else no_sync():
                         scores = score_forks(wrapped, forks, cfg.chunk_len)
                         batch_loss, batch_metrics = pair_loss(
@@ -444,10 +445,12 @@ def main(cfg):
                     loss, totals = loss + batch_loss.detach(), totals + batch_metrics
                 grad_norm = runs.clip_gradients(model, cfg.grad_clip or math.inf)
                 overdue = runs.overdue(cfg, run)
-                loss, stop, overdue, *totals = runs.all_sum(loss, len(signals), overdue, *totals)
-                runs.check_finite(cfg, step, loss, grad_norm, model)
-                opt.step()
+                sums = runs.sum_on(run.device, loss, len(signals), overdue, *totals)
+                runs.step_if_finite(opt, sums[0], grad_norm)
                 opt.zero_grad()
+                # Once a step the host waits for the device, here.
+                loss, stop, overdue, *totals = sums.tolist()
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 done, values = step + 1, {}
                 metrics.tokens += n_tokens
 

@@ -57,6 +57,7 @@ from gosling.engine import load_second
 from gosling.rewards import reward_functions
 from gosling.rollouts import Sampler, are_different, completions_of, roll_out
 from gosling.tokenizer import tokenizer_of
+from wkv_cuda.packed import to_device
 
 import torch
 import tyro
@@ -223,7 +224,7 @@ def policy_loss(
     importance_cap=3.0,
 ):
     """logps [B, T] of the tokens taken, advantages [B], mask [B, T] of completion tokens
-    -> (loss, {metric: number})
+    -> (loss, {metric: scalar tensor})
 
     old_logps: under the policy that the rollouts are of; None = logps themselves, on-policy.
     num_items, num_rows: tokens and rows of the whole optimiser batch; absent, those of this call;
@@ -266,7 +267,7 @@ def policy_loss(
             metrics["kl"] = kl
         if entropy is not None:
             metrics["entropy"] = torch.where(inside, entropy, 0.0)
-        return loss, {name: float((x * m).sum() / num_items) for name, x in metrics.items()}
+        return loss, {name: (x * m).sum() / num_items for name, x in metrics.items()}
 
 
 def check_variant(loss_type, level, epsilon_high, max_new_tokens):
@@ -388,7 +389,7 @@ def logps_of(model, forks, cfg):
 def padded(rows, device):
     """Lists of numbers -> [B, T] float32, zeros on the right."""
     rows = [torch.tensor(row, dtype=torch.float32) for row in rows]
-    return pad_sequence(rows, batch_first=True).to(device)
+    return to_device(pad_sequence(rows, batch_first=True), device)
 
 
 def tensors_of(groups, device):
@@ -403,7 +404,7 @@ def tensors_of(groups, device):
     advantages = torch.tensor([a for g in groups for a in g["advantages"]], dtype=torch.float32)
     reported = [c["logprobs"] or [math.nan] * len(c["tokens"]) for c in rows]
     old_logps = padded([c["old"] for c in rows], device) if "old" in rows[0] else None
-    return mask, advantages.to(device), padded(reported, device), old_logps
+    return mask, to_device(advantages, device), padded(reported, device), old_logps
 
 
 # ----------------------------------------------------------------------------------------------
@@ -571,7 +572,8 @@ def main(cfg):
                 completions = completions_of(samples)
                 n_items = max(sum(sum(c["mask"]) for c in completions), 1)
                 model.train()
-                loss, totals, gaps = 0.0, {}, []
+                loss, totals, gap_sum, n_gaps = 0.0, {}, 0.0, 0
+                largest_gap = torch.zeros((), device=run.device)
                 share = samples[run.rank :: run.world]
                 for i, micro_batch in enumerate(runs.chunks(share, cfg.micro_bsz)):
                     forks = fork_groups(micro_batch, run.device)
@@ -603,23 +605,26 @@ def main(cfg):
                     loss += batch_loss.detach()
                     for name, value in batch_metrics.items():
                         totals[name] = totals.get(name, 0.0) + value
-                    gaps.append(
-                        (before - sampler_logps)[mask.bool() & ~sampler_logps.isnan()].abs()
-                    )
-                gaps = torch.cat(gaps)
+                    was_reported = mask.bool() & ~sampler_logps.isnan()
+                    gaps = torch.where(was_reported, (before - reported).abs(), 0.0)
+                    gap_sum, n_gaps = gap_sum + gaps.sum(), n_gaps + was_reported.sum()
+                    if gaps.numel():
+                        largest_gap = torch.maximum(largest_gap, gaps.max())
                 grad_norm = runs.clip_gradients(model, cfg.grad_clip or math.inf)
                 overdue = runs.overdue(cfg, run)
-                loss, stop, overdue, gap_sum, n_gaps, *sums = runs.all_sum(
-                    loss, len(signals), overdue, gaps.sum(), len(gaps), *totals.values()
+                sums = runs.sum_on(
+                    run.device, loss, len(signals), overdue, gap_sum, n_gaps, *totals.values()
                 )
-                runs.check_finite(cfg, step, loss, grad_norm, model)
-                opt.step()
+                runs.step_if_finite(opt, sums[0], grad_norm)
                 opt.zero_grad()
+                # Once a step the host waits for the device, here.
+                loss, stop, overdue, gap_sum, n_gaps, *sums = sums.tolist()
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 done, values = step + 1, {}
                 metrics.tokens += sum(len(c["tokens"]) for c in completions)
                 if done % updates == 0:
                     groups = []  # used up
-                largest_gap = max(runs.gather([float(gaps.max()) if len(gaps) else 0.0]))
+                largest_gap = max(runs.gather([float(largest_gap)]))
 
                 # ---- save what trains, evaluate, log, save the run
                 checkpoint = runs.checkpoint_name(cfg, done, max_steps)

@@ -31,6 +31,7 @@ from gosling.shard import place, shards
 from gosling.token_files import TokenFile, tokenizer_of_data
 from gosling.weights import from_pretrained
 from model import RWKV, RWKVConfig
+from wkv_cuda.packed import to_device
 
 import numpy as np
 import torch
@@ -130,10 +131,8 @@ def window_starts(samples, n_tokens, ctx_len, order="shuffle", seed=0):
 def batch_at(tokens, starts, length, device):
     """Windows of length + 1 tokens -> (inputs, targets), each [B, length] int64."""
     windows = [tokens[start : start + length + 1].astype(np.int64) for start in starts]
-    x = torch.from_numpy(np.stack(windows))
-    if torch.device(device).type == "cuda":
-        x = x.pin_memory().to(device, non_blocking=True)
-    return x[:, :-1].to(device), x[:, 1:].to(device)
+    x = to_device(torch.from_numpy(np.stack(windows)), device)
+    return x[:, :-1], x[:, 1:]
 
 
 @torch.no_grad()
@@ -148,13 +147,14 @@ def evaluate(model, file, cfg, run):
     starts = np.arange(0, len(tokens) - length, length)
     if cfg.eval_windows and len(starts) > cfg.eval_windows:
         starts = starts[np.linspace(0, len(starts) - 1, cfg.eval_windows).astype(int)]
-    share, nll = starts[run.rank :: run.world], 0.0
+    share = starts[run.rank :: run.world]
+    sums = [torch.zeros((), device=run.device)]  # left on the device: no batch waits for another
     with runs.whole(model):
         for some_starts in runs.chunks(share, cfg.micro_bsz):
             x, y = batch_at(tokens, some_starts, length, run.device)
-            nll -= model(x, targets=y)[0].logps.sum().item()
-    nll, n_tokens = runs.all_sum(nll, len(share) * length)
-    values = {"val_loss": nll / n_tokens}
+            sums.append(model(x, targets=y)[0].logps.sum())
+    logps, n_tokens = runs.all_sum(torch.stack(sums).cpu().double().sum(), len(share) * length)
+    values = {"val_loss": -logps / n_tokens}
     if about.get("bytes") and about.get("tokens"):
         values["val_bpb"] = values["val_loss"] / math.log(2) * about["tokens"] / about["bytes"]
     return values
@@ -260,10 +260,13 @@ def main(cfg):
                         (nll * run.world).backward()  # DDP averages over processes: x world
                     loss += nll.detach()
                 grad_norm = runs.clip_gradients(model, cfg.grad_clip or math.inf)
-                loss, stop, overdue = runs.all_sum(loss, len(signals), runs.overdue(cfg, run))
-                runs.check_finite(cfg, step, loss, grad_norm, model)
-                opt.step()
+                overdue = runs.overdue(cfg, run)
+                sums = runs.sum_on(run.device, loss, len(signals), overdue)
+                runs.step_if_finite(opt, sums[0], grad_norm)
                 opt.zero_grad()
+                # Once a step the host waits for the device, here.
+                loss, stop, overdue = sums.tolist()
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 done, values = step + 1, {}
                 metrics.tokens += tokens_per_step
 

@@ -344,12 +344,15 @@ def main(cfg):
                     n_right += (gaps > 0).sum()
                     margin += gaps.sum()
                 grad_norm = runs.clip_gradients(model, cfg.grad_clip or math.inf)
-                loss, n_right, margin, n_tokens, stop, overdue = runs.all_sum(
-                    loss, n_right, margin, n_tokens, len(signals), runs.overdue(cfg, run)
+                overdue = runs.overdue(cfg, run)
+                sums = runs.sum_on(
+                    run.device, loss, n_right, margin, n_tokens, len(signals), overdue
                 )
-                runs.check_finite(cfg, step, loss, grad_norm, model)
-                opt.step()
+                runs.step_if_finite(opt, sums[0], grad_norm)
                 opt.zero_grad()
+                # Once a step the host waits for the device, here.
+                loss, n_right, margin, n_tokens, stop, overdue = sums.tolist()
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 done, values = step + 1, {}
                 metrics.tokens += n_tokens
 

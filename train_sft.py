@@ -182,10 +182,12 @@ def main(cfg):
                         hits += (weight[:, a:b] * scores.hits).sum() / n_targets
                 grad_norm = runs.clip_gradients(model, cfg.grad_clip or math.inf)
                 overdue = runs.overdue(cfg, run)
-                loss, accuracy, stop, overdue = runs.all_sum(loss, hits, len(signals), overdue)
-                runs.check_finite(cfg, step, loss, grad_norm, model)
-                opt.step()
+                sums = runs.sum_on(run.device, loss, hits, len(signals), overdue)
+                runs.step_if_finite(opt, sums[0], grad_norm)
                 opt.zero_grad()
+                # Once a step the host waits for the device, here.
+                loss, accuracy, stop, overdue = sums.tolist()
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 done, values = step + 1, {}
                 metrics.tokens += n_tokens
 

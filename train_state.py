@@ -41,6 +41,7 @@ from gosling.shard import place, shards
 from gosling.tokenizer import tokenizer_of
 from gosling.weights import check_base, fingerprint, from_pretrained, read_state
 from wkv_cuda import fused
+from wkv_cuda.packed import to_device
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -130,8 +131,10 @@ def task_weights(weight, cu_seqlens, document_tasks, counts):
     each one's task. counts [tasks]: trained tokens of each task in the whole optimiser batch, 0 for
     a task that is absent.
     """
-    lengths = cu_seqlens.diff().to(document_tasks.device)
-    token_tasks = document_tasks.repeat_interleave(lengths)
+    device, n_tokens = document_tasks.device, weight.shape[1]
+    lengths = to_device(cu_seqlens.diff(), device)
+    token_tasks = document_tasks.repeat_interleave(lengths, output_size=n_tokens)
+    counts = to_device(torch.as_tensor(counts), device)
     return weight / counts.clamp(min=1)[token_tasks], token_tasks
 
 
@@ -319,14 +322,13 @@ def main(cfg):
                 n_tokens, *counts = runs.all_sum(
                     sum(len(ids) for ids, _, _ in samples), *count_targets(samples, len(tasks))
                 )
-                counts = torch.tensor(counts, device=run.device)  # [tasks]
-                losses = torch.zeros_like(counts)
+                losses = torch.zeros(len(tasks), device=run.device)
                 model.train()
                 for i, micro_batch in enumerate(runs.chunks(samples, cfg.micro_bsz)):
                     packed = [(ids, mask) for ids, mask, _ in micro_batch]
                     x, y, weight, cu_seqlens = pack(packed, run.device)  # each [1, T]
                     document_tasks = [task for _, _, task in micro_batch]
-                    document_tasks = torch.tensor(document_tasks, device=run.device)  # [D]
+                    document_tasks = to_device(torch.tensor(document_tasks), run.device)  # [D]
                     weight, token_tasks = task_weights(weight, cu_seqlens, document_tasks, counts)
                     with nullcontext() if i == accumulation - 1 else no_sync():
                         scores, _ = wrapped(
@@ -341,12 +343,15 @@ def main(cfg):
                     losses.index_add_(0, token_tasks, nll.detach())
                 runs.average_gradients(model)
                 grad_norm = clip_each(model.tuned, counts, cfg.grad_clip)
-                stop, overdue, *losses = runs.all_sum(len(signals), runs.overdue(cfg, run), *losses)
                 present = [k for k, count in enumerate(counts) if count > 0]
-                loss = sum(losses[k] for k in present) / len(present)
-                runs.check_finite(cfg, step, loss, grad_norm, model)
-                opt.step()
+                loss = losses.sum() / len(present)  # that of an absent task is 0
+                overdue = runs.overdue(cfg, run)
+                sums = runs.sum_on(run.device, loss, len(signals), overdue, *losses)
+                runs.step_if_finite(opt, sums[0], grad_norm)
                 opt.zero_grad()
+                # Once a step the host waits for the device, here.
+                loss, stop, overdue, *losses = sums.tolist()
+                runs.check_finite(cfg, step, loss, grad_norm, model)
                 done, values = step + 1, {}
                 metrics.tokens += n_tokens
 

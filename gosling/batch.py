@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from gosling.runs import all_sum, chunks
 from model import TokenScores
+from wkv_cuda.packed import to_device
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -12,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 def pack_ids(rows, device="cpu"):
     """D lists of ids -> all of them end to end [1, T], cu_seqlens [D + 1] int64 on the CPU."""
-    ids = torch.tensor([list(itertools.chain(*rows))], dtype=torch.long, device=device)
-    return ids, torch.tensor([0, *map(len, rows)]).cumsum(0)
+    ids = torch.tensor([list(itertools.chain(*rows))], dtype=torch.long)
+    return to_device(ids, device), torch.tensor([0, *map(len, rows)]).cumsum(0)
 
 
 def pack(documents, device="cpu"):
@@ -25,7 +26,8 @@ def pack(documents, device="cpu"):
     x, cu_seqlens = pack_ids([ids[:-1] for ids, _ in documents], device)
     y, _ = pack_ids([ids[1:] for ids, _ in documents], device)
     weight = [m for _, mask in documents for m in mask[1:]]
-    return x, y, torch.tensor([weight], dtype=torch.float32, device=device), cu_seqlens
+    weight = to_device(torch.tensor([weight], dtype=torch.float32), device)
+    return x, y, weight, cu_seqlens
 
 
 def pad(documents, device="cpu"):
@@ -41,7 +43,7 @@ def pad(documents, device="cpu"):
 
 def pad_rows(rows, device):
     """Lists of numbers -> [rows, longest], zeros on the right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    return to_device(pad_sequence([torch.tensor(row) for row in rows], batch_first=True), device)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -90,8 +92,8 @@ def fork(groups, device="cpu", whole=False):
         inputs = [(prompt_ids[-1:] + answer)[: len(answer)] for prompt_ids, answer in pairs]
         x, cu_seqlens = pack_ids(inputs, device)
         y, _ = pack_ids([answer for _, answer in pairs], device)
-    row = torch.arange(len(pairs)).repeat_interleave(cu_seqlens.diff()).to(device)
-    owner = torch.tensor(owner, dtype=torch.long, device=device)
+    row = to_device(torch.arange(len(pairs)).repeat_interleave(cu_seqlens.diff()), device)
+    owner = to_device(torch.tensor(owner, dtype=torch.long), device)
     return Forks(prompt_x, prompt_cu_seqlens, owner, x, y, cu_seqlens, row)
 
 
@@ -139,12 +141,11 @@ def evaluate(model, documents, cfg, run):
 
     Nats per trained token, and the share of these tokens that are the likeliest.
     """
-    nll = hits = n_targets = 0.0
+    sums = [torch.zeros(3, device=run.device)]  # left on the device: no batch waits for another
     for batch in chunks(documents[run.rank :: run.world], cfg.micro_bsz):
         x, y, weight, cu_seqlens = pack(batch, run.device)
         scores, _ = model(x, cu_seqlens=cu_seqlens, targets=y, chunk_len=cfg.chunk_len)
-        nll -= (weight * scores.logps).sum().item()
-        hits += (weight * scores.hits).sum().item()
-        n_targets += weight.sum().item()
-    nll, hits, n_targets = all_sum(nll, hits, n_targets)
-    return {"val_loss": nll / n_targets, "val_accuracy": hits / n_targets}
+        logps, hits = (weight * scores.logps).sum(), (weight * scores.hits).sum()
+        sums.append(torch.stack([logps, hits, weight.sum()]))
+    logps, hits, n_targets = all_sum(*torch.stack(sums).cpu().double().sum(0))
+    return {"val_loss": -logps / n_targets, "val_accuracy": hits / n_targets}

@@ -17,6 +17,7 @@ from pathlib import Path
 from gosling import config
 from gosling.config import UserError, print0
 from wkv_cuda import fused
+from wkv_cuda.packed import to_device
 
 import torch
 import torch.distributed as dist
@@ -249,6 +250,17 @@ def all_reduce(x):
         x = x.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(x)
     return x
+
+
+def sum_on(device, *values):
+    """all_sum, as a tensor on the device that nobody has waited for: .tolist() does."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+    numbers = [0.0 if isinstance(v, torch.Tensor) else v for v in values]
+    sums = list(to_device(torch.tensor(numbers, dtype=dtype), device))
+    for i, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            sums[i] = value.detach().to(dtype)
+    return all_reduce(torch.stack(sums))
 
 
 def all_sum(*values):

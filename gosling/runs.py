@@ -38,6 +38,7 @@ from gosling.processes import (
     gather,
     pick_device,
     processes,
+    sum_on,
 )
 from gosling.schemas import RunNotes
 from gosling.shard import (
@@ -58,7 +59,7 @@ import torch
 # What a loop also calls by `runs.`, from other rooms.
 __all__ = ["Metrics", "Run", "all_reduce", "all_sum", "catch_signals", "cpu_name", "fast_dtype"]
 __all__ += ["average_gradients", "clip_gradients", "gather", "make_optimizer", "pick_device"]
-__all__ += ["processes", "whole", "wrap"]
+__all__ += ["processes", "sum_on", "whole", "wrap"]
 
 # ----------------------------------------------------------------------------------------------
 # steps: how many, which samples, at which learning rate
@@ -131,8 +132,24 @@ def set_lr(opt, cfg, step, max_steps):
     return lr
 
 
+def step_if_finite(opt, loss, grad_norm):
+    """opt.step(), which does nothing, to weights and moments, if loss or norm is not a number.
+
+    Two tensors. The device decides, and the host goes on: the fused AdamW takes the answer as a
+    tensor, as from a GradScaler. For other optimisers and for weights elsewhere the host waits.
+    """
+    is_wrong = ~(loss.isfinite() & grad_norm.to(loss.device).isfinite())
+    weights = opt.param_groups[0]["params"][0]
+    if opt.defaults.get("fused") and weights.device == loss.device:
+        opt.found_inf = is_wrong.float()
+        opt.step()
+        del opt.found_inf
+    elif not is_wrong:
+        opt.step()
+
+
 def check_finite(cfg, step, loss, grad_norm, model):
-    """UserError, before the optimiser moves, if the loss or the gradient is not a number."""
+    """UserError if the loss or the gradient is not a number: step_if_finite has done nothing."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     check_weights(cfg, model, f"step {step + 1}: loss {loss}")  # since an earlier step

@@ -169,8 +169,8 @@ def wrap(model, run):
         return model, functools.partial(without_reduction, model)
     if run.world == 1:
         return model, contextlib.nullcontext
-    device_ids = [run.device] if run.device.type == "cuda" else None
-    wrapped = nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+    # Without device_ids: with them DDP takes cu_seqlens to the device, and it is read on the host.
+    wrapped = nn.parallel.DistributedDataParallel(model)
     run.wrappers.append(wrapped)
     return wrapped, wrapped.no_sync
 
