@@ -139,8 +139,9 @@ def packing_of(cu_seqlens, idx):
     """
     if cu_seqlens is None:
         return Packing(None, None, None, None)
-    cu_seqlens = packed.cu_seqlens_of(cu_seqlens, *idx.shape, idx.device)
-    return Packing(cu_seqlens, *packed.filled_documents(cu_seqlens, idx.device))
+    borders = packed.borders_of(cu_seqlens)
+    cu_seqlens = packed.cu_seqlens_of(borders, *idx.shape, idx.device)
+    return Packing(cu_seqlens, *packed.filled_documents(borders, idx.device))
 
 
 def pieces(T, cu_seqlens, chunk_len):

@@ -222,15 +222,17 @@ def policy_loss(
     entropy=None,
     sampling_logps=None,
     importance_cap=3.0,
+    as_tensors=False,
 ):
     """logps [B, T] of the tokens taken, advantages [B], mask [B, T] of completion tokens
-    -> (loss, {metric: scalar tensor})
+    -> (loss, {metric: number})
 
     old_logps: under the policy that the rollouts are of; None = logps themselves, on-policy.
     num_items, num_rows: tokens and rows of the whole optimiser batch; absent, those of this call;
     the sum over its parts is then the whole's loss. sampling_logps: what the sampler reported, for
     importance weights up to importance_cap. What stands at masked positions, NaN included, does not
-    matter. Metrics are means over num_items (or num_rows), so they add up like the loss.
+    matter. Metrics are means over num_items (or num_rows), so they add up like the loss; with
+    as_tensors they stay on the device, and nobody waits for them.
     """
     check_variant(loss_type, importance_sampling_level, epsilon_high, max_new_tokens)
     inside = mask.bool()
@@ -267,7 +269,10 @@ def policy_loss(
             metrics["kl"] = kl
         if entropy is not None:
             metrics["entropy"] = torch.where(inside, entropy, 0.0)
-        return loss, {name: (x * m).sum() / num_items for name, x in metrics.items()}
+        metrics = {name: (x * m).sum() / num_items for name, x in metrics.items()}
+        if not as_tensors:
+            metrics = {name: float(value) for name, value in metrics.items()}
+        return loss, metrics
 
 
 def check_variant(loss_type, level, epsilon_high, max_new_tokens):
@@ -599,6 +604,7 @@ def main(cfg):
                             sampling_logps=reported if cfg.importance_cap else None,
                             num_items=n_items,
                             num_rows=len(completions),
+                            as_tensors=True,
                             **variant,
                         )
                         (batch_loss * run.world).backward()  # DDP averages over processes: x world

@@ -30,7 +30,7 @@ def borders_of(cu_seqlens):
     if isinstance(cu_seqlens, torch.Tensor):
         if cu_seqlens.is_floating_point() and cu_seqlens.numel():  # an empty one is, too
             raise ValueError(f"cu_seqlens wants integers; got {cu_seqlens.dtype}")
-        return cu_seqlens.flatten().tolist()
+        return (cu_seqlens if cu_seqlens.dim() == 1 else cu_seqlens.flatten()).tolist()
     if any(isinstance(border, float) for border in cu_seqlens):
         raise ValueError("cu_seqlens wants integers; got floats")
     return [int(border) for border in cu_seqlens]
@@ -59,12 +59,9 @@ def cu_seqlens_of(cu_seqlens, B, T, device):
     return CuSeqlens(torch.tensor(ends), on_device, T)
 
 
-def filled_documents(cu_seqlens, device):
-    """CuSeqlens -> of the documents with at least one token: their numbers, first and last tokens.
-
-    Each is int64 on the device.
-    """
-    borders = list(pairwise(cu_seqlens.host.tolist()))
-    filled = [d for d, (first, end) in enumerate(borders) if end > first]
-    first, last = [borders[d][0] for d in filled], [borders[d][1] - 1 for d in filled]
+def filled_documents(borders, device):
+    """A list of D + 1 borders -> of the documents with at least one token: their numbers, their
+    first and their last tokens, each int64 on the device."""
+    filled = [d for d, (first, end) in enumerate(pairwise(borders)) if end > first]
+    first, last = [borders[d] for d in filled], [borders[d + 1] - 1 for d in filled]
     return [to_device(torch.tensor(x), device) for x in (filled, first, last)]
