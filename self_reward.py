@@ -288,7 +288,7 @@ def write(path, value, run):
 
 # What changes no stage's data and weights, so that a restart may have it otherwise.
 FREE = ("stages", "recipe", "out_dir", "fresh", "device", "shard", "check")
-FREE += ("eval_fn", "eval_data", "eval_seconds", "reward_seconds")
+FREE += ("eval_fn", "eval_data", "eval_seconds", "reward_seconds", "compile")
 FREE += ("max_drop", "micro_bsz", "grad_cp", "chunk_len", "save_every", "keep_last", "log")
 FREE += ("log_every", "eval_samples")
 

@@ -46,6 +46,7 @@ from typing import Literal
 
 from gosling import files, last, runs, tune, weights
 from gosling.batch import fork, score_forks
+from gosling.compiled import compile_blocks
 from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.data import read_preferences
 from gosling.engine import load_second
@@ -112,6 +113,7 @@ class Config:
     optim: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in a quarter of the memory
     step_in_backward: bool = False  # one gradient in memory at a time; wants grad_clip=0
     grad_cp: bool = False  # gradient checkpointing: less memory, about a third more time
+    compile: bool = False  # blocks through torch.compile: minutes at first, then faster steps
     # evaluation, saving, logging
     eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
@@ -421,6 +423,7 @@ def main(cfg):
         metrics.begin(values)
 
         # ---- the loop
+        compile_blocks(model, cfg)
         wrapped, no_sync = runs.wrap(model, run)
         with runs.catch_signals() as signals:
             for step in range(first_step, max_steps):

@@ -51,6 +51,7 @@ from typing import Annotated, Literal
 
 from gosling import rollouts, runs, tune
 from gosling.batch import fork, score_forks
+from gosling.compiled import compile_blocks
 from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.data import read_prompts
 from gosling.engine import load_second
@@ -146,6 +147,7 @@ class Config:
     optim: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in a quarter of the memory
     step_in_backward: bool = False  # one gradient in memory at a time; wants grad_clip=0
     grad_cp: bool = False  # gradient checkpointing: less memory, about a third more time
+    compile: bool = False  # blocks through torch.compile: minutes at first, then faster steps
     # evaluation, saving, logging
     eval_every: NonNegativeInt = 50  # steps between validations; 0 = at the end only
     eval_generations: PositiveInt = 4  # k of pass@k
@@ -550,6 +552,7 @@ def main(cfg):
         not_shown |= {"completions/max_length", "sampling/sampling_logp_difference/mean"}
         not_shown |= {f"rewards/{name}/mean" for name in names}
         updates = cfg.steps_per_generation * cfg.num_iterations  # optimiser steps per rollouts
+        compile_blocks(model, cfg)
         wrapped, no_sync = runs.wrap(model, run)
         with runs.catch_signals() as signals:
             for step in range(first_step, max_steps):

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gosling import runs, tune
+from gosling.compiled import compile_blocks
 from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.shard import place, shards
 from gosling.token_files import TokenFile, tokenizer_of_data
@@ -78,6 +79,7 @@ class Config:
     optim: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in a quarter of the memory
     step_in_backward: bool = False  # one gradient in memory at a time; wants grad_clip=0
     grad_cp: bool = False  # gradient checkpointing: less memory, about a third more time
+    compile: bool = False  # blocks through torch.compile: minutes at first, then faster steps
     l2wrap: NonNegativeFloat = 0.0  # upstream's L2Wrap, 1e-4 there: keeps logits from drifting
     # evaluation, saving, logging
     eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
@@ -243,6 +245,7 @@ def main(cfg):
         metrics = runs.open_run(cfg, run, model, tokenizer, first_step, max_steps)
 
         # ---- the loop
+        compile_blocks(model, cfg)
         wrapped, no_sync = runs.wrap(model, run)
         with runs.catch_signals() as signals:
             for step in range(first_step, max_steps):

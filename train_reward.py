@@ -37,6 +37,7 @@ from typing import Literal
 
 from gosling import engine, runs, tune
 from gosling.batch import score_answers
+from gosling.compiled import compile_blocks
 from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.data import read_preferences, render_answers
 from gosling.files import figure, write_jsonl
@@ -98,6 +99,7 @@ class Config:
     optim: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in a quarter of the memory
     step_in_backward: bool = False  # one gradient in memory at a time; wants grad_clip=0
     grad_cp: bool = False  # gradient checkpointing: less memory, about a third more time
+    compile: bool = False  # blocks through torch.compile: minutes at first, then faster steps
     # evaluation, saving, logging
     eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
     eval_fn: Callable | None = None  # of your own: (model, tokenizer) -> {name: number}
@@ -323,6 +325,7 @@ def main(cfg):
         metrics.begin(values)
 
         # ---- the loop
+        compile_blocks(model, cfg)
         wrapped, no_sync = runs.wrap(model, run)
         with runs.catch_signals() as signals:
             for step in range(first_step, max_steps):

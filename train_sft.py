@@ -29,6 +29,7 @@ from typing import Literal
 from gosling import runs, tune
 from gosling.answers import show_answers
 from gosling.batch import evaluate, pack, pad
+from gosling.compiled import compile_blocks
 from gosling.config import Decay, Seed, UserError, load_config, print0
 from gosling.data import read_examples
 from gosling.tokenizer import tokenizer_of
@@ -88,6 +89,7 @@ class Config:
     optim: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in a quarter of the memory
     step_in_backward: bool = False  # one gradient in memory at a time; wants grad_clip=0
     grad_cp: bool = False  # gradient checkpointing: less memory, about a third more time
+    compile: bool = False  # blocks through torch.compile: minutes at first, then faster steps
     # evaluation, saving, logging
     eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
     eval_samples: NonNegativeInt = 3  # held-out prompts whose greedy answers are printed then
@@ -157,6 +159,7 @@ def main(cfg):
 
         # ---- the loop
         layout = pack if cfg.packing else pad
+        compile_blocks(model, cfg)
         wrapped, no_sync = runs.wrap(model, run)
         with runs.catch_signals() as signals:
             for step in range(first_step, max_steps):

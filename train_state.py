@@ -33,6 +33,7 @@ from typing import Literal
 from gosling import runs, tune
 from gosling.answers import show_answers
 from gosling.batch import evaluate, pack
+from gosling.compiled import compile_blocks
 from gosling.config import Decay, Seed, UserError, load_config, print0, show
 from gosling.data import read_examples
 from gosling.engine import prefill
@@ -91,6 +92,7 @@ class Config:
     adam_eps: PositiveFloat = 1e-18  # AdamW: upstream's value
     grad_clip: NonNegativeFloat = 1.0  # largest gradient norm; 0 = no clipping
     grad_cp: bool = False  # gradient checkpointing: less memory, about a third more time
+    compile: bool = False  # blocks through torch.compile: minutes at first, then faster steps
     # evaluation, saving, logging
     eval_every: NonNegativeInt = 100  # steps between validations; 0 = at the end only
     eval_samples: NonNegativeInt = 3  # held-out prompts whose greedy answers are printed then
@@ -313,6 +315,7 @@ def main(cfg):
         metrics.begin(values)
 
         # ---- the loop
+        compile_blocks(model, cfg)
         wrapped, no_sync = runs.wrap(model, run)
         with runs.catch_signals() as signals:
             for step in range(first_step, max_steps):

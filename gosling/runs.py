@@ -194,7 +194,7 @@ def trained_parameters(model):
 # What may be otherwise on resume: it changes nothing, or only how long, where and how it is run.
 # So are all settings of evaluation, eval_….
 MAY_CHANGE = ("out_dir", "resume", "device", "micro_bsz", "packing", "chunk_len", "grad_cp")
-MAY_CHANGE += ("step_in_backward", "gen_batch_size", "max_steps", "epochs", "patience")
+MAY_CHANGE += ("compile", "step_in_backward", "gen_batch_size", "max_steps", "epochs", "patience")
 MAY_CHANGE += ("save_every", "save_minutes", "keep_last")
 MAY_CHANGE += ("log", "log_every", "rollouts_every", "val_data", "watch")
 MAY_CHANGE += ("hang_minutes", "reward_seconds", "shard", "cpu_offload", "gather")

@@ -44,17 +44,15 @@ def cu_seqlens_of(cu_seqlens, B, T, device):
     if cu_seqlens is None:
         return None
     if isinstance(cu_seqlens, CuSeqlens):
-        is_right, shown = cu_seqlens.total == T, f"{cu_seqlens.total} tokens"
-    else:
-        ends = borders_of(cu_seqlens)
-        is_right = len(ends) > 1 and ends == sorted(ends) and (ends[0], ends[-1]) == (0, T)
-        shown = f"{ends[:8]}…"
-    if B != 1 or not is_right:
-        raise ValueError(
-            f"cu_seqlens wants B = 1 and numbers rising from 0 to T = {T}; got B = {B}, {shown}"
-        )
-    if isinstance(cu_seqlens, CuSeqlens):
+        if B != 1 or cu_seqlens.total != T:
+            raise ValueError(f"cu_seqlens is of 1 row of {cu_seqlens.total} tokens; got {B} of {T}")
         return cu_seqlens
+    ends = borders_of(cu_seqlens)
+    is_rising = len(ends) > 1 and ends == sorted(ends) and (ends[0], ends[-1]) == (0, T)
+    if B != 1 or not is_rising:
+        raise ValueError(
+            f"cu_seqlens wants B = 1 and numbers rising from 0 to T = {T}; got B = {B}, {ends[:8]}…"
+        )
     on_device = to_device(torch.tensor(ends, dtype=torch.int32), device)
     return CuSeqlens(torch.tensor(ends), on_device, T)
 
