@@ -233,8 +233,7 @@ def policy_loss(
     num_items, num_rows: tokens and rows of the whole optimiser batch; absent, those of this call;
     the sum over its parts is then the whole's loss. sampling_logps: what the sampler reported, for
     importance weights up to importance_cap. What stands at masked positions, NaN included, does not
-    matter. Metrics are means over num_items (or num_rows), so they add up like the loss; with
-    as_tensors they stay on the device, and nobody waits for them.
+    matter. Metrics are means over num_items or num_rows, which add up; as_tensors: not yet read.
     """
     check_variant(loss_type, importance_sampling_level, epsilon_high, max_new_tokens)
     inside = mask.bool()

@@ -139,8 +139,8 @@ def step_if_finite(opt, loss, grad_norm):
     tensor, as from a GradScaler. For other optimisers and for weights elsewhere the host waits.
     """
     is_wrong = ~(loss.isfinite() & grad_norm.to(loss.device).isfinite())
-    weights = opt.param_groups[0]["params"][0]
-    if opt.defaults.get("fused") and weights.device == loss.device:
+    devices = {p.device for group in opt.param_groups for p in group["params"]}
+    if opt.defaults.get("fused") and devices <= {loss.device}:
         opt.found_inf = is_wrong.float()
         opt.step()
         del opt.found_inf

@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+import types
 
+from gosling.batch import pack
+from gosling.compiled import compile_blocks
+from gosling.config import UserError
 from gosling.tune import set_tune
 from wkv_cuda import cpu
 
 import pytest
 import torch
-from helpers import RANKS, random_model
+from helpers import RANKS, documents, random_model, tune
 
 both = pytest.mark.parametrize("version", ["x060", "x070"])
 # n_embd=256 below: wide enough that products take oneDNN, which needs 2^16 weights.
@@ -100,6 +104,106 @@ def test_inductor_in_other_modes(version, mode):
     model.grad_cp = mode == "grad_cp"
     compiled = torch.compile(model)
     check_training(compiled, model, chunk_len=16 if mode == "chunk_len" else 0)
+
+
+# ----------------------------------------------------------------------------------------------
+# compile = True: the blocks of a training run
+
+ROWS = ((3, 40), (2, 9), (5, 33))  # documents of a packed row, and their longest
+
+
+def loss_of_packed(model, n, longest, chunk_len=0):
+    """-> (loss, {name: gradient}) of n packed documents"""
+    model.zero_grad()
+    x, y, weight, cu_seqlens = pack(documents(n, seed=n, longest=longest))
+    scores, state = model(x, cu_seqlens=cu_seqlens, targets=y, chunk_len=chunk_len)
+    loss = -(weight * scores.logps).sum() / weight.sum() + state["wkv"].square().mean()
+    loss.backward()
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def check_packed(version, mode, backend, rows=ROWS):
+    """Blocks compiled as the scripts do it: the numbers of the plain ones, whatever the lengths."""
+    model = random_model(version, n_layer=3, n_embd=64)
+    if mode == "lora":
+        set_tune(model, "lora", r=8)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.02)
+    if mode == "state":
+        tune(model)
+    model.grad_cp, chunk_len = mode == "grad_cp", 16 if mode == "chunk_len" else 0
+    want = [loss_of_packed(model, *row, chunk_len) for row in rows]
+    compile_blocks(model, types.SimpleNamespace(compile=True), backend=backend)
+    for row, (want_loss, gradients) in zip(rows, want, strict=True):
+        loss, got = loss_of_packed(model, *row, chunk_len)
+        torch.testing.assert_close(loss, want_loss, rtol=1e-6, atol=0)
+        assert got.keys() == gradients.keys() and len(got) >= 3
+        for name, g in gradients.items():
+            assert (got[name] - g).norm() < 1e-5 * g.norm(), name
+
+
+class Graphs:
+    """A backend that counts: how many graphs, and, of each, its operators."""
+
+    def __init__(self):
+        self.made = []
+
+    def __call__(self, graph, inputs):
+        self.made.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+@pytest.mark.parametrize(
+    "version, mode",
+    [
+        ("x070", "plain"),
+        ("x060", "grad_cp"),
+        *[
+            pytest.param(version, mode, marks=pytest.mark.slow)
+            for version in ("x060", "x070")
+            for mode in ("lora", "state", "chunk_len")
+        ],
+        pytest.param("x070", "grad_cp", marks=pytest.mark.slow),
+    ],
+)
+def test_packed_rows_of_any_length_are_two_graphs(version, mode):
+    """One of the first block and one of all others: no length is compiled anew."""
+    graphs = Graphs()
+    check_packed(version, mode, graphs)
+    # In chunks a state with a gradient comes in, too, and documents without a token there.
+    assert len(graphs.made) <= (8 if mode == "chunk_len" else 2)
+    for graph in graphs.made:
+        assert sum("gosling.wkv" in str(node.target) for node in graph.graph.nodes) == 1
+
+
+@pytest.mark.slow
+@both
+def test_inductor_trains_packed_rows(version):
+    check_packed(version, "plain", "inductor", ROWS[:2])
+
+
+def test_without_a_gradient_nothing_is_compiled():
+    """Validation and sampling have lengths and modes of their own."""
+    model, graphs = random_model("x070", n_layer=1, n_embd=64), Graphs()
+    compile_blocks(model, types.SimpleNamespace(compile=True), backend=graphs)
+    with torch.no_grad():
+        model(ids_and_targets(model)[0])
+    assert graphs.made == []
+
+
+@pytest.mark.parametrize(
+    "sizes, words", [(dict(head_size=8), "head_size 16, 32"), ({}, "needs the compiled recurrence")]
+)
+def test_what_cannot_be_one_graph_is_refused(sizes, words, monkeypatch):
+    if not sizes:
+        monkeypatch.setattr(cpu, "unavailable", lambda: "no C++ compiler")
+    model = random_model("x070", n_layer=1, n_embd=64, **sizes)
+    with pytest.raises(UserError, match=words):
+        compile_blocks(model, types.SimpleNamespace(compile=True))
 
 
 # ----------------------------------------------------------------------------------------------

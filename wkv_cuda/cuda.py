@@ -85,7 +85,7 @@ def span(S, H, total):
 
 def keep(r, state, save):
     """(shape, dtype) of the state at every chunk's start, and of what passes between spans."""
-    (S, H, N, _), total = state.shape, len(r)
+    (S, H, N, _), total = state.shape, r.shape[0]
     slots, tokens = total // native.CHUNK + S if save else 0, span(S, H, total)
     spans = total // tokens if tokens else 0
     return [((slots, H, SAVED_STATE), torch.float16), ((spans, H, 2, N, N), torch.float32)]

@@ -274,8 +274,10 @@ def keep_states(r, state, save):
 
     sa [total, H, N] and the state at every chunk's end [total // CHUNK + S, H, N, N].
     """
+    # state.shape[0] and not len(state): of a length that torch.compile leaves open, len makes a
+    # constant.
     total, H, N = r.shape
-    tokens, slots = (total, total // CHUNK + len(state)) if save else (0, 0)
+    tokens, slots = (total, total // CHUNK + state.shape[0]) if save else (0, 0)
     return [((tokens, H, N), state.dtype), ((slots, H, N, N), state.dtype)]
 
 
