@@ -109,7 +109,8 @@ def test_inductor_in_other_modes(version, mode):
 # ----------------------------------------------------------------------------------------------
 # compile = True: the blocks of a training run
 
-ROWS = ((3, 40), (2, 9), (5, 33))  # documents of a packed row, and their longest
+# Documents of a packed row, and their longest. As many as layers would be one size to dynamo.
+ROWS = ((4, 40), (2, 9), (5, 33))
 
 
 def loss_of_packed(model, n, longest, chunk_len=0):
@@ -147,14 +148,14 @@ def check_packed(version, mode, backend, rows=ROWS):
 
 
 class Graphs:
-    """A backend that counts: how many graphs, and, of each, its operators."""
+    """A backend that runs what it gets, and keeps it."""
 
     def __init__(self):
         self.made = []
 
     def __call__(self, graph, inputs):
         self.made.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return graph
 
 
 @pytest.mark.parametrize(
