@@ -1,26 +1,34 @@
 """torch.compile against the network as it is: a training step, a forward pass, one token.
 
 python bench/compile.py          # RWKV-7, 6 layers of width 384, one thread, process CPU time
+python bench/compile.py --count --n_embd=128      # operators of a layer, and kernels with --compile
 """
 
 import functools
+import re
 import sys
 import time
+import unittest.mock
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gosling import config
+from gosling.compiled import compile_blocks
 from model import RWKV, RWKVConfig
-from wkv_cuda import fused
+from wkv_cuda import cpu, fused
 
 import timer
 
 
 @dataclass
 class Config:
+    count: bool = False  # count, in place of timing
     version: str = "x070"  # or x060
     n_layer: int = 6  # layers
     n_embd: int = 384  # width
@@ -50,10 +58,73 @@ def tokens(network, ids, state):
         _, state = network(ids[:1, t : t + 1], state)
 
 
+# ----------------------------------------------------------------------------------------------
+# counted: float32 weights that compute in bfloat16, as on a GPU
+
+NO_KERNEL = ("empty", "view", "detach", "alias", "lift")
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += not func.is_view and not any(word in str(func) for word in NO_KERNEL)
+        return func(*args, **(kwargs or {}))
+
+
+def network(cfg, n_layer):
+    model = RWKV(RWKVConfig(cfg.version, n_layer, cfg.n_embd, cfg.vocab))
+    model.compute_dtype = torch.bfloat16
+    return model
+
+
+def operators(cfg, n_layer, ids):
+    """-> operators of a forward, of a backward"""
+    model = network(cfg, n_layer)
+    train(model, model, ids)
+    # Not the C++ of a CPU, but the PyTorch form that a GPU takes.
+    with unittest.mock.patch.object(cpu, "fits", lambda x: False), Operators() as operators:
+        scores, _ = model(ids[:, :-1], targets=ids[:, 1:])
+        forward = operators.n
+        scores.logps.mean().backward()
+        return forward, operators.n - forward
+
+
+def kernels(cfg, ids):
+    """-> what the compiled second block calls: {"forward": {"fused", "products"}, "backward"}"""
+    model = network(cfg, 2)
+    compile_blocks(model, SimpleNamespace(compile=True))
+    _, codes = run_and_get_code(train, model, model, ids)
+    found = {}
+    for code in codes:
+        body = code[code.index("def call(") :]
+        name = "backward" if "_backward" in body else "forward"
+        fused_calls = len(re.findall(r"\bcpp_fused\w*\(", body))
+        products = len(re.findall(r"extern_kernels\.", body))
+        # Of two blocks the second, which has the value residual, has more products in RWKV-7.
+        if products >= found.get(name, {"products": 0})["products"]:
+            found[name] = dict(fused=fused_calls, products=products)
+    return found
+
+
+def count(cfg):
+    ids = torch.randint(0, cfg.vocab, (cfg.bsz, cfg.ctx + 1))
+    two, three = operators(cfg, 2, ids), operators(cfg, 3, ids)
+    plain = dict(forward=three[0] - two[0], backward=three[1] - two[1])
+    timer.report("compile", **vars(cfg), operators=plain, kernels=kernels(cfg, ids))
+
+
 def main(cfg):
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(0)
     fused.build("cpu")
+    if cfg.count:
+        count(cfg)
+        return
     model = RWKV(RWKVConfig(cfg.version, cfg.n_layer, cfg.n_embd, cfg.vocab))
     compiled = torch.compile(model)
     ids = torch.randint(0, cfg.vocab, (cfg.bsz, cfg.ctx + 1))
