@@ -137,8 +137,8 @@ def test_at_the_edges():
 # products
 
 
-@pytest.mark.parametrize("n_in, n_out", [(96, 160), (160, 96), (512, 16)])
-@pytest.mark.parametrize("rows", [1, 255, 256, 257, 1400, 4096, 5600])
+@pytest.mark.parametrize("n_in, n_out", [(96, 160), (160, 96), (512, 16), (256, 288)])
+@pytest.mark.parametrize("rows", [1, 3, 255, 256, 257, 1400, 4096, 5600])
 def test_products_in_pieces(rows, n_in, n_out):
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(1, rows, n_in, generator=g), torch.randn(n_out, n_in, generator=g)
@@ -162,7 +162,9 @@ def test_onednn_sees_few_shapes(monkeypatch):
         pytest.skip("products go through MKL here")
     seen, onednn = set(), fused.onednn
     monkeypatch.setattr(fused, "onednn", lambda x, w: seen.add((x.shape, w.shape)) or onednn(x, w))
-    w = torch.randn(96, 96, requires_grad=True)
-    for rows in range(300, 9000, 771):
-        fused.linear(torch.randn(rows, 96, requires_grad=True), w).sum().backward()
-    assert len(seen) == 5  # three sizes, and for the gradient of the weight two
+    w = torch.randn(256, 256, requires_grad=True)
+    for rows in range(1, 9000, 171):
+        fused.linear(torch.randn(rows, 256, requires_grad=True), w).sum().backward()
+    sizes = {2**i for i in range(9)} | {1024, 4096}
+    assert {shape[0] for shape, _ in seen if shape[1] == 256} <= sizes | {256}
+    assert len(seen) <= 2 * len(sizes)  # a product of each size, and the gradient of the weight

@@ -238,7 +238,10 @@ def test_batch_mates_do_not_feel_a_grammar_nor_it_them(model):
     together = run_together(model, *[request(**kind) for kind in kinds])
     for kind, found in zip(kinds, together, strict=True):
         (alone,) = run_together(model, request(**kind))
-        assert [(c.tokens, c.logprobs) for c in found] == [(c.tokens, c.logprobs) for c in alone]
+        assert [c.tokens for c in found] == [c.tokens for c in alone]
+        for one, other in zip(found, alone, strict=True):
+            # The C++ sums a single row, as the prompt is here, in another order.
+            assert one.logprobs == pytest.approx(other.logprobs, abs=2e-6)
     free, fox, letters = together
     assert all(json.loads(c.text) for c in fox if c.finish_reason == "stop")
     assert all(re.fullmatch("(ab|é)+(a|\ufffd)?", c.text) for c in letters)

@@ -34,7 +34,8 @@ def prefers_onednn():
 
 ONEDNN = prefers_onednn()  # asked here: torch.compile would stop at it
 # Rows of a product at a time. oneDNN keeps code and memory for every shape that it has seen, and
-# packed batches have another number of rows at each step: gigabytes, if they came as they are.
+# packed batches have another number of rows at each step: gigabytes, if they came as they are. What
+# is left over comes with zeros, as the next power of two.
 PIECES = (4096, 1024, 256)
 
 
@@ -49,7 +50,9 @@ def linear(x, w):
 
 def is_large(x, w):
     """Whether a product gains by oneDNN. torch.compile is not asked for rows that may change."""
-    return w.numel() >= 2**13 and (native.is_traced() or x.shape[:-1].numel() >= PIECES[-1])
+    if native.is_traced() or x.shape[:-1].numel() >= PIECES[-1]:
+        return w.numel() >= 2**13
+    return w.numel() >= 2**16
 
 
 class OneDNN(torch.autograd.Function):
@@ -89,16 +92,19 @@ def pieces(n, sizes):
         yield a, n
 
 
+def padded(x):
+    """x [M, ...] with rows of zeros after it, so that M is a power of two."""
+    more = (1 << (len(x) - 1).bit_length()) - len(x)
+    return F.pad(x, (0, 0, 0, more)) if more else x
+
+
 def by_rows(x, w):
-    """x [M, in], w [out, in] -> x w'. The rest goes through MKL."""
-    if len(x) in PIECES:
-        return onednn(x, w)
+    """x [M, in], w [out, in] -> x w'"""
+    if len(x) in PIECES or 0 < len(x) < PIECES[-1]:
+        return onednn(padded(x), w)[: len(x)]
     y = x.new_empty(len(x), len(w))
     for a, b in pieces(len(x), PIECES):
-        if b - a in PIECES:
-            y[a:b] = onednn(x[a:b], w)
-        else:
-            torch.mm(x[a:b], w.mT, out=y[a:b])
+        y[a:b] = onednn(padded(x[a:b]), w)[: b - a]
     return y
 
 
@@ -118,10 +124,7 @@ def sum_over_rows(dy, x):
         return sum_over_rows(x, dy).mT
     total = x.new_zeros(dy.shape[1], x.shape[1])
     for a, b in pieces(len(x), PIECES[1:]):  # it is faster in pieces that stay in the cache
-        if b - a in PIECES:
-            total += onednn(dy[a:b].mT, x[a:b].mT)
-        else:
-            total.addmm_(dy[a:b].mT, x[a:b])
+        total += onednn(padded(dy[a:b]).mT, padded(x[a:b]).mT)
     return total
 
 
