@@ -156,7 +156,7 @@ def is_plain(x):
 
 
 def fits(x):
-    """Whether the library is there, and score_rows and mix take this tensor.
+    """Whether the library is there, and what is in train_cpu.cpp takes this tensor.
 
     It must be float32 on a CPU, with content (bench/memory.py's have none).
     """
