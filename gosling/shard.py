@@ -37,6 +37,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+LARGE = 2**20  # numbers of a parameter of which each process makes its part alone
 STAY_WHOLE = ("att.w0", "att.time_decay")
 # A block returns views of its activations; nothing here changes them in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -92,16 +93,19 @@ def place(model, cfg, run):
         return
     mesh = init_device_mesh(run.device.type, (run.world,))
     dtype = None if run.dtype == torch.float32 else run.dtype
-    settle(model.emb, "emb", model, run)  # first, as in a whole network's order of random numbers
+    device = torch.device("cpu") if cfg.cpu_offload else run.device
+    of_root = settle(model.emb, "emb", model, run)  # first, as a whole network draws its numbers
     for i, block in enumerate(model.blocks):
-        settle(block, f"blocks.{i}", model, run)
+        parts = settle(block, f"blocks.{i}", model, run)
         to_shares(block, model, mesh, dtype, cfg)
+        set_parts(model, parts, device)
     for name in ("ln_out", "head", "score", "tuned"):
         if getattr(model, name) is not None:
-            settle(getattr(model, name), name, model, run)
+            of_root |= settle(getattr(model, name), name, model, run)
     if model.score is not None:
         to_shares(model.score, model, mesh, None, cfg)  # it is read in float32
     to_shares(model, model, mesh, dtype, cfg)
+    set_parts(model, of_root, device)
     run.wrappers.append(model)
     model.register_forward_pre_hook(even_out, with_kwargs=True)
     model.register_forward_hook(cut_back)
@@ -118,7 +122,12 @@ def place(model, cfg, run):
 
 
 def settle(module, prefix, model, run):
-    """Give each parameter of a module its numbers, if it has none, its dtype and its device."""
+    """Give each parameter of a module its numbers, if it has none, its dtype and its device.
+
+    A large one is left on the meta device. -> {official name: this process's part of it}, for
+    set_parts, so that it is not whole in memory, or, new, one at a time.
+    """
+    parts = {}
     for name, p in list(module.named_parameters()):
         official = f"{prefix}.{name}"
         value = p.detach()
@@ -129,8 +138,26 @@ def settle(module, prefix, model, run):
         if model.tune == "full" or p.requires_grad and model.tune or official == "score.weight":
             dtype = torch.float32
         parent, _, leaf = name.rpartition(".")
-        value = value.to(run.device, dtype)
+        if value.dim() == 2 and value.shape[0] % run.world == 0 and value.numel() >= LARGE:
+            part = value.chunk(run.world)[run.rank]
+            parts[official] = part.clone() if p.is_meta else part  # from a file, it is not read yet
+            value = torch.empty(value.shape, dtype=dtype, device="meta")
+        else:
+            value = value.to(run.device, dtype)
         setattr(module.get_submodule(parent), leaf, nn.Parameter(value, p.requires_grad))
+    return parts
+
+
+def set_parts(model, parts, device):
+    """Give parameters that are in shares on the meta device this process's parts."""
+    for name, part in parts.items():
+        parent, _, leaf = name.rpartition(".")
+        p = model.get_parameter(name)
+        mine = torch.empty(part.shape, dtype=p.dtype, device=device).copy_(part)
+        whole = DTensor.from_local(
+            mine, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(whole, p.requires_grad))
 
 
 def to_shares(module, model, mesh, dtype, cfg):
