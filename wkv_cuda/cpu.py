@@ -1,5 +1,6 @@
 """C++ for the CPU. wkv_cpu.cpp: the recurrence token by token. step_cpu.cpp: one token through a
-whole network, for generation. train_cpu.cpp: the end of the loss, and token mixing.
+whole network, for generation. train_cpu.cpp: the end of the loss, token mixing, and what lies
+between products and recurrence.
 
 Compiled in a few seconds by the first call that needs a gradient; sampling does not wait for it.
 Head sizes 16, 32, … 128, fp32 and bf16. State and arithmetic are fp32. The number of threads
