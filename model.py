@@ -430,8 +430,10 @@ class RWKV(nn.Module):
     def hidden(self, idx, state, packing):
         """idx [B, T] -> (what the head reads, [B, T, C], state)"""
         if state is None:
-            cu_seqlens = packing.cu_seqlens
-            state = self.initial_state(len(idx) if cu_seqlens is None else len(cu_seqlens.host) - 1)
+            sequences = idx.shape[0]  # len() would be a constant to torch.export
+            if packing.cu_seqlens is not None:
+                sequences = len(packing.cu_seqlens.host) - 1
+            state = self.initial_state(sequences)
         x = self.emb(idx).to(self.compute_dtype or self.emb.weight.dtype)
         v_first, layers = None, []
         for layer, block in enumerate(self.blocks):

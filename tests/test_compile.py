@@ -1,5 +1,6 @@
 """torch.compile and torch.export see the whole network, and give its numbers."""
 
+import copy
 import subprocess
 import sys
 import types
@@ -34,13 +35,18 @@ def loss_and_gradients(function, model, ids, targets, **options):
 
 
 def check_training(compiled, model, **options):
+    """Loss and gradients against the plain network in float64.
+
+    Float32 itself, in any of its forms, is up to 3e-5 away from them: each head is normed.
+    """
     ids, targets = ids_and_targets(model)
-    want_loss, want = loss_and_gradients(model, model, ids, targets, **options)
+    exact = copy.deepcopy(model).double()
+    want_loss, want = loss_and_gradients(exact, exact, ids, targets, **options)
     loss, gradients = loss_and_gradients(compiled, model, ids, targets, **options)
-    torch.testing.assert_close(loss, want_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-6, atol=0)
     assert gradients.keys() == want.keys() and len(want) > 4
     for name, g in want.items():
-        assert (gradients[name] - g).norm() < 1e-5 * g.norm(), name
+        assert (gradients[name] - g).norm() < 5e-5 * g.norm(), name
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +245,6 @@ def test_export_of_any_length(version):
             torch.testing.assert_close(got_state[name], want_state[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_an_exported_program_runs_without_gosling(tmp_path):
     model = random_model("x070", n_layer=1, n_embd=256).requires_grad_(False)
     ids, _ = ids_and_targets(model, 2, 9)

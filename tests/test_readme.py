@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 ELSEWHERE = re.compile(
     r"torchrun|^bash |_1b5|_0b1|runs/|tests|^python eval\.py|--serve|^python export\.py (gguf|onnx)"
     r"|--json_schema|--regex|bench/grammar"
-    r"|bench/(cpu|kernels|states|zeros)|bench/memory\.py$|--measure|cuda"
+    r"|bench/(cpu|kernels|states|zeros)|(memory|gpu)\.py$|--measure|cuda"
 )
 TRAINING = ["--max_steps=2", "--eval_every=0", "--save_every=0"]
 SMALLER = {  # what makes a command short without making it another one
