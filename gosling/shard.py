@@ -109,9 +109,7 @@ def place(model, cfg, run):
     run.wrappers.append(model)
     model.register_forward_pre_hook(even_out, with_kwargs=True)
     model.register_forward_hook(cut_back)
-    model.padding, model.alone = 0, False
-    with torch.no_grad():
-        model(torch.zeros(1, 1, dtype=torch.long, device=run.device))  # PyTorch sets itself up
+    model.padding, model.alone, model.has_run = 0, False, False
     model.gathers_all = gathers_all(model, cfg, run)
     share = sum(local(p).nbytes for p in model.parameters()) / 1e6
     how = "gathered once" if model.gathers_all else "gathered block by block, in step"
@@ -268,6 +266,7 @@ def even_out(model, args, kwargs):
 def cut_back(model, args, output):
     """After it: what came of the zeros goes, and without a gradient embedding and head are let go,
     which else stay gathered, as they are now, until a backward."""
+    model.has_run = True
     if not torch.is_grad_enabled() and not model.alone:
         model.reshard()
     if model.padding == 0:
@@ -327,6 +326,9 @@ def whole(*models):
 @contextlib.contextmanager
 def gathered(model):
     """All weights on every process, until the end."""
+    if not model.has_run:  # PyTorch sets itself up at a first forward of the whole
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long, device=model.emb.weight.device))
     units = [module for module in model.modules() if is_sharded(module)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 from gosling.weights import read_weights
+from model import RWKV, RWKVConfig
 
 import pytest
 import torch
@@ -17,20 +19,25 @@ def base(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("shard"))
 
 
-def torchrun(folder, wanted, nproc=2):
-    """The runs, one after the other, in so many processes -> the completed process."""
-    (folder / "runs.json").write_text(json.dumps(wanted))
+def torchrun(script, *words, nproc=2):
+    """A script in so many processes -> the completed process."""
     line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"]
-    line += ["--master_port", str(29500 + os.getpid() % 1000), "tests/several.py"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line += ["--master_port", str(29500 + os.getpid() % 1000), script, *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*line, str(folder / "runs.json")],
+        [str(word) for word in line],
         cwd=ROOT,
         env=env,
         capture_output=True,
         text=True,
         timeout=600,
     )
+
+
+def run_all(folder, wanted, nproc=2):
+    """The runs, one after the other, in so many processes -> the completed process."""
+    (folder / "runs.json").write_text(json.dumps(wanted))
+    return torchrun("tests/several.py", folder / "runs.json", nproc=nproc)
 
 
 RUNS = [  # script, version, what else is set
@@ -95,7 +102,7 @@ def check_weights(one, other, near=1e-5):
 def test_scripts_give_what_ddp_gives(base, tmp_path):
     """Losses, gradient norms, validations and weights to 1e-5."""
     numbers = range(2)
-    done = torchrun(tmp_path, [one for i in numbers for one in both(base, tmp_path, i, 4)])
+    done = run_all(tmp_path, [one for i in numbers for one in both(base, tmp_path, i, 4)])
     assert done.returncode == 0, done.stderr[-3000:]
     for number in numbers:
         check_equal(tmp_path, number)
@@ -104,7 +111,7 @@ def test_scripts_give_what_ddp_gives(base, tmp_path):
 @pytest.mark.slow
 def test_every_script_gives_what_ddp_gives_for_20_steps(base, tmp_path):
     numbers = range(len(RUNS))
-    done = torchrun(tmp_path, [one for i in numbers for one in both(base, tmp_path, i, 20)])
+    done = run_all(tmp_path, [one for i in numbers for one in both(base, tmp_path, i, 20)])
     assert done.returncode == 0, done.stderr[-3000:]
     for number in numbers:
         check_equal(tmp_path, number)
@@ -131,7 +138,7 @@ def test_a_run_goes_on_in_another_number_of_processes_and_back(base, tmp_path):
     ]
     out = tmp_path / "moved"
     for step, (nproc, wanted) in enumerate(plan, 1):
-        done = torchrun(tmp_path, wanted, nproc)
+        done = run_all(tmp_path, wanted, nproc)
         assert done.returncode == 0, done.stderr[-3000:]
         last = torch.load(out / "last.pt", weights_only=True)
         previous = torch.load(out / "last.previous.pt", weights_only=True) if step > 1 else {}
@@ -148,16 +155,61 @@ def test_damaged_shares_are_named_and_the_ones_before_go_on(base, tmp_path):
     over = dict(max_steps=2, eval_every=0, val_data="", save_every=1, shard="fsdp")
     cfg = config_of(base, "train_sft", "x070", tmp_path / "run", **over)
     run = {"script": "train_sft", "config": cfg, "file": str(base / "empty.py")}
-    done = torchrun(tmp_path, [run])
+    done = run_all(tmp_path, [run])
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (tmp_path / "run").glob("shares-2/__1_*")
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
     again = {**run, "config": {**cfg, "resume": True, "max_steps": 3}}
-    done = torchrun(tmp_path, [again])
+    done = run_all(tmp_path, [again])
     assert done.returncode != 0 and f"{file} is not what was written" in done.stderr
     (tmp_path / "run" / "last.previous.pt").replace(tmp_path / "run" / "last.pt")
-    done = torchrun(tmp_path, [again])
+    done = run_all(tmp_path, [again])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "at step 1" in done.stdout and rows(tmp_path / "run")[-1]["step"] == 3
+
+
+LOADING = """
+import ctypes, re, sys, threading, time
+import torch
+import train_sft
+from gosling import runs, shard, tune
+
+def private():  # this process's own memory, in bytes
+    with open("/proc/self/status") as status:
+        return int(re.search(r"RssAnon:\\s+(\\d+)", status.read())[1]) * 1024
+
+def watch():
+    while watching:
+        peaks.append(private())
+        time.sleep(0.002)
+
+ctypes.CDLL(None).mallopt(-3, 2**16)  # what is freed goes back to the system
+cfg = train_sft.Config(data="-", init_from=sys.argv[1], out_dir=sys.argv[2], shard="fsdp")
+with runs.processes(cfg) as run:
+    before, peaks, watching = private(), [], True
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = tune.load_to_tune(cfg, run)
+    watching = False
+    thread.join()
+    mine = sum(shard.local(p).nbytes for p in model.parameters())
+    of_all = runs.gather([(max(peaks) - before) / mine])
+    if run.rank == 0:
+        print("peaks:", *of_all)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_a_start_takes_no_more_memory_than_the_share(tmp_path):
+    """0.4 GB of weights in shares of 4: each process's peak while it loads is 1.3 x its share."""
+    torch.manual_seed(0)
+    model = RWKV(RWKVConfig("x070", 6, 1024, 12288))
+    model.save_pretrained(tmp_path / "a.pth", dtype=torch.bfloat16)
+    (tmp_path / "load.py").write_text(LOADING)
+    done = torchrun(tmp_path / "load.py", tmp_path / "a.pth", tmp_path / "out", nproc=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    peaks = [float(peak) for peak in re.search("peaks: (.+)", done.stdout)[1].split()]
+    assert len(peaks) == 4 and min(peaks) > 1 and max(peaks) < 1.3, peaks
