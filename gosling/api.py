@@ -73,10 +73,8 @@ class Call(engine.Request):
     def __init__(self, model, sent, state, defaults, loop):
         self.sent, self.is_chat = sent, isinstance(sent, ChatRequest)
         self.has_echo = not self.is_chat and sent.echo
-        prompts, given = (
-            prompts_of(sent, defaults["tokenizer"]),
-            sent.model_dump(exclude_unset=True),
-        )
+        prompts = prompts_of(sent, defaults["tokenizer"])
+        given = sent.model_dump(exclude_unset=True)
         key, n_tokens = "messages" if self.is_chat else "prompt", sum(map(len, prompts))
         if n_tokens > MAX_PROMPT:
             raise UserError(f"{key}: {n_tokens} tokens; at most {MAX_PROMPT} are read")
