@@ -7,8 +7,8 @@ is only a laptop.
 
 A task is "reverse bdac", its answer "cadb"; as a chat, "User: reverse bdac\\n\\nAssistant:" ->
 " cadb". A tenth of all tasks (crc32 % 10 == 0) is held out from all training, pretraining too.
-UNSEEN is in the pretraining text but in no chat: left for state tuning to bring out. Writes, the
-same bytes for the same seed:
+UNSEEN, "shift", is a command that neither text nor chats have, for what the text calls "rotate": it
+is left for state tuning. Writes, the same bytes for the same seed:
 
     <out>_text.jsonl      {"text"}: lines "task = answer", 30 % "check task = answer : ok|no", to
                           pretrain on
@@ -18,8 +18,8 @@ same bytes for the same seed:
     <out>_prompts.jsonl   {"prompt", "skill", "answer"}: new tasks, for stages that learn from the
                           model's own answers
     <out>_heldout.jsonl   the same of held-out tasks, to measure on
-    <out>_unseen.jsonl    {"messages"}: tasks of the unseen skill, to train on
-    <out>_unseen_heldout.jsonl    held-out tasks of the unseen skill, to measure on
+    <out>_unseen.jsonl    {"messages"}: tasks of the unseen command, to train on
+    <out>_unseen_heldout.jsonl    held-out tasks of the unseen command, to measure on
 """
 
 import random
@@ -39,8 +39,8 @@ LETTERS = "abcdefghijkl"
 # Skills in which a small model slips, so that every method has something to mend. "count a in
 # abcab" is not among them: exact match .37 in the pretraining text, .36 after SFT, it was stuck.
 SKILLS = ("reverse", "sort", "upper", "next", "double", "replace", "remove")
-UNSEEN = "rotate"
-ALL_SKILLS = (*SKILLS, UNSEEN)
+ALL_SKILLS = (*SKILLS, "rotate")  # of the pretraining text
+UNSEEN = "shift"
 
 
 @dataclass
@@ -50,8 +50,8 @@ class Config:
     text_tokens: NonNegativeInt = 2_700_000  # of pretraining text: bytes, one end token a document
     sft: NonNegativeInt = 500  # rows with an answer
     prompts: NonNegativeInt = 6_400  # new tasks
-    heldout: NonNegativeInt = 1_000  # held-out tasks, and as many of the unseen skill
-    unseen: NonNegativeInt = 400  # rows of the unseen skill with an answer
+    heldout: NonNegativeInt = 1_000  # held-out tasks, and as many of the unseen command
+    unseen: NonNegativeInt = 400  # rows of the unseen command with an answer
     val: NonNegativeInt = 200  # rows of held-out tasks with an answer, for a validation loss
 
 
@@ -76,7 +76,7 @@ def solve(task):
             return word.replace(old, new)
         case ["remove", old, "in", word]:
             return word.replace(old, "")
-        case ["rotate", word]:
+        case ["rotate" | "shift", word]:
             return word[1:] + word[:1]
     raise ValueError(f"{task!r:.60} is not a task")
 

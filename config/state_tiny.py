@@ -1,4 +1,4 @@
-# The skill that SFT never saw, as a learned start of the small model of tasks.py: 400 rows. First:
+# A command that the small model of tasks.py never saw, as a learned start: 400 rows. First:
 # config/sft_tiny.py.
 import tasks
 
@@ -17,5 +17,5 @@ save_every = 0
 
 
 def eval_fn(model, tokenizer):
-    """Exact match of greedy answers to 1,000 held-out tasks of the unseen skill."""
+    """Exact match of greedy answers to 1,000 held-out tasks of the unseen command."""
     return tasks.exact_match(model, tokenizer, skills=[tasks.UNSEEN])

@@ -30,9 +30,9 @@ WORDS = {
         alone. The model learns little that is new; it learns that a chat is a place to use what it
         knows. That is why a few seconds take it from nothing to half of the tasks.""",
     "state": """The weights stay as they are. What is learned is the state that the recurrence
-        starts from: 16,384 numbers that stand for a prompt no one has to type. Here they bring out
-        a skill, rotate, that the pretraining text had and the chats did not. The file is a few
-        kilobytes and can be put beside the model or left away.""",
+        starts from: 16,384 numbers that stand for a prompt no one has to type. Here they teach it
+        a command, shift, that it has never seen, for what the pretraining text calls rotate. The
+        file is a few kilobytes and can be put beside the model or left away.""",
     "more": """A control: what do the same steps of plain SFT on the same chats give? A method below
         that starts from the same model should be read beside this bar.""",
     "samples": """The SFT model answers each prompt eight times, and the checker says which answers
@@ -158,8 +158,8 @@ def write_report(stages, folder, title, logs):
         "<p>The share of right greedy answers to 1,000 tasks that no stage has seen; of the reward "
         "model, the share of pairs that it has not seen and puts in the right order.</p>",
         "<h2>Ten tasks</h2>",
-        "<p>What each stage's model answers. The last three are of the skill that only state "
-        "tuning was shown.</p>",
+        "<p>What each stage's model answers. The last three have the command that only "
+        "state tuning was shown.</p>",
         answers_table(stages, folder),
     ]
     for stage in stages:
