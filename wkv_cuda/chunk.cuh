@@ -322,7 +322,7 @@ __device__ __forceinline__ float largest(uint32_t x) {  // of this warp, of two 
 // are rounded to halves. v is then multiplied by value / k and dy by grad / r, so that V' K and DY' R have the size of S
 // and G, and one product may be summed with another. r and k are only ever made smaller: where all of them are zero,
 // v and dy must keep their size for the sake of dk and dr.
-enum { OF_S, OF_V, OF_K, OF_R, OF_G, OF_DY, LARGEST };
+enum { OF_S, OF_V, OF_K, OF_R, OF_G, OF_DY, LARGEST, OF_T = OF_G };
 struct Scales { float r, k, value, grad; };
 
 __device__ __forceinline__ float largest4(const float* x) {
@@ -389,11 +389,11 @@ __device__ __forceinline__ void diagonal(float (*sum)[2], float (*c)[4]) {
 
 struct Part {  // what a block works on: tokens first .. last - 1 of sequence s
     int s, first, last, border;  // border: where it ends; the one before is where it begins
-    int chunk;                   // the slot of the state kept before `first`; the next ones have those after CH tokens each
+    int chunk;                   // the slot of the state kept before `first`; the next ones follow after `every` tokens each
     bool opens, closes;          // the sequence begins, ends here
 };
 // The part of block `slot`: first those that open a sequence, then one for each border. False: nothing begins there
-__device__ __forceinline__ bool find(Part& p, const int* cu, int S, int span, int slot) {
+__device__ __forceinline__ bool find(Part& p, const int* cu, int S, int span, int slot, int every = CH) {
     int low = slot, i = 0;
     if (slot >= S) {  // the last sequence with a start before the end of border's span
         int high = S - 1;
@@ -404,48 +404,56 @@ __device__ __forceinline__ bool find(Part& p, const int* cu, int S, int span, in
         i = slot - S - cu[low] / span + 1;
     }
     const int start = cu[low], end = cu[low + 1];
-    p.s = low, p.first = start + i * span, p.chunk = start / CH + low + i * (span / CH);
+    p.s = low, p.first = start + i * span, p.chunk = start / every + low + i * (span / every);
     p.last = span ? min(p.first + span, end) : end, p.border = span ? start / span + i : 0;
     p.opens = i == 0, p.closes = p.last == end;
     return p.opens || p.first < end;
 }
 inline int slots(int S, int total, int span) { return span ? total / span + S : S; }
+// how many of them begin anywhere, if all sequences are equally long
+inline int parts(int S, int total, int span) { return span ? (total + S * span - 1) / (S * span) * S : S; }
 
 namespace {
-constexpr int COMBINE_BYTES = 2 * N * (N + 4) * sizeof(float);
+constexpr int ROWS = 16, COMBINE_BYTES = (N + ROWS) * (N + 4) * sizeof(float);
 
-// one block per (sequence, head), in fp32, from border to border: x <- x T + d, which takes d's place
+// N / ROWS blocks per (sequence, head), in fp32, from border to border: x <- x T + d, which takes d's place
 template <bool REVERSE>  // last border first, T transposed; x begins as `from`, else as what the first border has
 __global__ void __launch_bounds__(THREADS) combine(
         int H, const int* cu, int span, const float* from, float* d, int d_stride, const float* T, int T_stride) {
-    float *X = reinterpret_cast<float*>(shared_memory()), *M = X + N * (N + 4);
-    const int s = blockIdx.x / H, h = blockIdx.x % H, row = threadIdx.x / 2, side = threadIdx.x % 2 * 4;
+    float *M = reinterpret_cast<float*>(shared_memory()), *X = M + N * (N + 4);
+    const int index = blockIdx.x / (N / ROWS), s = index / H, h = index % H, i = threadIdx.x;
+    const int row = i / 8, at_row = (blockIdx.x % (N / ROWS) * ROWS + row) * N, column = i % 8 * 4;  // and 32 columns on
     const int borders = (cu[s + 1] - cu[s] - 1) / span;
     if (borders <= 0) return;
     auto at = [&](int border) { return (size_t)(cu[s] / span + border) * H + h; };
     if (!REVERSE) from = d + at(0) * d_stride;
-    else if (from) from += (size_t)blockIdx.x * N * N;
-    float x[N / 2];
+    else if (from) from += (size_t)index * N * N;
+    float x[8];
 #pragma unroll
-    for (int j = 0; j < N / 2; j++) x[j] = from ? from[row * N + j / 4 * 8 + side + j % 4] : 0;
+    for (int j = 0; j < 8; j++) x[j] = from ? from[at_row + j / 4 * 32 + column + j % 4] : 0;
     for (int n = REVERSE ? 0 : 1; n < borders; n++) {
         const int to = REVERSE ? borders - 1 - n : n;
-        float* place = d + at(to) * d_stride + row * N + side;
+        float* place = d + at(to) * d_stride + at_row + column;
+        const float* t = T + at(REVERSE ? to : to - 1) * T_stride;
         __syncthreads();
 #pragma unroll
-        for (int j = 0; j < N / 2; j++) X[row * (N + 1) + j / 4 * 8 + side + j % 4] = x[j];
-        for (int i = threadIdx.x; i < N * N; i += THREADS)
-            M[REVERSE ? i % N * (N + 4) + i / N : i / N * (N + 4) + i % N] = T[at(REVERSE ? to : to - 1) * T_stride + i];
-        __syncthreads();
+        for (int j = 0; j < 8; j++) X[row * (N + 4) + j / 4 * 32 + column + j % 4] = x[j];
 #pragma unroll
-        for (int j = 0; j < N / 2; j++) x[j] = place[j / 4 * 8 + j % 4];
-        for (int k = 0; k < N; k++) {
-            const float f = X[row * (N + 1) + k];
-#pragma unroll
-            for (int j = 0; j < N / 2; j++) x[j] += f * M[k * (N + 4) + j / 4 * 8 + side + j % 4];
+        for (int j = 0; j < N * N / THREADS; j++) {
+            const int k = j * (THREADS / N) + i / N;
+            M[REVERSE ? i % N * (N + 4) + k : k * (N + 4) + i % N] = t[j * THREADS + i];
         }
 #pragma unroll
-        for (int j = 0; j < N / 2; j++) place[j / 4 * 8 + j % 4] = x[j];
+        for (int j = 0; j < 8; j++) x[j] = place[j / 4 * 32 + j % 4];
+        __syncthreads();
+#pragma unroll 8
+        for (int k = 0; k < N; k++) {
+            const float f = X[row * (N + 4) + k];
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[j] += f * M[k * (N + 4) + j / 4 * 32 + column + j % 4];
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) place[j / 4 * 32 + j % 4] = x[j];
     }
 }
 
@@ -457,17 +465,24 @@ __device__ __forceinline__ float* state_at_border(float* spans, int border, int 
 }
 }  // namespace
 
-// the state a forward block begins with: the sequence's, the border's or, where T and D are looked for, one or zero
-__device__ inline void begin(float (*S)[2][4], const Part& p, int H, int h, const float* state, float* spans, bool probe) {
-    if (p.opens) return load(S, state + ((size_t)p.s * H + h) * N * N);
-    if (!probe) return load(S, state_at_border(spans, p.border - 1, H, h));
+__device__ inline void zero(float (*S)[2][4]) {
+#pragma unroll
+    for (int x = 0; x < 4; x++) zero(S[x]);
+}
+__device__ inline void unit(float (*S)[2][4]) {
 #pragma unroll
     for (int x = 0; x < 32; x++) {
         const int i = x % 4, j = x / 4 % 2;
         const int value = 16 * (threadIdx.x / 32) + threadIdx.x % 32 / 8 * 4 + i / 2 * 2 + threadIdx.x / 4 % 2;
         const int key = 16 * (x / 8) + threadIdx.x % 4 * 4 + 2 * j + i % 2;
-        S[x / 8][j][i] = looks_for_T() && value == key;
+        S[x / 8][j][i] = value == key;
     }
+}
+// the state a forward block begins with: the sequence's, the border's or, where T and D are looked for, one or zero
+__device__ inline void begin(float (*S)[2][4], const Part& p, int H, int h, const float* state, float* spans, bool probe) {
+    if (p.opens) return load(S, state + ((size_t)p.s * H + h) * N * N);
+    if (!probe) return load(S, state_at_border(spans, p.border - 1, H, h));
+    return looks_for_T() ? unit(S) : zero(S);
 }
 __device__ inline void end(float (*S)[2][4], const Part& p, int H, int h, float* state_out, float* spans, bool probe) {
     if (!probe && p.closes) return store(state_out + ((size_t)p.s * H + h) * N * N, S);

@@ -17,6 +17,7 @@ from . import chunked, cuda_seq, native
 DEVICE, HEAD_SIZES, DTYPES = "cuda", (64,), (torch.bfloat16,)
 LOGW_DTYPES = (torch.float32, torch.bfloat16)
 SAVED_STATE = 64 * 64 + 8  # halves: STATE in chunk.cuh
+RECORD = 16 * 64 // 2 + 16  # floats: in wkv7_spans.cuh
 
 
 def wkv(version, inputs, state, cu_seqlens):
@@ -65,17 +66,22 @@ def trial(device):
     return None
 
 
+def are_few(S, H, total):
+    """Whether S sequences of H heads leave much of 132 processors idle, three blocks on each."""
+    return 2 * S * H <= 3 * 132 and total >= 1024 * S
+
+
 def span(S, H, total):
     """Tokens of a span, of which a long sequence has several at once (chunk.cuh); 0 for none.
 
-    Where S sequences of H heads cannot fill 132 processors, all are cut, for 4 blocks on each. Else
-    those are that are much longer than the others: how long each is, the host does not know. Not
-    from the card at hand: the same inputs give the same bits everywhere.
+    Where sequences and heads are few, all are cut, so that a card is full. Else those are that are
+    much longer than the others: how long each is, the host does not know. Not from the card at
+    hand: the same inputs give the same bits everywhere.
     """
     if total < 1024 * S and total < 8192:
         return 0
-    spans = 4 * 132 // max(S * H, 1)
-    if spans >= 4 and total >= 1024 * S:
+    if are_few(S, H, total):
+        spans = 3 * 132 // max(S * H, 1)
         tokens = -(-total // (S * spans))
     else:
         tokens = max(3 * total // S, total * H // (2 * 132))
@@ -83,17 +89,32 @@ def span(S, H, total):
     return tokens if tokens < total else 0
 
 
-def keep(r, state, save):
-    """(shape, dtype) of the state at every chunk's start, and of what passes between spans."""
+def keep(version, r, state, save):
+    """(shape, dtype) of what the backward needs of the forward.
+
+    The state before every 16 or 32 tokens. Between spans, T and D of each border. Of WKV-7 also Q
+    of the tokens from each border to the next (wkv7_spans.cuh), where sequences and heads are few;
+    else the backward makes Q again.
+    """
     (S, H, N, _), total = state.shape, r.shape[0]
-    slots, tokens = total // native.CHUNK + S if save else 0, span(S, H, total)
-    spans = total // tokens if tokens else 0
-    return [((slots, H, SAVED_STATE), torch.float16), ((spans, H, 2, N, N), torch.float32)]
+    tokens = span(S, H, total)
+    borders = total // tokens if tokens else 0
+    keeps_q = version == 7 and save and borders > 0 and are_few(S, H, total)
+    every = 16 if keeps_q else native.CHUNK
+    slots = total // every + S if save else 0
+    kept = [((slots, H, SAVED_STATE), torch.float16), ((borders, H, 2, N, N), torch.float32)]
+    if version == 7:
+        kept.append(((borders if keeps_q else 0, H, tokens // 16 * RECORD), torch.float32))
+    return kept
 
 
 def scratch(state, kept):
-    """Memory for the backward: a state for each border between spans."""
-    return [kept[1].new_empty(len(kept[1]), *state.shape[1:])]
+    """Memory for the backward: a state for each border between spans, and Q if it is not kept."""
+    memory = [kept[1].new_empty(len(kept[1]), *state.shape[1:])]
+    if len(kept) == 3:
+        borders = len(kept[1]) - len(kept[2])
+        memory.append(kept[2].new_empty(borders, *kept[2].shape[1:]))
+    return memory
 
 
 def parts(state, kept):
@@ -110,7 +131,13 @@ def launch(function, *args):
 
 _ops = {
     version: native.register(
-        f"wkv{version}_chunk", version, sys.modules[__name__], keep, scratch, parts
+        f"wkv{version}_chunk",
+        version,
+        sys.modules[__name__],
+        functools.partial(keep, version),
+        scratch,
+        parts,
+        n_kept={6: 2, 7: 3}[version],
     )
     for version in (6, 7)
 }

@@ -18,6 +18,7 @@ from . import native
 DEVICE, HEAD_SIZES, DTYPES = "cuda", (64,), tuple(native.DTYPES)
 LOGW_DTYPES = (torch.float32,)
 NAMES = ("wkv6.cu", "wkv7.cu", "wkv6_chunk.cu", "wkv7_chunk.cu", "wkv.cuh", "chunk.cuh")
+NAMES += ("wkv7_spans.cuh",)
 NAMES += ("wkv_token.cu",)  # of cuda_token.py
 SOURCES = [Path(__file__).parent / name for name in NAMES]
 # --threads=0: as many as there are cores

@@ -351,18 +351,20 @@ def chunk_slots(state, kept):
     return len(kept[-1])
 
 
-def register(name, version, form, keep=keep_states, scratch=no_scratch, parts=chunk_slots):
+def register(
+    name, version, form, keep=keep_states, scratch=no_scratch, parts=chunk_slots, n_kept=None
+):
     """Make gosling::<name> and gosling::<name>_backward -> the first.
 
     Tokens are flat: vectors [total, H, N], cu_seqlens [S + 1] of S sequences, state [S, H, N, N].
     form: the module, with what its library takes (DEVICE, HEAD_SIZES, DTYPES, LOGW_DTYPES) and
     launch(function, *tensors, S, H, total, dtype of r as in DTYPES), which runs a function of it.
-    keep(r, state, save): (shape, dtype) of what the forward also returns, for the backward; WKV-6
-    has no sa. scratch(state, kept): memory for the backward. parts(state, kept): how many there are
-    of WKV-6's du. Tensors that do not fit are a ValueError.
+    keep(r, state, save): (shape, dtype) of the n_kept tensors that the forward also returns for the
+    backward; WKV-6 has no sa. scratch(state, kept): memory for the backward. parts(state, kept):
+    how many there are of WKV-6's du. Tensors that do not fit are a ValueError.
     """
     names = ("r", "logw", "k", "v", *(("a", "b") if version == 7 else ("u",)), "state")
-    n, n_kept = len(names), 1 if version == 6 and keep is keep_states else 2
+    n, n_kept = len(names), n_kept or {6: 1, 7: 2}[version]
     tensors = ", ".join(f"Tensor {x}" for x in names) + ", Tensor cu_seqlens"
 
     def sizes(r, state):

@@ -404,11 +404,11 @@ extern "C" int wkv6_chunk_forward(
             WITH_BLOCKS(2 * blocks, error = launch(forward<W, AT_ONCE>, 2 * blocks, FORWARD_BYTES<W>, stream, S, H, total, cu,
                                                    span, in, u, state, nullptr, nullptr, nullptr, spans));
             if (error != cudaSuccess) return error;
-            error = launch(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, nullptr, spans, 2 * N * N, spans + N * N,
+            error = launch(combine<false>, S * H * N / ROWS, COMBINE_BYTES, stream, H, cu, span, nullptr, spans, 2 * N * N, spans + N * N,
                            2 * N * N);
             if (error != cudaSuccess) return error;
         }
-        WITH_BLOCKS(blocks, error = launch(forward<W, AT_ONCE>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in,
+        WITH_BLOCKS(parts(S, total, span) * H, error = launch(forward<W, AT_ONCE>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in,
                                            u, state, y, state_out, starts, spans)));
     return error;
 }
@@ -426,11 +426,11 @@ extern "C" int wkv6_chunk_backward(
             error = launch(backward<W, true, 4>, blocks, bytes, stream, S, H, cu, span, in, u, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
                            nullptr, scratch);
             if (error != cudaSuccess) return error;
-            error = launch(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
+            error = launch(combine<true>, S * H * N / ROWS, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
                            spans + N * N, 2 * N * N);
             if (error != cudaSuccess) return error;
         }
-        WITH_BLOCKS(blocks, error = launch(backward<W, false, AT_ONCE>, blocks, bytes, stream, S, H, cu, span, in, u, starts,
+        WITH_BLOCKS(parts(S, total, span) * H, error = launch(backward<W, false, AT_ONCE>, blocks, bytes, stream, S, H, cu, span, in, u, starts,
                                            dstate_out, dr, (W*)dlogw, dk, dv, du, dstate, scratch)));
     return error;
 }

@@ -232,22 +232,22 @@ template <typename W> __device__ __forceinline__ void solve(Chunk<W>& m, uint32_
     round(U, Zt);
 }
 
-// One block per (sequence or span, head). With `starts`, the state at the start of every CH tokens is kept. Without
-// state_out, two blocks per (span, head) look for T and D.
+#include "wkv7_spans.cuh"
+
+// One block per (sequence or span, head). With `starts`, the state before every `every` tokens is kept.
 template <typename W, int AT_ONCE>
 __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
-        int S_, int H, int total, const int* cu, int span, Inputs<W> in, const float* __restrict__ state, bf16* y,
+        int S_, int H, int total, const int* cu, int span, int every, Inputs<W> in, const float* __restrict__ state, bf16* y,
         float* state_out, __half* starts, float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
-    const bool probe = !state_out;
-    const int index = probe ? blockIdx.x / 2 : blockIdx.x, h = index % H, warp = threadIdx.x / 32;
+    const int h = blockIdx.x % H, warp = threadIdx.x / 32;
     Part part;
-    if (!find(part, cu, S_, span, index / H) || (probe && !is_wanted(part))) return;
+    if (!find(part, cu, S_, span, blockIdx.x / H, every)) return;
     check(cu, part.s, S_, total);
     const int first = part.first, last = part.last;
-    if (probe && looks_for_T()) in.v = nullptr;  // counts as 0
+    if (starts) starts += ((size_t)part.chunk * H + h) * STATE;
     float S[4][2][4];
-    begin(S, part, H, h, state, spans, probe);
+    begin(S, part, H, h, state, spans, false);
     m.largest[OF_S][warp] = largest(S);
     if (first < last) fetch(m, in, first, min(L, last - first), H, h);
     for (int t = first; t < last; t += L) {
@@ -258,8 +258,8 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
             if (lo == 0) wait_for_copies();
             __syncwarp();
             hi = prepare<false>(m, lo, n, scale);
-            if (starts && lo == 0 && (t - first) % CH == 0)
-                save(starts + ((size_t)(part.chunk + (t - first) / CH) * H + h) * STATE, S, scale.value);
+            if (starts && lo == 0 && ((t - first) & (every - 1)) == 0)
+                save(starts, S, scale.value), starts += (size_t)H * STATE;
             __syncthreads();
             if (hi == n && t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
             scores(m);
@@ -283,70 +283,67 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
             multiply_t(Y, q, V);
             left<16>(q, m.RB, 0, 0);
             multiply_t(Y, q, U);
-            if (!probe) put_rows(out, H, Y, inverse(scale.value) * inverse(scale.r), lo, hi);
+            put_rows(out, H, Y, inverse(scale.value) * inverse(scale.r), lo, hi);
             add_outer(S, U, m.B), add_outer(S, V, m.K);
             scale_columns(S, m.exp_m, inverse(scale.value));
             m.largest[OF_S][warp] = largest(S);
         }
     }
-    end(S, part, H, h, state_out, spans, probe);
+    end(S, part, H, h, state_out, spans, false);
 }
 
-// One block per (sequence or span, head), last token first; G = dL/dS. SCAN: only G is looked for, from zero.
-// In a chunk, with D = G exp(m):
+// One block per (sequence or span, head), last token first; G = dL/dS. In a chunk, with D = G exp(m):
 //   dU = RB' dY + B D',  dZ = M' dU,  dV = RK' dY + AK' dZ + K D',  G <- (D + dZ' A + dY' R) exp(m)
 //   dAB, dAK = tril(dZ U', dZ V'; -1),  dRB, dRK = tril(dY U', dY V')
 //   dR = dY Z + dRK K + dRB B,  dA = dZ Z + dAB B + dAK K,  dK = V D + dRK' R + dAK' A,  dB = U D + dRB' R + dAB' A
 //   dlogw_t = colsum(Z D) + sum_all (B (U D) + K (V D)) + sum_{i >= t} (R dR - B dB - K dK)_i + sum_{i > t} (A dA)_i
 // No chunk's sum reaches into another. S comes from the saved state, run forward again through the chunks in between.
-template <typename W, bool SCAN, int AT_ONCE>
+template <typename W, int AT_ONCE>
 __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
-        int S_, int H, const int* cu, int span, Inputs<W> in, const __half* starts, const float* dstate_out, bf16* dr, W* dlogw,
-        bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, float* spans) {
+        int S_, int H, const int* cu, int span, int every, Inputs<W> in, const __half* starts, const float* dstate_out,
+        bf16* dr, W* dlogw, bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, const float* spans) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
     const int h = blockIdx.x % H, warp = threadIdx.x / 32;
     Part part;
-    if (!find(part, cu, S_, span, blockIdx.x / H) || (SCAN && part.opens)) return;
+    if (!find(part, cu, S_, span, blockIdx.x / H, every)) return;
     const int s = part.s, first = part.first, last = part.last;
     float G[4][2][4];
     uint4 kept[4];  // S in halves, where its registers are needed
     float* const exp_m = m.exp_c[L];  // after the last token c - m is m
 #pragma unroll
     for (int x = 0; x < 4; x++) zero(G[x]);
-    if (!SCAN && !part.closes) load(G, spans + ((size_t)part.border * H + h) * N * N);
-    else if (!SCAN && dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
+    if (!part.closes) load(G, spans + ((size_t)part.border * H + h) * N * N);
+    else if (dstate_out) load(G, dstate_out + ((size_t)s * H + h) * N * N);
     m.largest[OF_G][warp] = largest(G);
     int loaded = -1;  // the block of tokens in m, or on its way there
     auto need = [&](int block) {
         if (block >= first && block != loaded) fetch(m, in, loaded = block, min(L, last - block), H, h);
     };
-    const int segments = (last - first + CH - 1) / CH;
+    const int segments = (last - first + every - 1) / every;
     auto kept_at = [&](int segment) { return starts + ((size_t)(part.chunk + segment) * H + h) * STATE; };
-    float next_scale = SCAN || !segments ? 1 : scale_of(kept_at(segments - 1));
+    float next_scale = !segments ? 1 : scale_of(kept_at(segments - 1));
     for (int segment = segments - 1; segment >= 0; segment--) {
-        const int begin = first + segment * CH;
+        const int begin = first + segment * every;
         const float segment_scale = next_scale;
-        need(begin + (SCAN ? (min(CH, last - begin) - 1) / L * L : 0));
-        for (int stop = min(CH, last - begin), lo; stop > 0; stop = lo) {  // the chunk that ends at `stop`
+        need(begin);
+        for (int stop = min(every, last - begin), lo; stop > 0; stop = lo) {  // the chunk that ends at `stop`
             Scales scale;
             float kept_scale = segment_scale;
-            if (!SCAN) restore(kept, kept_at(segment));
-            if (!SCAN && segment) next_scale = scale_of(kept_at(segment - 1));
+            restore(kept, kept_at(segment));
+            if (segment) next_scale = scale_of(kept_at(segment - 1));
             uint32_t U[4], V[4];
             int hi;
-            for (lo = SCAN ? (stop - 1) / L * L : 0;; lo = hi) {
+            for (lo = 0;; lo = hi) {
                 const int block = lo / L * L;
-                m.largest[OF_S][warp] = SCAN ? 0 : 7.99f * inverse(kept_scale);
+                m.largest[OF_S][warp] = 7.99f * inverse(kept_scale);
                 wait_for_copies();
                 __syncwarp();
                 hi = block + prepare<true>(m, lo - block, min(stop - block, L), scale);
                 __syncthreads();
                 // the block after this one: on the way to `stop`, back at the start, the segment before
                 if (hi < stop) need(begin + hi / L * L);
-                else need(lo == 0 ? begin - CH + (SCAN ? L : 0) : begin + (SCAN ? (lo - 1) / L * L : 0));
-                if (SCAN && hi < stop) continue;
+                else need(lo == 0 ? begin - every : begin);
                 scores(m);
-                if (SCAN) break;
                 float Zt[2][4];
                 zero(Zt);
 #pragma unroll
@@ -373,7 +370,6 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
                 kept_scale = scale_for(largest(S));
                 pack(kept, S, kept_scale);
             }
-            if (SCAN) __syncthreads();
             const int from = lo % L, to = hi - lo / L * L;
             const size_t p = ((size_t)(begin + lo / L * L) * H + h) * N;
             {
@@ -396,17 +392,14 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
                 multiply(dU, DY, q);
                 by_inverse<true>(m, dU);
                 round(dZ, dU);
-                if (!SCAN) {
-                    left_t<16>(q, m.RK, 0, 0);
-                    multiply_t(dV, q, DY);
-                    left_t<16>(q, m.AK, 0, 0);
-                    multiply_t(dV, q, dZ);
-                    put_rows(dv + p, H, dV, inverse(scale.grad) * inverse(scale.k), from, to);
-                }
+                left_t<16>(q, m.RK, 0, 0);
+                multiply_t(dV, q, DY);
+                left_t<16>(q, m.AK, 0, 0);
+                multiply_t(dV, q, dZ);
+                put_rows(dv + p, H, dV, inverse(scale.grad) * inverse(scale.k), from, to);
                 add_outer(G, dZ, m.A), add_outer(G, DY, m.R);
                 scale_columns(G, exp_m, inverse(scale.grad));
                 m.largest[OF_G][warp] = largest(G);
-                if (SCAN) continue;
                 store<16>(m.U, 16 * warp, 0, U);
                 store<16>(m.dZ, 16 * warp, 0, dZ);
             }
@@ -518,52 +511,55 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
             put_rows(dlogw + p, H, dlog, factor, from, to);
         }
     }
-    if (SCAN) store(spans + ((size_t)(part.border - 1) * H + h) * N * N, G);
-    else if (part.opens) store(dstate + ((size_t)s * H + h) * N * N, G);
+    if (part.opens) store(dstate + ((size_t)s * H + h) * N * N, G);
 }
 
 }  // namespace
 
+// Q is kept where a backward pass is to come and sequences and heads are few, and then more of the states too: what a
+// multiprocessor does counts. Else that pass makes Q again, and every second state.
 extern "C" int wkv7_chunk_forward(
         const bf16* r, const void* logw, const bf16* k, const bf16* v, const bf16* a, const bf16* b, const float* state,
-        const int* cu, bf16* y, float* state_out, __half* starts, float* spans, int S, int H, int total, int dtype, int span,
-        cudaStream_t stream) {
+        const int* cu, bf16* y, float* state_out, __half* starts, float* spans, float* Q, int S, int H, int total, int dtype,
+        int span, cudaStream_t stream) {
     if (S * H == 0) return cudaSuccess;
-    const int blocks = slots(S, total, span) * H;
+    const int blocks = slots(S, total, span) * H, every = Q ? L : CH;
     cudaError_t error = cudaSuccess;
     WITH_LOGW(dtype, const Inputs<W> in = {r, (const W*)logw, k, v, a, b, nullptr};
         if (span) {
-            WITH_BLOCKS(2 * blocks, error = launch(forward<W, AT_ONCE>, 2 * blocks, FORWARD_BYTES<W>, stream, S, H, total, cu,
-                                                   span, in, state, nullptr, nullptr, nullptr, spans));
+            error = launch(find_T_and_D<W>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, spans, Q);
             if (error != cudaSuccess) return error;
-            error = launch(combine<false>, S * H, COMBINE_BYTES, stream, H, cu, span, nullptr, spans, 2 * N * N, spans + N * N,
+            error = launch(combine<false>, S * H * N / ROWS, COMBINE_BYTES, stream, H, cu, span, nullptr, spans, 2 * N * N, spans + N * N,
                            2 * N * N);
             if (error != cudaSuccess) return error;
         }
-        WITH_BLOCKS(blocks, error = launch(forward<W, AT_ONCE>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in,
-                                           state, y, state_out, starts, spans)));
+        WITH_BLOCKS(parts(S, total, span) * H,
+            error = launch(forward<W, AT_ONCE>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, every, in, state, y,
+                           state_out, starts, spans)));
     return error;
 }
 
 extern "C" int wkv7_chunk_backward(
         const bf16* r, const void* logw, const bf16* k, const bf16* v, const bf16* a, const bf16* b, const float* state,
-        const int* cu, const __half* starts, const float* spans, const bf16* dy, const float* dstate_out, bf16* dr,
-        void* dlogw, bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, float* scratch, int S, int H, int total,
+        const int* cu, const __half* starts, float* spans, const float* Q, const bf16* dy, const float* dstate_out, bf16* dr,
+        void* dlogw, bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, float* E, float* own_Q, int S, int H, int total,
         int dtype, int span, cudaStream_t stream) {
     if (S * H == 0) return cudaSuccess;
-    const int blocks = slots(S, total, span) * H, bytes = dtype == 0 ? sizeof(Chunk<float>) : sizeof(Chunk<bf16>);
+    const int blocks = slots(S, total, span) * H, every = Q ? L : CH, bytes = dtype == 0 ? sizeof(Chunk<float>) : sizeof(Chunk<bf16>);
     cudaError_t error = cudaSuccess;
     WITH_LOGW(dtype, const Inputs<W> in = {r, (const W*)logw, k, v, a, b, dy};
         if (span) {
-            error = launch(backward<W, true, 4>, blocks, bytes, stream, S, H, cu, span, in, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                           nullptr, scratch);
+            if (!Q) error = launch(find_T_and_D<W>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, spans, own_Q);
             if (error != cudaSuccess) return error;
-            error = launch(combine<true>, S * H, COMBINE_BYTES, stream, H, cu, span, dstate_out, scratch, N * N,
-                           spans + N * N, 2 * N * N);
+            error = launch(find_E, blocks, 0, stream, S, H, cu, span, dy, Q ? Q : own_Q, E);
+            if (error != cudaSuccess) return error;
+            error = launch(combine<true>, S * H * N / ROWS, COMBINE_BYTES, stream, H, cu, span, dstate_out, E, N * N, spans + N * N,
+                           2 * N * N);
             if (error != cudaSuccess) return error;
         }
-        WITH_BLOCKS(blocks, error = launch(backward<W, false, AT_ONCE>, blocks, bytes, stream, S, H, cu, span, in, starts,
-                                           dstate_out, dr, (W*)dlogw, dk, dv, da, db, dstate, scratch)));
+        WITH_BLOCKS(parts(S, total, span) * H,
+            error = launch(backward<W, AT_ONCE>, blocks, bytes, stream, S, H, cu, span, every, in, starts, dstate_out, dr,
+                           (W*)dlogw, dk, dv, da, db, dstate, E)));
     return error;
 }
 
