@@ -224,7 +224,8 @@ def measure(version, cfg):
 # without one
 
 ENTRY = re.compile(
-    r"\d(forward|backward|combine)I(f|13__nv_bfloat16)?(?:Lb([01])E)?(?:Li(\d)E)?.*for 'sm_(\d+)'"
+    r"\d(forward|backward|combine|find_T_and_D|find_E)(?:I(f|13__nv_bfloat16)?)?"
+    r"(?:Lb([01])E)?(?:Li(\d)E)?.*for 'sm_(\d+)'"
 )
 NUMBERS = re.compile(
     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.S
@@ -252,8 +253,8 @@ def kernel_row(version, entry, shared, release):
     """What nvcc prints of one kernel -> a row of JSON."""
     kernel, logw, flag, at_once, sm = ENTRY.search(entry).groups()
     stores, loads, registers = map(int, NUMBERS.search(entry).groups())
-    number = ("forward", "backward", "combine").index(kernel)
-    shared_bytes = shared(number, int(logw not in ("f", None)))
+    number = ("forward", "backward", "combine", "find_E", "find_T_and_D").index(kernel) % 4
+    shared_bytes = shared(number, int(logw == "13__nv_bfloat16"))
     if flag == "1":
         kernel = {"backward": "scan", "combine": "combine_backward"}[kernel]
     return dict(

@@ -45,7 +45,6 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline float __uint_as_float(uint32_t x) { float f; memcpy(&f, &x, 4); return f; }
 inline uint32_t __float_as_uint(float f) { uint32_t x; memcpy(&x, &f, 4); return x; }
 inline float __expf(float x) { return expf(x); }
-inline float __fdividef(float x, float y) { return x / y; }
 
 struct __half { _Float16 x; };
 inline float __half2float(__half h) { return (float)h.x; }
@@ -163,6 +162,7 @@ inline float2 unpack(uint32_t bits) {
 
 inline void forget(uint4*) {}
 inline float power_of_2(float x) { return exp2f(x); }
+inline float reciprocal(float x) { return 1 / x; }
 inline uint32_t pack_bf16(float low, float high) {
     return __float2bfloat16(low).x | (uint32_t)__float2bfloat16(high).x << 16;
 }

@@ -68,6 +68,11 @@ __device__ __forceinline__ float power_of_2(float x) {  // no extra steps for re
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ __forceinline__ float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 __device__ __forceinline__ bool every(bool x) { return __all_sync(~0u, x); }
@@ -220,12 +225,20 @@ __device__ __forceinline__ void pack(uint4* x, float (*S)[2][4], float factor) {
     }
 }
 // in halves, for the backward pass alone: fragment after fragment, times a power of two
-__device__ inline void save(__half* to, float (*S)[2][4], float scale) {
+__device__ __forceinline__ void keep_scale(__half* to, float scale) {
     if (threadIdx.x == 0) *reinterpret_cast<float4*>(to) = make_float4(scale, 0, 0, 0);
-    uint4 x[4];
-    pack(x, S, scale);
+}
+__device__ __forceinline__ void keep_tile(__half* to, int i, const uint32_t* x) {
+    reinterpret_cast<uint4*>(to + 8)[i * THREADS + threadIdx.x] = {x[0], x[1], x[2], x[3]};
+}
+__device__ inline void save(__half* to, float (*S)[2][4], float scale) {
+    keep_scale(to, scale);
 #pragma unroll
-    for (int i = 0; i < 4; i++) reinterpret_cast<uint4*>(to + 8)[i * THREADS + threadIdx.x] = x[i];
+    for (int i = 0; i < 4; i++) {
+        uint32_t x[4];
+        round(x, S[i], scale);
+        keep_tile(to, i, x);
+    }
 }
 __device__ __forceinline__ float largest(float (*S)[2][4]) {  // of this warp
     float x = 0;

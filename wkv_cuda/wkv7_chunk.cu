@@ -234,7 +234,7 @@ template <typename W> __device__ __forceinline__ void solve(Chunk<W>& m, uint32_
 
 #include "wkv7_spans.cuh"
 
-// One block per (sequence or span, head). With `starts`, the state before every `every` tokens is kept.
+// One block per (sequence or span, head). With `starts`, Z is kept every `every` tokens.
 template <typename W, int AT_ONCE>
 __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
         int S_, int H, int total, const int* cu, int span, int every, Inputs<W> in, const float* __restrict__ state, bf16* y,
@@ -258,8 +258,8 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
             if (lo == 0) wait_for_copies();
             __syncwarp();
             hi = prepare<false>(m, lo, n, scale);
-            if (starts && lo == 0 && ((t - first) & (every - 1)) == 0)
-                save(starts, S, scale.value), starts += (size_t)H * STATE;
+            __half* const keep = lo == 0 && ((t - first) & (every - 1)) == 0 ? starts : nullptr;
+            if (keep) keep_scale(keep, scale.value), starts += (size_t)H * STATE;
             __syncthreads();
             if (hi == n && t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
             scores(m);
@@ -270,6 +270,7 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
             for (int x = 0; x < 4; x++) {
                 uint32_t p[4], q[4];
                 round(p, S[x]);
+                if (keep) keep_tile(keep, x, p);
                 right_t<64>(q, m.A, 0, 2 * x);
                 multiply(Zt, p, q);
                 left<64>(q, m.R, 0, 2 * x);
@@ -297,7 +298,7 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
 //   dAB, dAK = tril(dZ U', dZ V'; -1),  dRB, dRK = tril(dY U', dY V')
 //   dR = dY Z + dRK K + dRB B,  dA = dZ Z + dAB B + dAK K,  dK = V D + dRK' R + dAK' A,  dB = U D + dRB' R + dAB' A
 //   dlogw_t = colsum(Z D) + sum_all (B (U D) + K (V D)) + sum_{i >= t} (R dR - B dB - K dK)_i + sum_{i > t} (A dA)_i
-// No chunk's sum reaches into another. S comes from the saved state, run forward again through the chunks in between.
+// No chunk's sum reaches into another. Z is as it was kept, or from there run forward again through the chunks in between.
 template <typename W, int AT_ONCE>
 __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
         int S_, int H, const int* cu, int span, int every, Inputs<W> in, const __half* starts, const float* dstate_out,
@@ -308,7 +309,7 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
     if (!find(part, cu, S_, span, blockIdx.x / H, every)) return;
     const int s = part.s, first = part.first, last = part.last;
     float G[4][2][4];
-    uint4 kept[4];  // S in halves, where its registers are needed
+    uint4 kept[4];  // Z in halves or, from one chunk to the next, S
     float* const exp_m = m.exp_c[L];  // after the last token c - m is m
 #pragma unroll
     for (int x = 0; x < 4; x++) zero(G[x]);
@@ -346,13 +347,16 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
                 scores(m);
                 float Zt[2][4];
                 zero(Zt);
+                if (lo > 0) {
+                    float S[4][2][4];
+                    unpack(S, kept, 1);
+                    scale_columns(S, exp_m, scale.value * inverse(kept_scale));
+                    pack(kept, S, 1);
+                }
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
-                    uint32_t p[4], q[4];
-                    float Z[2][4];
-                    unpack(Z, kept[x], scale.value * inverse(kept_scale));
-                    scale_columns(Z, exp_m + 16 * x, 1);
-                    round(p, Z);
+                    const uint32_t p[4] = {kept[x].x, kept[x].y, kept[x].z, kept[x].w};
+                    uint32_t q[4];
                     right_t<64>(q, m.A, 0, 2 * x);
                     multiply(Zt, p, q);
                     if (hi == stop) store<64>(m.S, 16 * warp, 2 * x, p);
@@ -363,8 +367,7 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
                 if (hi == stop) break;
                 float S[4][2][4];
                 forget(kept);
-                unpack(S, kept, scale.value * inverse(kept_scale));
-                scale_columns(S, exp_m, 1);
+                unpack(S, kept, 1);
                 add_outer(S, U, m.B), add_outer(S, V, m.K);
                 scale_columns(S, exp_m, inverse(scale.value));
                 kept_scale = scale_for(largest(S));
@@ -483,7 +486,7 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) backward(
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     const int j = i / 4, c = i % 4;
-                    const float f = __fdividef(1, e[j][c]);
+                    const float f = reciprocal(e[j][c]);
                     dlog[j][c] -= element(B, j, c) * dB[j][c] + element(K, j, c) * dK[j][c];
                     dK[j][c] *= f, dB[j][c] *= f;
                 }
@@ -527,7 +530,8 @@ extern "C" int wkv7_chunk_forward(
     cudaError_t error = cudaSuccess;
     WITH_LOGW(dtype, const Inputs<W> in = {r, (const W*)logw, k, v, a, b, nullptr};
         if (span) {
-            error = launch(find_T_and_D<W>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, spans, Q);
+            error = launch(find_T_and_D<W, 3>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, spans, Q,
+                           starts != nullptr);
             if (error != cudaSuccess) return error;
             error = launch(combine<false>, S * H * N / ROWS, COMBINE_BYTES, stream, H, cu, span, nullptr, spans, 2 * N * N, spans + N * N,
                            2 * N * N);
@@ -541,7 +545,7 @@ extern "C" int wkv7_chunk_forward(
 
 extern "C" int wkv7_chunk_backward(
         const bf16* r, const void* logw, const bf16* k, const bf16* v, const bf16* a, const bf16* b, const float* state,
-        const int* cu, const __half* starts, float* spans, const float* Q, const bf16* dy, const float* dstate_out, bf16* dr,
+        const int* cu, const __half* starts, const float* spans, const float* Q, const bf16* dy, const float* dstate_out, bf16* dr,
         void* dlogw, bf16* dk, bf16* dv, bf16* da, bf16* db, float* dstate, float* E, float* own_Q, int S, int H, int total,
         int dtype, int span, cudaStream_t stream) {
     if (S * H == 0) return cudaSuccess;
@@ -549,7 +553,9 @@ extern "C" int wkv7_chunk_backward(
     cudaError_t error = cudaSuccess;
     WITH_LOGW(dtype, const Inputs<W> in = {r, (const W*)logw, k, v, a, b, dy};
         if (span) {
-            if (!Q) error = launch(find_T_and_D<W>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, spans, own_Q);
+            if (!Q)
+                error = launch(find_T_and_D<W, 3>, blocks, FORWARD_BYTES<W>, stream, S, H, total, cu, span, in, state, nullptr,
+                               own_Q, true);
             if (error != cudaSuccess) return error;
             error = launch(find_E, blocks, 0, stream, S, H, cu, span, dy, Q ? Q : own_Q, E);
             if (error != cudaSuccess) return error;
@@ -563,7 +569,7 @@ extern "C" int wkv7_chunk_backward(
     return error;
 }
 
-// for bench/kernels.py: of forward, backward, combine
+// for bench/kernels.py: of forward and find_T_and_D, backward, combine, find_E
 extern "C" int wkv7_chunk_shared_bytes(int kernel, int dtype) {
-    WITH_LOGW(dtype, return kernel == 0 ? FORWARD_BYTES<W> : kernel == 1 ? sizeof(Chunk<W>) : COMBINE_BYTES);
+    WITH_LOGW(dtype, return kernel == 0 ? FORWARD_BYTES<W> : kernel == 1 ? sizeof(Chunk<W>) : kernel == 2 ? COMBINE_BYTES : 0);
 }

@@ -11,13 +11,14 @@ __device__ __forceinline__ size_t record_at(const Part& part, int span, int H, i
     return ((size_t)(part.border - 1) * H + h) * (span / L) * RECORD;
 }
 
-// One block per (span, head), but for one that has no other after it and, without Q, for the last of a sequence.
-template <typename W> __global__ void __launch_bounds__(THREADS, 3) find_T_and_D(
-        int S_, int H, int total, const int* cu, int span, Inputs<W> in, const float* __restrict__ state, float* spans, float* Q) {
+// One block per (span, head); of a sequence's last span only a backward pass wants T and Q. Without `spans` only Q is wanted.
+template <typename W, int AT_ONCE>
+__global__ void __launch_bounds__(THREADS, AT_ONCE) find_T_and_D(
+        int S_, int H, int total, const int* cu, int span, Inputs<W> in, const float* __restrict__ state, float* spans, float* Q, bool backward) {
     Chunk<W>& m = *reinterpret_cast<Chunk<W>*>(shared_memory());
     const int h = blockIdx.x % H, warp = threadIdx.x / 32;
     Part part;
-    if (!find(part, cu, S_, span, blockIdx.x / H) || (part.closes && (part.opens || !Q))) return;
+    if (!find(part, cu, S_, span, blockIdx.x / H) || (part.closes && (part.opens || !backward))) return;
     check(cu, part.s, S_, total);
     const int first = part.first, last = part.last;
     float D[4][2][4], T[4][2][4];
@@ -73,8 +74,8 @@ template <typename W> __global__ void __launch_bounds__(THREADS, 3) find_T_and_D
             Q += RECORD;
         }
     }
-    if (!part.opens) store(state_at_border(spans, part.border - 1, H, h) + N * N, T);
-    if (!part.closes) store(state_at_border(spans, part.border, H, h), D);
+    if (spans && !part.opens) store(state_at_border(spans, part.border - 1, H, h) + N * N, T);
+    if (spans && !part.closes) store(state_at_border(spans, part.border, H, h), D);
 }
 
 // What a lane has of 16 tokens: dy of 2 channels and 8 of them, what those are multiplied by, and Q'
