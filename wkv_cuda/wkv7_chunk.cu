@@ -54,10 +54,25 @@ template <typename W> __device__ __forceinline__ void fetch(Chunk<W>& m, const I
     if (in.dy) copy(m.dy, in.dy, x, x.valid);
 }
 
+// In the forward pass a state is multiplied by exp(m) at a chunk's end and by the next one's at its start, of which each
+// lane of a warp knows two channels: both are done at once.
+struct Pending { float x, y; };
+__device__ __forceinline__ void put_exp(float* exp_m, float x, float y) {
+    *reinterpret_cast<float2*>(exp_m + place()) = make_float2(power_of_2(x), power_of_2(y));
+}
+__device__ __forceinline__ float most(const Pending& m) {  // of exp(m)
+    return warp_max(power_of_2(fmaxf(m.x, m.y)));
+}
+template <typename W> __device__ __forceinline__ void no_longer(Chunk<W>& m, const Pending& pending) {
+    __syncthreads();
+    if (threadIdx.x < 32) put_exp(m.exp_m, pending.x, pending.y);
+    __syncthreads();
+}
+
 // A R B K V (DY) for the chunk that begins at token lo of a block and ends at token n or before; zeros for other tokens.
-// Returns the chunk's end. Warp w makes tokens 4 w .. 4 w + 3, which it has copied itself; lane i channels 2 i and 2 i + 1.
+// Returns the chunk's end; m is the middle. Warp w makes tokens 4 w .. 4 w + 3, which it has copied itself; lane i channels 2 i and 2 i + 1.
 template <bool BACKWARD, typename W>
-__device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale) {
+__device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale, Pending* pending = nullptr) {
     const int warp = threadIdx.x / 32, first = warp * 4, j = threadIdx.x % 32 * 2;
     auto logw = [&](int t) {
         const float2 f = f32x2(&m.logw[t][j]), x = {f.x * LOG2_E, f.y * LOG2_E};
@@ -125,7 +140,10 @@ __device__ __forceinline__ int prepare(Chunk<W>& m, int lo, int n, Scales& scale
             *reinterpret_cast<float2*>(m.exp_c[t + 1] + (place() ^ swapped(t + 1))) = e;
         }
     }
-    if (!BACKWARD && warp == 3) *reinterpret_cast<float2*>(m.exp_m + place()) = e;  // after the last token c - m is m
+    if (!BACKWARD) {
+        if (warp == 0) put_exp(m.exp_m, mid.x + pending->x, mid.y + pending->y);
+        pending->x = mid.x, pending->y = mid.y;
+    }
     return hi;
 }
 
@@ -246,7 +264,8 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
     check(cu, part.s, S_, total);
     const int first = part.first, last = part.last;
     if (starts) starts += ((size_t)part.chunk * H + h) * STATE;
-    float S[4][2][4];
+    float S[4][2][4], S_scale = 1;
+    Pending pending = {0, 0};
     begin(S, part, H, h, state, spans, false);
     m.largest[OF_S][warp] = largest(S);
     if (first < last) fetch(m, in, first, min(L, last - first), H, h);
@@ -257,13 +276,14 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
             Scales scale;
             if (lo == 0) wait_for_copies();
             __syncwarp();
-            hi = prepare<false>(m, lo, n, scale);
+            hi = prepare<false>(m, lo, n, scale, &pending);
             __half* const keep = lo == 0 && ((t - first) & (every - 1)) == 0 ? starts : nullptr;
             if (keep) keep_scale(keep, scale.value), starts += (size_t)H * STATE;
             __syncthreads();
             if (hi == n && t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
             scores(m);
-            scale_columns(S, m.exp_m, scale.value);  // Z
+            scale_columns(S, m.exp_m, scale.value * inverse(S_scale));  // Z
+            S_scale = scale.value;
             float Zt[2][4], Y[2][4];
             zero(Zt), zero(Y);
 #pragma unroll
@@ -286,10 +306,11 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) forward(
             multiply_t(Y, q, U);
             put_rows(out, H, Y, inverse(scale.value) * inverse(scale.r), lo, hi);
             add_outer(S, U, m.B), add_outer(S, V, m.K);
-            scale_columns(S, m.exp_m, inverse(scale.value));
-            m.largest[OF_S][warp] = largest(S);
+            m.largest[OF_S][warp] = largest(S) * most(pending) * inverse(S_scale);
         }
     }
+    no_longer(m, pending);
+    scale_columns(S, m.exp_m, inverse(S_scale));
     end(S, part, H, h, state_out, spans, false);
 }
 
@@ -571,5 +592,5 @@ extern "C" int wkv7_chunk_backward(
 
 // for bench/kernels.py: of forward and find_T_and_D, backward, combine, find_E
 extern "C" int wkv7_chunk_shared_bytes(int kernel, int dtype) {
-    WITH_LOGW(dtype, return kernel == 0 ? FORWARD_BYTES<W> : kernel == 1 ? sizeof(Chunk<W>) : kernel == 2 ? COMBINE_BYTES : 0);
+    WITH_LOGW(dtype, const int bytes[] = {FORWARD_BYTES<W>, sizeof(Chunk<W>), COMBINE_BYTES, 0}; return bytes[kernel]);
 }

@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) find_T_and_D(
     if (!find(part, cu, S_, span, blockIdx.x / H) || (part.closes && (part.opens || !backward))) return;
     check(cu, part.s, S_, total);
     const int first = part.first, last = part.last;
-    float D[4][2][4], T[4][2][4];
+    float D[4][2][4], T[4][2][4], D_scale = 1, T_scale = 1;
+    Pending pending = {0, 0};
     unit(T);
     if (part.opens) load(D, state + ((size_t)part.s * H + h) * N * N), Q = nullptr;
     else zero(D), Q += Q ? record_at(part, span, H, h) : 0;
@@ -35,12 +36,14 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) find_T_and_D(
             Scales scale;
             if (lo == 0) wait_for_copies();
             __syncwarp();
-            hi = prepare<false>(m, lo, n, scale);
-            const float T_scale = scale_for(largest4(m.largest[OF_T]));
+            hi = prepare<false>(m, lo, n, scale, &pending);
+            const float T_scale_before = T_scale;
+            T_scale = scale_for(largest4(m.largest[OF_T]));
             __syncthreads();
             if (hi == n && t + L < last) fetch(m, in, t + L, min(L, last - t - L), H, h);
             scores(m);
-            scale_columns(D, m.exp_m, scale.value), scale_columns(T, m.exp_m, T_scale);
+            scale_columns(D, m.exp_m, scale.value * inverse(D_scale)), scale_columns(T, m.exp_m, T_scale * inverse(T_scale_before));
+            D_scale = scale.value;
             float DA[2][4], TA[2][4];
             zero(DA), zero(TA);
 #pragma unroll
@@ -62,8 +65,9 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) find_T_and_D(
                 right<64>(q, m.B, 0, 2 * x), multiply(D[x], U, q), multiply(T[x], UT, q);
                 right<64>(q, m.K, 0, 2 * x), multiply(D[x], V, q);
             }
-            scale_columns(D, m.exp_m, inverse(scale.value)), scale_columns(T, m.exp_m, inverse(T_scale));
-            m.largest[OF_S][warp] = largest(D), m.largest[OF_T][warp] = largest(T);
+            const float exp_m = most(pending);
+            m.largest[OF_S][warp] = largest(D) * exp_m * inverse(D_scale);
+            m.largest[OF_T][warp] = largest(T) * exp_m * inverse(T_scale);
             const int i = threadIdx.x;
             if (Q && i >= lo && i < hi) Q[L * N / 2 + i] = inverse(T_scale) * inverse(scale.r);
         }
@@ -74,8 +78,11 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE) find_T_and_D(
             Q += RECORD;
         }
     }
-    if (spans && !part.opens) store(state_at_border(spans, part.border - 1, H, h) + N * N, T);
-    if (spans && !part.closes) store(state_at_border(spans, part.border, H, h), D);
+    if (!spans) return;
+    no_longer(m, pending);
+    scale_columns(D, m.exp_m, inverse(D_scale)), scale_columns(T, m.exp_m, inverse(T_scale));
+    if (!part.opens) store(state_at_border(spans, part.border - 1, H, h) + N * N, T);
+    if (!part.closes) store(state_at_border(spans, part.border, H, h), D);
 }
 
 // What a lane has of 16 tokens: dy of 2 channels and 8 of them, what those are multiplied by, and Q'
