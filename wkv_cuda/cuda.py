@@ -1,9 +1,9 @@
 """The recurrence on tensor cores, 16 tokens at a time: wkv6_chunk.cu and wkv7_chunk.cu.
 
 bf16 in and out, head size 64, compute capability 8.0 and newer. Products are of fp16 numbers,
-scaled by powers of two and summed in fp32; the carried state is fp32. For the backward pass one
-fp16 state per 32 tokens is kept. No atomics, so the same inputs give the same bits. Built together
-with the sequential kernels (cuda_seq.py), which take everything else.
+scaled by powers of two and summed in fp32; the carried state is fp32. For the backward pass an
+fp16 state per 32 tokens is kept, or per 16 (keep). No atomics, so the same inputs give the same
+bits. Built together with the sequential kernels (cuda_seq.py), which take everything else.
 """
 
 import functools
