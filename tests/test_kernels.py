@@ -281,7 +281,18 @@ def test_spans(version, kind, few, device, monkeypatch):
 
 
 @both
-def test_spans_of_any_documents(version, device, monkeypatch):
+def test_spans_where_chunks_end_early(version, device, monkeypatch):
+    """A token's part of the gradient at a border has a scale of its own then. For the initial state alone it counts in full."""
+    monkeypatch.setattr(cuda, "span", lambda *sizes: 64)
+    monkeypatch.setattr(cuda, "are_few", lambda *sizes: True)
+    inputs, dy, dstate = make(version, 200, H=1)
+    inputs[1][:, 64:80:5] = -9.0
+    dy[:, :69] = 0  # the initial state's gradient is then the one at the border, carried on
+    check(version, (inputs, dy, dstate * 0), "plain", device)
+
+
+@both
+def test_spans_of_any_documents(version, device, monkeypatch, request):
     monkeypatch.setattr(cuda, "span", lambda *sizes: 64)
     cut = random.Random(version)
     for seed in range(3):
@@ -291,6 +302,12 @@ def test_spans_of_any_documents(version, device, monkeypatch):
     case = make(version, 330, H=2, sequences=5)  # and the same bits twice, as everywhere
     first, again = (run(version, *case, device, cu_seqlens=borders) for _ in range(2))
     assert all(torch.equal(x, again[name]) for name, x in first.items())
+    if device == "cpu":  # and in any order of warps
+        library = request.getfixturevalue("library_on_cpu")
+        library.cuda_on_cpu_reverse(1)
+        again = run(version, *case, device, cu_seqlens=borders)
+        library.cuda_on_cpu_reverse(0)
+        assert all(torch.equal(x, again[name]) for name, x in first.items())
 
 
 @both
