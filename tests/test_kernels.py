@@ -282,7 +282,7 @@ def test_spans(version, kind, few, device, monkeypatch):
 
 @both
 def test_spans_where_chunks_end_early(version, device, monkeypatch):
-    """A token's part of the gradient at a border has a scale of its own then. For the initial state alone it counts in full."""
+    """A token's part of the gradient at a border has a scale of its own then."""
     monkeypatch.setattr(cuda, "span", lambda *sizes: 64)
     monkeypatch.setattr(cuda, "are_few", lambda *sizes: True)
     inputs, dy, dstate = make(version, 200, H=1)
