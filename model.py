@@ -19,7 +19,8 @@ Glossary of shapes
           in pieces or token by token gives the same numbers.
 
 Parameters may be float32 while the network computes in bfloat16: `model.compute_dtype` is what
-activations are in, and every weight is cast where it is used. The decay and the state stay float32.
+activations are in, and every weight is cast where it is used (wkv_cuda/casts.py). The decay and the
+state stay float32.
 """
 
 import math
@@ -27,7 +28,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from wkv_cuda import fused, packed, wkv6, wkv7
+from wkv_cuda import casts, fused, packed, wkv6, wkv7
+from wkv_cuda.casts import cast
 
 import torch
 import torch.nn as nn
@@ -94,7 +96,7 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x):
-        return fused.linear(x, self.weight.to(x.dtype))
+        return fused.linear(x, cast(self.weight, x.dtype))
 
     def whole_weight(self):
         """What forward multiplies with, [out, in]; with an adapter it is more than the weight."""
@@ -103,7 +105,7 @@ class Linear(nn.Linear):
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        weight, bias = cast(self.weight, x.dtype), cast(self.bias, x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
@@ -117,10 +119,10 @@ def vector(C):
 
 def low_rank(x, down, up, activation=None):
     """activation(x @ down) @ up; these pairs are stored [in, rank], [rank, out]."""
-    h = fused.linear(x, down.to(x.dtype).mT)
+    h = fused.linear(x, cast(down, x.dtype).mT)
     if activation is not None:
         h = activation(h)
-    return fused.linear(h, up.to(x.dtype).mT)
+    return fused.linear(h, cast(up, x.dtype).mT)
 
 
 class Packing(NamedTuple):
@@ -275,9 +277,9 @@ class TimeMix6(nn.Module):
         B, T, C = x.shape
         x_prev, shift = token_shift(x, shift, packing)
         (x_x,) = fused.mix(x, x_prev, self.time_maa_x)  # x + (x_prev - x) * time_maa_x
-        h = torch.tanh(fused.linear(x_x, self.time_maa_w1.to(x.dtype).mT)).unflatten(-1, (5, -1))
+        h = torch.tanh(fused.linear(x_x, cast(self.time_maa_w1, x.dtype).mT)).unflatten(-1, (5, -1))
         h = h.movedim(2, 0).contiguous()  # [5, B, T, rank]
-        ups = self.time_maa_w2.to(x.dtype)  # [5, rank, C]
+        ups = cast(self.time_maa_w2, x.dtype)  # [5, rank, C]
         h = [fused.linear(part, up.mT) for part, up in zip(h, ups, strict=True)]
         # x_w = x + (x_prev - x) * (time_maa_w + h[0]), and so on
         maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
@@ -290,7 +292,7 @@ class TimeMix6(nn.Module):
         logw = -torch.exp(decay + low_rank(x_w, self.time_decay_w1, self.time_decay_w2, torch.tanh))
 
         r, logw, k, v = (t.view(B, T, self.H, self.N) for t in (r, logw, k, v))
-        u = self.time_faaaa.to(x.dtype)
+        u = cast(self.time_faaaa, x.dtype)
         y, wkv = wkv6(r, logw, k, v, u, wkv, cu_seqlens=packing.cu_seqlens)
         y = fused.readout(y, g, self.ln_x)  # norm(y) * g
         return self.output(y), v_first, shift, wkv
@@ -350,6 +352,7 @@ class RWKV(nn.Module):
         self.tuned, self.task = nn.ModuleList(), 0  # states to start from, and the one in use
         self.compute_dtype = None  # of activations; None: the embedding's own
         self.grad_cp = False  # recompute blocks in backward: less memory, about a third more time
+        self.keep_casts = True  # without grad_cp: cast float32 weights once for an optimiser step
         for name, p in self.named_parameters():
             if not p.is_meta:
                 init_parameter(name, p.data, c)
@@ -441,7 +444,8 @@ class RWKV(nn.Module):
             if self.grad_cp and torch.is_grad_enabled():
                 after = checkpoint(block, x, v_first, *before, packing, use_reentrant=False)
             else:
-                after = block(x, v_first, *before, packing)
+                with casts.keep(block, x.dtype, self.keep_casts):
+                    after = block(x, v_first, *before, packing)
             x, v_first, *after = after
             layers.append(after)
         wkv, att_shift, ffn_shift = map(torch.stack, zip(*layers, strict=True))
@@ -451,7 +455,8 @@ class RWKV(nn.Module):
         """x [B, T, C] from `hidden`, targets [B, T] -> TokenScores"""
         h, targets_flat = x.flatten(0, 1), targets.flatten().long()  # [B T, C], [B T]
         weight = self.head.whole_weight()
-        scores = fused.score_tokens(h, weight, targets_flat, temperature, l2wrap)
+        with casts.keep(self.head, x.dtype, self.keep_casts and not self.grad_cp):
+            scores = fused.score_tokens(h, weight, targets_flat, temperature, l2wrap)
         return TokenScores(*(values.view(targets.shape) for values in scores))
 
     def token_logprobs(self, idx, targets, state=None, *, cu_seqlens=None, temperature=1.0):

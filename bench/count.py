@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from gosling import shard
 from gosling.optimizer import block_size
 from model import RWKV, RWKVConfig
-from wkv_cuda import fused
+from wkv_cuda import casts, fused
 
 import torch
 import torch.distributed as dist
@@ -303,6 +303,9 @@ def run_step(model, memory, layout, is_sharded):
         memory.sent.clear()
         memory.phase = "forward"
         scores, _ = model(idx, targets=idx)
+        for module in model.modules():  # blocks and head, where float32 weights have copies
+            for copy in casts.of_modules[module].copies if module in casts.of_modules else ():
+                memory.see(copy.untyped_storage(), "copies")
         memory.phase = "backward"
         scores.logps.sum().backward()
         del scores

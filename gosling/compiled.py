@@ -38,6 +38,7 @@ def compile_blocks(model, cfg, backend="inductor"):
     if missing := form.unavailable():
         raise UserError(f"compile needs the compiled recurrence: {missing}; leave it out")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    model.keep_casts = False  # a graph has casts of its own, fused with what reads them
     for block in model.blocks:
         # Of the forward alone, so that hooks and checkpointing stay outside of the graph.
         compiled = torch.compile(block.forward, dynamic=True, fullgraph=True, backend=backend)

@@ -20,7 +20,7 @@ from gosling.batch import pack_ids
 from gosling.choice import settings_of, together
 from gosling.config import Share, UserError, check
 from gosling.grammar import bits_of, grammar_of
-from gosling.graph import STATE, Lean, Rows, advance, choose, graphs_for
+from gosling.graph import STATE, Rows, advance, choose, copies_for, graphs_for
 from gosling.shard import place, shards
 from gosling.tokenizer import agree, recorded_tokenizer, tokenizer_of
 from gosling.tune import load_model
@@ -360,7 +360,7 @@ class Engine:
         self.model, self.n_slots = model, n_slots
         self.native = fused.decoder(model)  # writes the state in place; None: not possible here
         self.graphs = graphs or graphs_for(model)
-        self.lean = Lean(model)
+        self.copies = copies_for(model)
         self.queue = deque()  # (request, indices of equal prompts) that are not read yet
         self.ready = deque()  # (Slot, its prompt's logits [V], its prompt's state [L, ...])
         self.slots = [None]  # a Slot or None, as many as there are rows
@@ -369,7 +369,7 @@ class Engine:
 
     def submit(self, request):
         """Queue a request, for the model's weights of now; `step` starts it when slots are free."""
-        self.lean.refresh()
+        self.copies.refresh()
         self.queue.extend((request, equal) for equal in request.groups())
 
     def cancel(self, request):
@@ -396,15 +396,16 @@ class Engine:
         Where slots are free and something waits it is the first token of those that start. An empty
         list: nothing is left to do.
         """
-        if started := self.fill():
-            at, logits = zip(*started, strict=True)
-            return self.land(self.launch(list(at), torch.stack(logits)))
-        pieces = []
-        while self.live() and not pieces:
-            now = self.flight or self.launch()
-            self.flight = self.launch() if self.is_ahead() else None
-            pieces = self.land(now)
-        return pieces
+        with self.copies.in_use():
+            if started := self.fill():
+                at, logits = zip(*started, strict=True)
+                return self.land(self.launch(list(at), torch.stack(logits)))
+            pieces = []
+            while self.live() and not pieces:
+                now = self.flight or self.launch()
+                self.flight = self.launch() if self.is_ahead() else None
+                pieces = self.land(now)
+            return pieces
 
     def launch(self, at=None, logits=None):
         """Queue a token of every slot, or of those in the rows `at` from these logits -> Flight"""
@@ -428,9 +429,9 @@ class Engine:
         if at is not None:
             choose(logits, rows, kind, index)
         elif self.graphs:
-            self.graphs.advance(self.lean.network, rows, kind)
+            self.graphs.advance(self.model, rows, kind)
         else:
-            advance(self.lean.network, self.native, rows, kind, index)
+            advance(self.model, self.native, rows, kind, index)
         return Flight(slots, rows.receive())
 
     def is_ahead(self):

@@ -20,10 +20,10 @@ from gosling.config import warn
 from gosling.grammar import ADDED, masked
 from gosling.shard import STAY_WHOLE, is_sharded
 from model import packing_of
+from wkv_cuda import casts
 from wkv_cuda.cuda_token import in_place
 
 import torch
-import torch.nn as nn
 
 STATE = ("wkv", "att_shift", "ffn_shift")  # [L, B, ...]; all else is [B, ...]
 
@@ -211,28 +211,14 @@ def graphs_for(model):
 # weights
 
 
-class Lean:
-    """A network that shares a model's weights, those that it would cast at every token apart.
+def copies_for(model):
+    """wkv_cuda.casts.Copies of the weights that a step would cast anew at every token.
 
-    Of float32 weights under bfloat16 activations it has copies in bfloat16, and so computes the
-    same numbers.
+    None of those that are read as they are: of the embedding rows are read, and then cast.
     """
-
-    def __init__(self, model):
-        self.network, self.pairs = model, []  # (a copy, the weight)
-        dtype, twins = model.compute_dtype, {}
-        for name, p in model.named_parameters():
-            as_it_is = name.endswith(STAY_WHOLE) or name.startswith(("score.", "tuned."))
-            twins[id(p)] = p
-            if dtype not in (None, p.dtype) and not as_it_is and not is_sharded(model):
-                twins[id(p)] = nn.Parameter(torch.empty_like(p, dtype=dtype), requires_grad=False)
-                self.pairs.append((twins[id(p)], p))
-        if self.pairs:
-            base = getattr(model, "extra_base", {})
-            self.network = copy.deepcopy(model, {**twins, id(base): base})
-
-    @torch.no_grad()
-    def refresh(self):
-        """Bring the copies up to date, at the addresses that they have."""
-        for twin, p in self.pairs:
-            twin.copy_(p)
+    dtype, weights = model.compute_dtype, []
+    for name, p in model.named_parameters():
+        is_read_so = name.endswith(STAY_WHOLE) or name.startswith(("emb.", "score.", "tuned."))
+        if dtype not in (None, p.dtype) and not is_read_so and not is_sharded(model):
+            weights.append(p)
+    return casts.Copies(weights, dtype)

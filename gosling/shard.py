@@ -174,6 +174,7 @@ def to_shares(module, model, mesh, dtype, cfg):
         offload_policy=CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy(),
         ignored_params=stay_whole,
     )
+    model.keep_casts = False  # what is gathered is in the dtype to compute in
 
 
 def axis_of(p):

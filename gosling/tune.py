@@ -32,6 +32,7 @@ from gosling.weights import (
 from gosling.weights import fingerprint as fingerprint_of
 from model import NEVER_TRAINED, Linear
 from wkv_cuda import fused
+from wkv_cuda.casts import cast
 
 import torch
 import torch.nn as nn
@@ -63,8 +64,8 @@ class LoRALinear(Linear):
         y = super().forward(x)
         if not self.enabled:
             return y
-        h = fused.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.to(x.dtype))
-        return torch.add(y, fused.linear(h, self.lora_B.to(x.dtype)), alpha=self.lora_scale)
+        h = fused.linear(F.dropout(x, self.lora_dropout, self.training), cast(self.lora_A, x.dtype))
+        return torch.add(y, fused.linear(h, cast(self.lora_B, x.dtype)), alpha=self.lora_scale)
 
 
 def task_states(model, tasks):
@@ -190,9 +191,11 @@ def reference(model):
     trained = {name: local(model.get_parameter(name).detach()).clone() for name in base}
     for name, value in base.items():
         fill(model.get_parameter(name).data, value)
+    keeps, model.keep_casts = model.keep_casts, False  # they do not see what `.data` is given
     try:
         yield model
     finally:
+        model.keep_casts = keeps
         for adapter in adapters:
             adapter.enabled = True
         model.tuned = tuned

@@ -9,7 +9,7 @@ import math
 
 from gosling import choice, engine, graph
 from gosling.tokenizer import load_tokenizer
-from wkv_cuda import cpu, cuda_seq, cuda_token, fused
+from wkv_cuda import casts, cpu, cuda_seq, cuda_token, fused
 
 import helpers
 import pytest
@@ -317,24 +317,52 @@ def test_copies_of_weights_give_the_same_numbers_and_follow_them(tune):
     model = random_model().bfloat16()
     model.compute_dtype = torch.bfloat16
     model.set_tune(tune, **({"r": 4, "extra": ("ln",)} if tune == "lora" else {}))
-    lean = graph.Lean(model)
-    copied = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert {id(p) for _, p in lean.pairs} == {
-        id(p) for name, p in model.named_parameters() if name in copied and "att.w0" not in name
+    copies = graph.copies_for(model)
+    as_they_are = ("emb.weight", "att.w0")
+    assert {id(p) for p in copies.weights} == {
+        id(p)
+        for name, p in model.named_parameters()
+        if p.dtype == torch.float32 and not name.endswith(as_they_are)
     }
-    places = [twin.data_ptr() for twin, _ in lean.pairs]
+    places = [copy.data_ptr() for copy in copies.copies]
     ids, before = torch.tensor([[3], [5]]), torch.zeros(())
     for _ in range(2):
+        for p in copies.weights:
+            p.data += 0.05 * torch.randn_like(p)
+        copies.refresh()
         with torch.no_grad():
-            for _, p in lean.pairs:
-                p += 0.05 * torch.randn_like(p)
-        lean.refresh()
-        with torch.no_grad():
-            want, got = model(ids)[0], lean.network(ids)[0]
+            want = model(ids)[0]
+            with copies.in_use():
+                got = model(ids)[0]
         assert torch.equal(got, want) and not torch.equal(want, before)
-        assert [twin.data_ptr() for twin, _ in lean.pairs] == places
+        assert [copy.data_ptr() for copy in copies.copies] == places
         before = want
-    assert graph.Lean(random_model()).pairs == []
+
+
+def test_a_step_casts_no_weight(in_pytorch):
+    """With copies in use a step makes nothing in bfloat16 of a weight in float32."""
+    model = random_model().bfloat16()
+    model.compute_dtype = torch.bfloat16
+    model.set_tune("full")
+    places = {p.data_ptr() for p in model.parameters() if p.dtype == torch.float32}
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            if op is torch.ops.aten._to_copy.default and args[0].data_ptr() in places:
+                self.count += 1
+            return out
+
+    rows, copies = graph.Rows(model), graph.copies_for(model)
+    kind = choice.Kind(True, False, 0, False, True, False, False)  # the likeliest token
+    counts = []
+    for table in (copies.table, {}):
+        with torch.no_grad(), casts.use(table), Casts() as counted:
+            graph.advance(model, None, rows, kind)
+        counts.append(counted.count)
+    assert counts[0] == 0 and counts[1] > 64
 
 
 def test_an_engine_decodes_with_copies_of_the_weights_of_now(in_pytorch):

@@ -48,6 +48,14 @@ def test_one_card_holds_all_weights():
     assert counted.peak["gradients"] + counted.peak["activations"] > 4 * TRAINED
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_without_grad_cp_what_blocks_and_head_have_in_float32_has_copies(accumulation):
+    counted = count(grad_cp=False, accumulation=accumulation)
+    assert counted.peak["copies"] == counted.after["copies"] == 2 * (L * BLOCK + 2 * C + V * C)
+    assert "copies" not in count(accumulation=accumulation).peak
+    assert "copies" not in count(grad_cp=False, dtype="float32", accumulation=accumulation).peak
+
+
 def test_with_ddp_every_card_holds_all_and_the_gradients_twice():
     counted, alone = count(gpus=4), count()
     assert {**alone.peak, "buckets": 4 * TRAINED} == counted.peak

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu, native
+from .casts import cast, copy_in_use
 
 # ----------------------------------------------------------------------------------------------
 # matrix products
@@ -184,7 +185,7 @@ def mix(x, x_prev, *weights, offsets=None):
     offsets: as many [B, T, C], and each m is m + its offset.
     ValueError for shapes that do not fit: PyTorch would repeat what is too short.
     """
-    weights = [m.to(x.dtype) for m in weights]
+    weights = [cast(m, x.dtype) for m in weights]
     if cpu.fits(x):
         J = len(weights)
         offsets = [None] * J if offsets is None else offsets
@@ -211,7 +212,7 @@ def gates7(k, v, v_first, w, a, v_gate, w0, a0, v0, k_k, k_a, head_size):
 
     -> log w, in float32, k, v, -kappa, kappa * a: what wkv7 takes.
     """
-    w0, a0, k_k, k_a, v0 = (as_float32(w0), *(p.to(k.dtype) for p in (a0, k_k, k_a, v0)))
+    w0, a0, k_k, k_a, v0 = (as_float32(w0), *(cast(p, k.dtype) for p in (a0, k_k, k_a, v0)))
     if cpu.fits(k) and head_size in cpu.HEAD_SIZES:
         of_residual = (v, v_first, v_gate, v0) if v_first is not None else (None, None, None, None)
         v_in, v_first, v_gate, v0 = of_residual
@@ -236,8 +237,8 @@ def readout(y, g, norm, r=None, k=None, v=None, r_k=None):
     RWKV-6.
     """
     head_size, dtype = y.shape[-1], y.dtype
-    weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
-    r_k = None if r_k is None else r_k.to(dtype)
+    weight, bias = cast(norm.weight, dtype), cast(norm.bias, dtype)
+    r_k = None if r_k is None else cast(r_k, dtype)
     if cpu.fits(y) and head_size in cpu.HEAD_SIZES:
         vectors = [t if t is None else t.flatten(2) for t in (y, g, r, k, v)]
         return Fused.apply("readout", head_size, 5, 1, *vectors, weight, bias, r_k)[0]
@@ -289,7 +290,9 @@ def score_tokens(h, weight, targets, temperature=1.0, l2wrap=0.0):
         )
     native.check("targets", targets, h.shape[:1], (torch.int64,), h.device)
     form = score_in_triton(h.device) if takes_triton(h) else ScoreTokens
-    return form.apply(h, weight, targets, temperature, l2wrap)
+    copy = copy_in_use(weight, h.dtype)
+    copy = None if copy is None else copy.detach()  # the gradient is the weight's, in its dtype
+    return form.apply(h, weight, targets, temperature, l2wrap, copy)
 
 
 def takes_triton(h):
@@ -317,6 +320,8 @@ class ScoreTokens(torch.autograd.Function):
     """A few rows of logits at a time, recomputed in backward. With z and p = softmax(z):
 
     d logp_y / dz = onehot(y) - p          d entropy / dz = -p (log p + entropy)
+
+    copy: of the weight in the dtype of h, if one is kept; else it is cast, in backward again.
     """
 
     @staticmethod
@@ -328,14 +333,14 @@ class ScoreTokens(torch.autograd.Function):
         return max(256, (2**26 if h.is_cuda else 2**22) // len(weight))
 
     @staticmethod
-    def forward(ctx, h, weight, targets, temperature, l2wrap):
-        w, n = weight.to(h.dtype), ScoreTokens.rows_at_a_time(h, weight)
+    def forward(ctx, h, weight, targets, temperature, l2wrap, copy=None):
+        w, n = weight.to(h.dtype) if copy is None else copy, ScoreTokens.rows_at_a_time(h, weight)
         scores = []
         for x, y in zip(h.split(n), targets.split(n), strict=True):
             z = as_float32(product(x, w))
             scores.append(cpu.score_rows(z, y, temperature) or score_rows(z / temperature, y))
         logps, entropy, hits, lse = (torch.cat(column) for column in zip(*scores, strict=True))
-        ctx.save_for_backward(h, weight, targets, lse, entropy)
+        ctx.save_for_backward(h, weight, targets, lse, entropy, copy)
         ctx.temperature, ctx.l2wrap = temperature, l2wrap
         ctx.mark_non_differentiable(hits)
         ctx.set_materialize_grads(False)
@@ -343,8 +348,8 @@ class ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlogps, dentropy, _):
-        h, weight, targets, lse, entropy = ctx.saved_tensors
-        w, n = weight.to(h.dtype), ScoreTokens.rows_at_a_time(h, weight)
+        h, weight, targets, lse, entropy, copy = ctx.saved_tensors
+        w, n = weight.to(h.dtype) if copy is None else copy, ScoreTokens.rows_at_a_time(h, weight)
         dlogps = torch.zeros_like(lse) if dlogps is None else dlogps
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -362,7 +367,7 @@ class ScoreTokens(torch.autograd.Function):
                 dh[q] = product(dz, w.mT)
             if dw is not None:
                 dw += weight_gradient(dz, h[q])
-        return dh, dw, None, None, None
+        return dh, dw, None, None, None, None
 
 
 def score_rows(z, y):

@@ -28,16 +28,16 @@ class ScoreTokens(torch.autograd.Function):
     """fused.ScoreTokens, with its arguments and results."""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, temperature, l2wrap):
+    def forward(ctx, h, weight, targets, temperature, l2wrap, copy=None):
         (M, _), V = h.shape, len(weight)
         logps, entropy, lse = (h.new_empty(M, dtype=torch.float32) for _ in range(3))
         top = targets.new_empty(M, dtype=torch.int32)
-        w, targets = weight.to(h.dtype), targets.contiguous()
+        w, targets = weight.to(h.dtype) if copy is None else copy, targets.contiguous()
         for q, z in chunks(h, V):
             torch.mm(h[q], w.mT, out=z)
             score_rows(z, targets[q], temperature, (logps[q], entropy[q], lse[q], top[q]))
         hits = top == targets
-        ctx.save_for_backward(h, weight, targets, lse, entropy, top)
+        ctx.save_for_backward(h, weight, targets, lse, entropy, top, copy)
         ctx.temperature, ctx.l2wrap = temperature, l2wrap
         ctx.mark_non_differentiable(hits)
         ctx.set_materialize_grads(False)
@@ -45,12 +45,12 @@ class ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlogps, dentropy, _):
-        h, weight, targets, lse, entropy, top = ctx.saved_tensors
+        h, weight, targets, lse, entropy, top, copy = ctx.saved_tensors
         dlogps = torch.zeros_like(lse) if dlogps is None else dlogps.contiguous()
         dentropy = None if dentropy is None else dentropy.contiguous()
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        w = weight.to(h.dtype)
+        w = weight.to(h.dtype) if copy is None else copy
         for q, z in chunks(h, len(weight)):
             torch.mm(h[q], w.mT, out=z)  # the same product as in the forward: the same logits
             scores = (entropy[q], lse[q], top[q])
@@ -60,7 +60,7 @@ class ScoreTokens(torch.autograd.Function):
                 torch.mm(z, w, out=dh[q])
             if dw is not None:
                 add_product(dw, z, h[q])
-        return dh, dw, None, None, None
+        return dh, dw, None, None, None, None
 
 
 def rows_at_a_time(h, V):
