@@ -1,5 +1,6 @@
 """What several test files use. Tests import helpers from here, never from each other."""
 
+import copy
 import json
 import os
 import re
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from gosling import config, runs
 from gosling.token_files import TokenFileWriter
+from gosling.tune import write_tuned
+from gosling.weights import read_metadata, read_weights, write_weights
 from model import RWKV, RWKVConfig
 
 import numpy as np
@@ -30,7 +33,14 @@ GROUPS = [
     ([7], [[3, 0], [1, 1, 1, 0]]),
     (list(range(40, 80)), [[9] * 20, [8, 0]]),
 ]
-
+# What tokenizers and chat templates may get wrong: blanks, quotes, several alphabets.
+TEXT = "Hello!  Two spaces,\n\n\ttabs. 今天是美好的一天。 наука 🎉 it's \"x\" 'y' \\n\n\n-\n"
+CHAT = [
+    {"role": "system", "content": "Be kind.\n\n\nAlways. "},
+    {"role": "user", "content": " Hi\nthere"},
+    {"role": "assistant", "content": "Hello!\n\nYes?"},
+    {"role": "user", "content": "Go on."},
+]
 
 # Of a policy loss: 5 rows of up to 6 tokens, one masked whole, one with a hole.
 A = [1.2, -0.7, 0.4, -1.5, 0.9]
@@ -74,6 +84,20 @@ def tune(model, tasks=1, scale=0.3, **options):
         for p in model.tuned.parameters():
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape, generator=g) * scale)
+    return model
+
+
+def lora(model, path, about=None, **options):
+    """An adapter that matters, saved with what it says of itself; -> a model with it on."""
+    model = copy.deepcopy(model).eval()
+    model.set_tune("lora", **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn_like(p)
+    written = write_tuned(model, path.parent, "trained", about=about)
+    write_weights(read_weights(written), path, read_metadata(written))  # a .pth carries no metadata
+    written.unlink()
     return model
 
 

@@ -4,19 +4,18 @@ Names and shapes are compared with tables that are written out here. What needs 
 where it is installed.
 """
 
-import copy
 import json
 
 import export
 from gosling.config import UserError
-from gosling.tune import load_model, lora_options, write_tuned
+from gosling.tune import load_model, lora_options
 from gosling.weights import read_metadata, read_weights, write_state
 from model import RWKV
 
 import pytest
 import torch
 import torch.nn as nn
-from helpers import RANKS, random_model
+from helpers import RANKS, lora, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -52,24 +51,13 @@ def same(one, other):
 # ----------------------------------------------------------------------------------------------
 # PEFT
 
-
-def lora(model, path, **options):
-    """An adapter that matters, saved; -> the model with it on."""
-    model = copy.deepcopy(model).eval()
-    model.set_tune("lora", **options)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += 0.05 * torch.randn_like(p)
-    about = {"model": "a.pth", "tokenizer": "bytes"}
-    write_tuned(model, path.parent, "trained", about=about).rename(path)
-    return model
+ABOUT = {"model": "a.pth", "tokenizer": "bytes"}  # what an adapter's file says
 
 
 def to_peft(tmp_path, to="peft", **options):
     """-> (base, base with its adapter on, the folder that PEFT reads)"""
     base = saved("x070", tmp_path / "a.pth")
-    on = lora(base, tmp_path / "l.safetensors", **options)
+    on = lora(base, tmp_path / "l.safetensors", ABOUT, **options)
     folder = tmp_path / "theirs"
     run("convert", f"--model={tmp_path}/l.safetensors", f"--out={folder}", f"--to={to}")
     return base, on, folder

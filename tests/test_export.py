@@ -1,7 +1,6 @@
 """export.py: merged files against the network with its adapter on and against the official package,
 bit-exact round trips, fla's layout by its own names, what inspect says, and every refusal."""
 
-import copy
 import json
 import re
 
@@ -10,14 +9,12 @@ import prepare
 from gosling.config import UserError
 from gosling.hub_folder import CHAT_TEMPLATE
 from gosling.tokenizer import train_bpe
-from gosling.tune import write_tuned
-from gosling.weights import read_metadata, read_weights, write_weights
 from model import RWKV
 from wkv_cuda import wkv7
 
 import pytest
 import torch
-from helpers import RANKS, random_model
+from helpers import RANKS, lora, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -38,20 +35,6 @@ def saved(version, path, **sizes):
 def logits(model, state=None):
     with torch.no_grad():
         return model(IDX, state)[0]
-
-
-def lora(model, path, **options):
-    """An adapter that matters, saved; -> the model with it on."""
-    model = copy.deepcopy(model).eval()
-    model.set_tune("lora", **options)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += 0.05 * torch.randn_like(p)
-    written = write_tuned(model, path.parent, "trained")
-    write_weights(read_weights(written), path, read_metadata(written))  # a .pth carries no metadata
-    written.unlink()
-    return model
 
 
 def same(one, other, names=None):

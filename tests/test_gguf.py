@@ -19,15 +19,7 @@ from model import RWKV
 
 import pytest
 import torch
-from helpers import RANKS, ROOT, blocks_of, random_model
-
-TEXT = "Hello!  Two spaces,\n\n\ttabs. 今天是美好的一天。 наука 🎉 it's \"x\" 'y' \\n\n\n-\n"
-CHAT = [
-    {"role": "system", "content": "Be kind.\n\n\nAlways. "},
-    {"role": "user", "content": " Hi\nthere"},
-    {"role": "assistant", "content": "Hello!\n\nYes?"},
-    {"role": "user", "content": "Go on."},
-]
+from helpers import CHAT, RANKS, ROOT, TEXT, blocks_of, random_model
 
 # What llama.cpp creates for a layer of width 128 with 2 heads (src/models/rwkv7.cpp, rwkv6.cpp), of
 # RANKS, as numpy has it: the last axis first there. "f": float32 in every file.

@@ -20,16 +20,9 @@ from model import RWKV
 
 import pytest
 import torch
-from helpers import ROOT, random_model
+from helpers import CHAT, ROOT, TEXT, random_model
 from safetensors.torch import load_file
 
-TEXT = 'Hello!  Two spaces,\n\n\ttabs. 今天是美好的一天。 наука 🎉 it\'s "x" \\n\n\n-\n'
-CHAT = [
-    {"role": "system", "content": "Be kind.\n\n\nAlways. "},
-    {"role": "user", "content": " Hi\nthere"},
-    {"role": "assistant", "content": "Hello!"},
-    {"role": "user", "content": "Go on."},
-]
 IDX = torch.randint(0, 320, (1, 40), generator=torch.Generator().manual_seed(1))
 TOKENIZERS = {
     "bytes": {},

@@ -9,6 +9,7 @@ import traceback
 import types
 
 import wkv_cuda
+from bench.count import to_fake
 from gosling import batch, processes, runs
 from gosling.token_files import TokenFileWriter
 from model import packing_of
@@ -31,14 +32,6 @@ DATA = {  # a script's rows, and settings of its own
     "train_dpo": ([PAIR] * 4, {}),
     "train_grpo": ([{"prompt": "one two"}] * 4, dict(num_generations=2, rollouts_every=0)),
 }
-
-
-def to_fake(model):
-    """Its parameters become those of the FakeTensorMode that is on."""
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            fake = torch.empty(p.shape, dtype=p.dtype)
-            setattr(module, name, torch.nn.Parameter(fake, requires_grad=p.requires_grad))
 
 
 def no_rollouts(sampler, prompts, cursor, cfg, run):
