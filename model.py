@@ -164,6 +164,9 @@ def token_shift(x, shift, packing):
     """x [B, T, C] and the input before the first token, shift [B or D, C]
     -> (x of the token before each, x_prev [B, T, C], the new shift)."""
     shift = shift.to(x.dtype)  # a state may come from a run in another precision
+    in_one_pass = fused.token_shift(x, shift, packing.cu_seqlens)
+    if in_one_pass:
+        return in_one_pass
     if packing.cu_seqlens is None:
         # A copy: a view would keep all of x, of every layer, until the state is put together.
         return torch.cat([shift[:, None], x[:, :-1]], 1), x[:, -1].clone()

@@ -159,24 +159,69 @@ def weight_gradient_shape(dy, x):
 # what lies between products
 
 
+def one_pass(x, head_size=64):
+    """The module with the form of the functions below that takes x: cpu, between, or None."""
+    form = None
+    if cpu.fits(x):
+        form = cpu
+    elif takes_triton(x):
+        form = between_on(x.device)
+    return form if form and head_size in form.HEAD_SIZES else None
+
+
+def wanted_by(form, parameters, dtype):
+    """Parameters as a form takes them: in the dtype of the vectors, but between.py reads any."""
+    if form not in (None, cpu):
+        return parameters
+    return [p if p is None else cast(p, dtype) for p in parameters]
+
+
+_between = {}  # of each device: between.py, or None where it does not work
+
+
+def between_on(device):
+    """between.py; None, and a line that says why, where it does not work."""
+    if device not in _between:
+        try:
+            from . import between
+
+            _between[device] = between  # the trial comes here again
+            missing = between.trial(device)
+        except ImportError as error:
+            missing = str(error)
+        if missing:
+            native.say(f"what lies between products runs in PyTorch, slower: {missing}")
+            _between[device] = None
+    return _between[device]
+
+
 class Fused(torch.autograd.Function):
-    """A function of train_cpu.cpp: one pass over memory, and one in backward. `cpu.fused` says what
-    the arguments are; tensors: the vectors, then the parameters."""
+    """A function of train_cpu.cpp or between.py, the `form`: one pass over memory, and one in
+    backward. `cpu.fused` says what the arguments are; tensors: the vectors, then the parameters."""
 
     @staticmethod
-    def forward(ctx, name, number, n_vectors, n_results, *tensors):
+    def forward(ctx, form, name, number, n_vectors, n_results, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.about = name, number, n_vectors, n_results
+        ctx.about = form, name, number, n_vectors, n_results
         vectors, parameters = tensors[:n_vectors], tensors[n_vectors:]
-        return tuple(cpu.fused(name, number, vectors, parameters, n_results))
+        return tuple(form.fused(name, number, vectors, parameters, n_results))
 
     @staticmethod
     def backward(ctx, *grads):
-        name, number, n_vectors, n_results = ctx.about
+        form, name, number, n_vectors, n_results = ctx.about
         tensors = ctx.saved_tensors  # read once: under checkpointing this is what recomputes
         vectors, parameters = tensors[:n_vectors], tensors[n_vectors:]
-        out = cpu.fused(name, number, vectors, parameters, n_results, list(grads))
-        return None, None, None, None, *out
+        out = form.fused(name, number, vectors, parameters, n_results, list(grads))
+        return None, None, None, None, None, *out
+
+
+def token_shift(x, shift, cu_seqlens):
+    """model.token_shift in one pass, on CUDA; None elsewhere. cu_seqlens: packed.CuSeqlens or None"""
+    form = one_pass(x)
+    if form in (None, cpu):
+        return None
+    borders = None if cu_seqlens is None else cu_seqlens.device
+    return form.TokenShift.apply(x, shift, borders)
 
 
 def mix(x, x_prev, *weights, offsets=None):
@@ -185,11 +230,11 @@ def mix(x, x_prev, *weights, offsets=None):
     offsets: as many [B, T, C], and each m is m + its offset.
     ValueError for shapes that do not fit: PyTorch would repeat what is too short.
     """
-    weights = [cast(m, x.dtype) for m in weights]
-    if cpu.fits(x):
-        J = len(weights)
+    J, form = len(weights), one_pass(x)
+    weights = wanted_by(form, weights, x.dtype)
+    if form:
         offsets = [None] * J if offsets is None else offsets
-        return Fused.apply("mix", J, 2 + J, J, x, x_prev, *offsets, *weights)
+        return Fused.apply(form, "mix", J, 2 + J, J, x, x_prev, *offsets, *weights)
     if x_prev.shape != x.shape or any(m.numel() != x.shape[-1] for m in weights):
         shapes = [tuple(t.shape) for t in (x, x_prev, *weights)]
         raise ValueError(
@@ -212,12 +257,15 @@ def gates7(k, v, v_first, w, a, v_gate, w0, a0, v0, k_k, k_a, head_size):
 
     -> log w, in float32, k, v, -kappa, kappa * a: what wkv7 takes.
     """
-    w0, a0, k_k, k_a, v0 = (as_float32(w0), *(cast(p, k.dtype) for p in (a0, k_k, k_a, v0)))
-    if cpu.fits(k) and head_size in cpu.HEAD_SIZES:
+    form = one_pass(k, head_size)
+    a0, k_k, k_a, v0 = wanted_by(form, (a0, k_k, k_a, v0), k.dtype)
+    w0 = as_float32(w0)
+    if form:
         of_residual = (v, v_first, v_gate, v0) if v_first is not None else (None, None, None, None)
         v_in, v_first, v_gate, v0 = of_residual
         tensors = (k, v_in, v_first, w, a, v_gate, w0, a0, k_k, k_a, v0)
-        logw, k, v_out, minus_kappa, kappa_a = Fused.apply("gates7", head_size, 6, 5, *tensors)
+        results = Fused.apply(form, "gates7", head_size, 6, 5, *tensors)
+        logw, k, v_out, minus_kappa, kappa_a = results
         return logw, k, v if v_first is None else v_out, minus_kappa, kappa_a
     a = torch.sigmoid(a0 + a)
     logw = -math.exp(-0.5) * torch.sigmoid(w0 + w)
@@ -236,12 +284,12 @@ def readout(y, g, norm, r=None, k=None, v=None, r_k=None):
     y r k v [B, T, H, N], g [B, T, C], r_k [H, N]; without r, k, v and r_k there is no sum, as in
     RWKV-6.
     """
-    head_size, dtype = y.shape[-1], y.dtype
-    weight, bias = cast(norm.weight, dtype), cast(norm.bias, dtype)
-    r_k = None if r_k is None else cast(r_k, dtype)
-    if cpu.fits(y) and head_size in cpu.HEAD_SIZES:
+    head_size = y.shape[-1]
+    form = one_pass(y, head_size)
+    weight, bias, r_k = wanted_by(form, (norm.weight, norm.bias, r_k), y.dtype)
+    if form:
         vectors = [t if t is None else t.flatten(2) for t in (y, g, r, k, v)]
-        return Fused.apply("readout", head_size, 5, 1, *vectors, weight, bias, r_k)[0]
+        return Fused.apply(form, "readout", head_size, 5, 1, *vectors, weight, bias, r_k)[0]
     z = F.layer_norm(y, y.shape[-1:], eps=64e-5).flatten(2)
     z = torch.addcmul(bias, z, weight)  # bias + z * weight
     if r is not None:
@@ -252,21 +300,21 @@ def readout(y, g, norm, r=None, k=None, v=None, r_k=None):
 
 def relu_squared(x):
     """max(x, 0)^2"""
-    if cpu.fits(x):
-        return ReluSquared.apply(x)
-    return torch.relu(x) ** 2
+    form = one_pass(x)
+    return ReluSquared.apply(form, x) if form else torch.relu(x) ** 2
 
 
 class ReluSquared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, form, x):
         ctx.save_for_backward(x)
-        return cpu.relu_squared(x)
+        ctx.form = form
+        return form.relu_squared(x)
 
     @staticmethod
     def backward(ctx, dout):
         (x,) = ctx.saved_tensors
-        return cpu.relu_squared(x, dout)
+        return None, ctx.form.relu_squared(x, dout)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -296,9 +344,11 @@ def score_tokens(h, weight, targets, temperature=1.0, l2wrap=0.0):
 
 
 def takes_triton(h):
-    """Whether head.py may take it: on CUDA, with content, and not while torch.compile records."""
+    """Whether Triton may take it: on CUDA, with content, and not while torch.compile records."""
+    if native.is_traced():  # len() would be a constant to it
+        return False
     is_plain = type(h) is torch.Tensor and h.is_cuda and len(h) > 0
-    return is_plain and h.dtype != torch.float64 and not native.is_traced()
+    return is_plain and h.dtype != torch.float64
 
 
 @functools.cache
