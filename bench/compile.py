@@ -4,14 +4,16 @@ python bench/compile.py          # RWKV-7, 6 layers of width 384, one thread, pr
 python bench/compile.py --count --n_embd=128      # operators of a layer, and kernels with --compile
 """
 
+import contextlib
 import functools
+import importlib.util
 import re
 import sys
 import time
+import types
 import unittest.mock
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch._inductor.utils import run_and_get_code
@@ -61,7 +63,7 @@ def tokens(network, ids, state):
 # ----------------------------------------------------------------------------------------------
 # counted: float32 weights that compute in bfloat16, as on a GPU
 
-NO_KERNEL = ("empty", "view", "detach", "alias", "lift")
+NO_KERNEL = ("empty", "view", "detach", "alias", "lift", "promote_types")
 
 
 class Operators(TorchDispatchMode):
@@ -82,22 +84,58 @@ def network(cfg, n_layer):
     return model
 
 
-def operators(cfg, n_layer, ids):
-    """-> operators of a forward, of a backward"""
+def between_without_kernels():
+    """wkv_cuda/between.py, whose kernels are only counted: Triton need not be installed."""
+    stand_in = {}
+    if importlib.util.find_spec("triton") is None:
+        triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
+        triton.language, language.constexpr = language, int
+        triton.jit = lambda f=None, **options: f or (lambda f: f)
+        triton.cdiv = lambda a, b: -(-a // b)
+        stand_in = {"triton": triton, "triton.language": language}
+    sys.modules.update(stand_in)
+    try:
+        from wkv_cuda import between, shift  # noqa: F401
+    finally:
+        for name in stand_in:
+            del sys.modules[name]
+    return between
+
+
+def operators(cfg, n_layer, ids, in_triton=False, **options):
+    """-> operators of a forward, of a backward, as a GPU takes them: in PyTorch, or in Triton what
+    lies between products"""
     model = network(cfg, n_layer)
     train(model, model, ids)
-    # Not the C++ of a CPU, but the PyTorch form that a GPU takes.
-    with unittest.mock.patch.object(cpu, "fits", lambda x: False), Operators() as operators:
-        scores, _ = model(ids[:, :-1], targets=ids[:, 1:])
-        forward = operators.n
+    form = between_without_kernels() if in_triton else None
+    counter = Operators()
+
+    def launch(*args, **options):
+        counter.n += 1
+
+    with contextlib.ExitStack() as stack:
+        patch = unittest.mock.patch.object
+        stack.enter_context(patch(fused, "one_pass", lambda x, head_size=64: form))
+        stack.enter_context(patch(cpu, "score_rows", lambda *args: None))
+        if form:
+            stack.enter_context(patch(form, "launch", launch))
+        stack.enter_context(counter)
+        scores, _ = model(ids[:, :-1], targets=ids[:, 1:], **options)
+        forward = counter.n
         scores.logps.mean().backward()
-        return forward, operators.n - forward
+    return forward, counter.n - forward
+
+
+def of_a_layer(cfg, ids, **options):
+    """-> operators of a forward, of a backward: what the third layer adds"""
+    two, three = operators(cfg, 2, ids, **options), operators(cfg, 3, ids, **options)
+    return dict(forward=three[0] - two[0], backward=three[1] - two[1])
 
 
 def kernels(cfg, ids):
     """-> what the compiled second block calls: {"forward": {"fused", "products"}, "backward"}"""
     model = network(cfg, 2)
-    compile_blocks(model, SimpleNamespace(compile=True))
+    compile_blocks(model, types.SimpleNamespace(compile=True))
     _, codes = run_and_get_code(train, model, model, ids)
     found = {}
     for code in codes:
@@ -113,9 +151,9 @@ def kernels(cfg, ids):
 
 def count(cfg):
     ids = torch.randint(0, cfg.vocab, (cfg.bsz, cfg.ctx + 1))
-    two, three = operators(cfg, 2, ids), operators(cfg, 3, ids)
-    plain = dict(forward=three[0] - two[0], backward=three[1] - two[1])
-    timer.report("compile", **vars(cfg), operators=plain, kernels=kernels(cfg, ids))
+    plain, triton = of_a_layer(cfg, ids), of_a_layer(cfg, ids, in_triton=True)
+    found = dict(operators=plain, triton=triton, kernels=kernels(cfg, ids))
+    timer.report("compile", **vars(cfg), **found)
 
 
 def main(cfg):

@@ -1,10 +1,11 @@
 """What lies between the products on CUDA, in Triton: one kernel each way, as train_cpu.cpp has it.
 
-The functions are those of fused.py, whose PyTorch forms are the specification; the backward passes
-are written out in train_cpu.cpp. A program takes a tile of rows x channels, the channels of a head
-where there are heads. It computes in float32, and reads and writes every tensor in its own dtype,
-parameters too, so that none is cast before. Of a parameter's gradient each program writes the sum
-over its rows, and PyTorch adds these up: no atomics, the same inputs give the same bits.
+The functions are those of fused.py, whose PyTorch forms are the specification (token_shift is in
+shift.py); the backward passes are written out in train_cpu.cpp. A program takes a tile of rows x
+channels, the channels of a head where there are heads. It computes in float32, and reads and writes
+every tensor in its own dtype, parameters too, so that none is cast before. Of a parameter's
+gradient each program writes the sum over its rows, and PyTorch adds these up: no atomics, the same
+inputs give the same bits.
 """
 
 from types import SimpleNamespace
@@ -20,48 +21,39 @@ HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COLUMNS = 128  # of a tile where there are no heads
 ROWS, ROWS_BACK = 16, 32  # of a tile
-BLOCK = 2048  # numbers that a program of relu_squared takes
 
 
 def fused(name, number, vectors, parameters, n_results, grads=None):
     """mix, gates7 or readout, as cpu.fused: results, or with `grads` the gradients of all inputs.
 
-    Of parameters there are gradients only if one of them wants its. ValueError for what does not
-    fit.
+    ValueError for what does not fit.
     """
     x, is_back = vectors[0], grads is not None
-    check(name, vectors, parameters, grads or [])
-    C = x.shape[-1]
-    M, width, rows = x.numel() // C, COLUMNS, ROWS_BACK if is_back else ROWS
+    C, rows, width = x.shape[-1], ROWS_BACK if is_back else ROWS, COLUMNS
     if name != "mix":
-        width = number
+        width = number  # a head
+    check(name, x.shape, x.device, (*vectors, *(grads or [])))
+    check(name, (C,), x.device, [p if p is None else p.flatten() for p in parameters])
+    M = x.numel() // C
     kernel, grid = KERNELS[name][is_back], (triton.cdiv(M, rows), triton.cdiv(C, width))
+    sizes = dict(C=C, WIDTH=width, ROWS=rows, num_warps=8 if is_back else 4)
     inputs = (in_one_piece(vectors), tuple(parameters))
-    options = dict(C=C, WIDTH=width, ROWS=rows, num_warps=4)
     if not is_back:
         results = native.empty_like([x] * n_results)
         if name == "gates7":  # log w
             results[0] = x.new_empty(x.shape, dtype=torch.float32)
-        launch(x, kernel, grid, (*inputs, tuple(results)), M, **options)
+        launch(x, kernel, grid, (*inputs, tuple(results)), M, **sizes)
         return results
-    sums = None
-    if any(p is not None and p.requires_grad for p in parameters):
-        sums = x.new_empty(grid[0], len(parameters), C, dtype=torch.float32)
     out = [None if t is None else t.new_empty(t.shape) for t in vectors]
-    io = (*inputs, in_one_piece(grads), tuple(out), sums)
-    launch(x, kernel, grid, io, M, **options)
-    return out + of_parameters(sums, parameters)
+    sums = x.new_empty(grid[0], len(parameters), C, dtype=torch.float32)
+    launch(x, kernel, grid, (*inputs, in_one_piece(grads), tuple(out), sums), M, **sizes)
+    return out + of_parameters(sums.sum(0), parameters)
 
 
-def check(name, vectors, parameters, grads):
-    """ValueError, unless vectors and gradients are alike, and each parameter is of C numbers."""
-    x = vectors[0]
-    for t in (*vectors, *grads):
+def check(name, shape, device, tensors):
+    for t in tensors:
         if t is not None:
-            native.check(f"{name}: a vector", t, x.shape, DTYPES, x.device)
-    for p in parameters:
-        if p is not None:
-            native.check(f"{name}: a parameter", p.flatten(), x.shape[-1:], DTYPES, x.device)
+            native.check(f"{name}: a tensor", t, shape, DTYPES, device)
 
 
 def in_one_piece(tensors):
@@ -69,10 +61,7 @@ def in_one_piece(tensors):
 
 
 def of_parameters(sums, parameters):
-    """sums [programs, parameters, C] -> the gradient of each parameter, in its shape and dtype."""
-    if sums is None:
-        return [None] * len(parameters)
-    sums = sums.sum(0)
+    """sums [parameters, C] -> the gradient of each parameter, in its shape and dtype."""
     dtypes = {p.dtype for p in parameters if p is not None}
     if len(dtypes) == 1:
         sums = sums.to(dtypes.pop())  # all at once
@@ -82,50 +71,13 @@ def of_parameters(sums, parameters):
 
 def relu_squared(x, dout=None):
     """max(x, 0)^2; with dout, that of the result: its gradient."""
-    native.check("relu_squared: x", x, x.shape, DTYPES, x.device)
-    x, out = x.contiguous(), x.new_empty(x.shape)
-    if dout is not None:
-        native.check("relu_squared: dout", dout, x.shape, DTYPES, x.device)
-        dout = dout.contiguous()
-    grid = (triton.cdiv(x.numel(), BLOCK),)
-    launch(x, relu_squared_kernel, grid, x, dout, out, x.numel(), BLOCK=BLOCK, num_warps=8)
+    check("relu_squared", x.shape, x.device, (x, dout))
+    C, out = x.shape[-1], x.new_empty(x.shape)
+    M = x.numel() // C
+    grid = (triton.cdiv(M, ROWS), triton.cdiv(C, COLUMNS))
+    io = (*in_one_piece((x, dout)), out)
+    launch(x, relu_squared_kernel, grid, io, M, C=C, WIDTH=COLUMNS, ROWS=ROWS, num_warps=4)
     return out
-
-
-class TokenShift(torch.autograd.Function):
-    """x [B, T, C], shift [B or D, C], the documents' borders [D + 1] or None for rows of one length
-    -> (x_prev, the new shift), as model.token_shift.
-
-    Each row of C that goes in comes out once. Backward takes the same ways back: it is the same
-    function with the tokens in the other order.
-    """
-
-    @staticmethod
-    def forward(ctx, x, shift, borders):
-        ctx.borders, ctx.documents = borders, len(shift)
-        ctx.set_materialize_grads(False)
-        return shift_rows(x, shift, borders, len(shift), is_back=False)
-
-    @staticmethod
-    def backward(ctx, dx_prev, dlast):
-        if dx_prev is None:  # nobody used what was shifted
-            return None, None, None
-        return *shift_rows(dx_prev, dlast, ctx.borders, ctx.documents, is_back=True), None
-
-
-def shift_rows(x, edges, borders, D, is_back):
-    """x [B, T, C], one token later or, back, earlier; what has no neighbour comes of edges [D, C],
-    or is 0 -> that, and [D, C], what leaves each document, or its edge, if it has no token."""
-    (_, T, C), out, left = x.shape, x.new_empty(x.shape), x.new_empty(D, x.shape[-1])
-    for t in (x, edges):
-        if t is not None:
-            native.check("token_shift", t, (*t.shape[:-1], C), DTYPES, x.device)
-    M, edges = x.numel() // C, None if edges is None else edges.contiguous()
-    grid = (triton.cdiv(M, ROWS) + triton.cdiv(D, ROWS), triton.cdiv(C, COLUMNS))
-    sizes = dict(C=C, WIDTH=COLUMNS, ROWS=ROWS, BACK=is_back, num_warps=4)
-    io = (x.contiguous(), edges, borders, out, left)
-    launch(x, shift_kernel, grid, io, M, T, D, **sizes)
-    return out, left
 
 
 def launch(x, kernel, grid, *args, **options):
@@ -163,10 +115,9 @@ def parameter(ptr, columns, C: tl.constexpr):
 
 @triton.jit
 def write_sum(sums_ptr, i, n, x, columns, C: tl.constexpr):
-    """The sum over the tile's rows, of the gradient of parameter i of n, if one wants its."""
-    if sums_ptr is not None:
-        line = tl.program_id(0).to(tl.int64) * n + i
-        tl.store(sums_ptr + line * C + columns, tl.sum(x, 0), mask=columns < C)
+    """The sum over the tile's rows of the gradient x of parameter i of n."""
+    line = tl.program_id(0).to(tl.int64) * n + i
+    tl.store(sums_ptr + line * C + columns, tl.sum(x, 0), mask=columns < C)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -208,7 +159,7 @@ def mix_backward(io, M, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
 
 
 # ----------------------------------------------------------------------------------------------
-# gates7
+# gates7, readout, relu_squared
 
 
 @triton.jit
@@ -280,10 +231,6 @@ def gates7_backward(io, M, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.conste
         write_sum(sums_ptr, 4, 5, dgate, columns, C)
 
 
-# ----------------------------------------------------------------------------------------------
-# readout
-
-
 @triton.jit
 def normed(y, N: tl.constexpr):
     """A head of y -> its layer norm, 1 / the standard deviation"""
@@ -336,81 +283,16 @@ def readout_backward(io, M, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.const
     write(dy_ptr, at, inside, scale * (dx - mean - x * along))
 
 
-# ----------------------------------------------------------------------------------------------
-# relu_squared and token_shift
-
-
-@triton.jit(do_not_specialize=["n"])
-def relu_squared_kernel(x_ptr, dout_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = read(x_ptr, at, at < n)
+@triton.jit(do_not_specialize=["M"])
+def relu_squared_kernel(io, M, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    x_ptr, dout_ptr, out_ptr = io
+    at, inside, _ = tile(M, C, WIDTH, ROWS)
+    x = read(x_ptr, at, inside)
     x = tl.where(x < 0, 0.0, x)  # NaN stays
     y = x * x
     if dout_ptr is not None:
-        y = 2 * x * read(dout_ptr, at, at < n)
-    write(out_ptr, at, at < n, y)
-
-
-@triton.jit
-def document_of(rows, borders_ptr, T, D):
-    """The document or row of the batch that each of rows [ROWS] is in."""
-    if borders_ptr is None:
-        return rows // T
-    else:  # as many as begin there or before, but one
-        begun = tl.zeros_like(rows)
-        for start in range(0, D, 64):
-            d = start + tl.arange(0, 64)
-            first = tl.load(borders_ptr + d, mask=d < D, other=2147483647)
-            begun += tl.sum((first[None, :] <= rows[:, None]).to(rows.dtype), 1)
-        return begun - 1
-
-
-@triton.jit
-def bounds_of(document, borders_ptr, T, D):
-    """-> the first token of each document, the one after its last"""
-    if borders_ptr is None:
-        return document * T, (document + 1) * T
-    else:
-        first = tl.load(borders_ptr + document, mask=document < D, other=0)
-        end = tl.load(borders_ptr + document + 1, mask=document < D, other=0)
-        return first.to(tl.int64), end.to(tl.int64)
-
-
-@triton.jit
-def copy_rows(x_ptr, rows, edges_ptr, edges, is_edge, out_ptr, to, exists, C, WIDTH: tl.constexpr):
-    """Rows of x, or, where is_edge, of edges or zeros, to the rows `to` of out."""
-    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    inside, is_edge = exists[:, None] & (columns < C), is_edge[:, None]
-    y = read(x_ptr, rows[:, None] * C + columns, inside & (is_edge == 0))
-    if edges_ptr is not None:
-        edge = read(edges_ptr, edges[:, None] * C + columns, inside & is_edge)
-        y = tl.where(is_edge, edge, y)
-    write(out_ptr, to[:, None] * C + columns, inside, y)
-
-
-@triton.jit(do_not_specialize=["M", "T", "D"])
-def shift_kernel(
-    io, M, T, D, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BACK: tl.constexpr
-):
-    """The first programs are for rows of out, the others for those of left."""
-    x_ptr, edges_ptr, borders_ptr, out_ptr, left_ptr = io
-    blocks = tl.cdiv(M, ROWS)
-    line = tl.program_id(0).to(tl.int64)
-    if line < blocks:
-        row = line * ROWS + tl.arange(0, ROWS)
-        d = document_of(row, borders_ptr, T, D)
-        first, end = bounds_of(d, borders_ptr, T, D)
-        source, is_edge = row - 1, row == first
-        if BACK:
-            source, is_edge = row + 1, row + 1 == end
-        copy_rows(x_ptr, source, edges_ptr, d, is_edge, out_ptr, row, row < M, C, WIDTH)
-    else:
-        d = (line - blocks) * ROWS + tl.arange(0, ROWS)
-        first, end = bounds_of(d, borders_ptr, T, D)
-        source = end - 1
-        if BACK:
-            source = first
-        copy_rows(x_ptr, source, edges_ptr, d, first == end, left_ptr, d, d < D, C, WIDTH)
+        y = 2 * x * read(dout_ptr, at, inside)
+    write(out_ptr, at, inside, y)
 
 
 KERNELS = {  # forward, backward
@@ -439,11 +321,6 @@ def every_part(x, weights, shift):
     return [*mixed, *gates, out, parts.relu_squared(x[4]), *shifted]
 
 
-def ramp(y):
-    """Numbers from -1 to 1, as many as y has."""
-    return torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device)
-
-
 def trial(device):
     """None if a small case has the results and gradients of the PyTorch forms, else a line.
 
@@ -458,7 +335,7 @@ def trial(device):
             with torch.enable_grad():
                 leaves = [x.to(place, dtype).requires_grad_() for x in drawn]
                 results = every_part(*leaves)
-                loss = sum((y.flatten().double() * ramp(y)).sum() for y in results)
+                loss = sum((y.double() - 1).square().sum() for y in results)
                 grads = torch.autograd.grad(loss, leaves)
             found.append([x.detach().double().cpu() for x in (*results, *grads)])
     except Exception as error:  # Triton wants a C compiler, and knows the card or not

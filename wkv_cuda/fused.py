@@ -216,12 +216,14 @@ class Fused(torch.autograd.Function):
 
 
 def token_shift(x, shift, cu_seqlens):
-    """model.token_shift in one pass, on CUDA; None elsewhere. cu_seqlens: packed.CuSeqlens or None"""
-    form = one_pass(x)
-    if form in (None, cpu):
+    """model.token_shift in one pass where there is Triton, else None. cu_seqlens: packed.CuSeqlens,
+    or None."""
+    if one_pass(x) in (None, cpu):
         return None
+    from .shift import TokenShift
+
     borders = None if cu_seqlens is None else cu_seqlens.device
-    return form.TokenShift.apply(x, shift, borders)
+    return TokenShift.apply(x, shift, borders)
 
 
 def mix(x, x_prev, *weights, offsets=None):

@@ -259,8 +259,9 @@ def run(op, inputs, state, cu_seqlens, logw_dtypes=(torch.float32,)):
     vectors = [x for i, x in enumerate(inputs) if i != 1 and x.dim() == 4]
     is_mixed = any(x.dtype != r.dtype for x in vectors)  # as under autocast
     dtype = torch.float32 if is_mixed else r.dtype
-    flat = [x.float() if x.dim() == 2 else x.to(dtype).flatten(0, 1) for x in inputs]
-    flat[1] = (logw if logw.dtype in logw_dtypes else logw.float()).flatten(0, 1)
+    logw = logw if logw.dtype in logw_dtypes else logw.float()
+    flat = [x.float() if x.dim() == 2 else x.to(dtype).flatten(0, 1) for x in (r, *inputs[2:])]
+    flat.insert(1, logw.flatten(0, 1))
     if cu_seqlens is None:  # made on the device: nothing is copied, so nobody waits
         borders = torch.arange(len(r) + 1, dtype=torch.int32, device=r.device) * r.shape[1]
     else:
