@@ -66,8 +66,8 @@ def bounds_of(document, borders_ptr, T, D):
     """-> the first token of each document, the one after its last"""
     first, end = document * T, (document + 1) * T
     if borders_ptr is not None:
-        first = tl.load(borders_ptr + document, mask=document < D, other=0).to(tl.int64)
-        end = tl.load(borders_ptr + document + 1, mask=document < D, other=0).to(tl.int64)
+        first = tl.load(borders_ptr + document, mask=document < D, other=0)
+        end = tl.load(borders_ptr + document + 1, mask=document < D, other=0)
     return first, end
 
 
@@ -76,11 +76,11 @@ def copy_rows(x_ptr, rows, edges_ptr, edges, is_edge, out_ptr, to, exists, C, WI
     """Rows of x, or, where is_edge, of edges or zeros, to the rows `to` of out."""
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside, is_edge = exists[:, None] & (columns < C), is_edge[:, None]
-    y = read(x_ptr, rows[:, None] * C + columns, inside & (is_edge == 0))
+    y = read(x_ptr, rows[:, None].to(tl.int64) * C + columns, inside & (is_edge == 0))
     if edges_ptr is not None:
-        edge = read(edges_ptr, edges[:, None] * C + columns, inside & is_edge)
+        edge = read(edges_ptr, edges[:, None].to(tl.int64) * C + columns, inside & is_edge)
         y = tl.where(is_edge, edge, y)
-    write(out_ptr, to[:, None] * C + columns, inside, y)
+    write(out_ptr, to[:, None].to(tl.int64) * C + columns, inside, y)
 
 
 @triton.jit(do_not_specialize=["M", "T", "D"])
@@ -90,7 +90,7 @@ def shift_kernel(
     """The first programs are for rows of out, the others for those of left."""
     x_ptr, edges_ptr, borders_ptr, out_ptr, left_ptr = io
     blocks = tl.cdiv(M, ROWS)
-    line = tl.program_id(0).to(tl.int64)
+    line = tl.program_id(0)
     if line < blocks:
         row = line * ROWS + tl.arange(0, ROWS)
         d = document_of(row, borders_ptr, T, D)
