@@ -54,10 +54,12 @@ def document_of(rows, borders_ptr, T, D):
     document = rows // T
     if borders_ptr is not None:  # as many as begin there or before, but one
         document = tl.full(rows.shape, -1, rows.dtype)
-        for start in range(0, D, 64):
-            d = start + tl.arange(0, 64)
+        seen = 0
+        while seen < D:
+            d = seen + tl.arange(0, 64)
             first = tl.load(borders_ptr + d, mask=d < D, other=2147483647)
             document += tl.sum((first[None, :] <= rows[:, None]).to(rows.dtype), 1)
+            seen += 64
     return document
 
 
