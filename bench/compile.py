@@ -10,10 +10,10 @@ import importlib.util
 import re
 import sys
 import time
-import types
 import unittest.mock
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch._inductor.utils import run_and_get_code
@@ -84,20 +84,27 @@ def network(cfg, n_layer):
     return model
 
 
+def jit(f=None, **options):
+    """In place of triton.jit where there is no Triton: kernels are not run."""
+    return f or jit
+
+
+def ceiling_of(a, b):
+    return -(-a // b)
+
+
 def between_without_kernels():
     """wkv_cuda/between.py, whose kernels are only counted: Triton need not be installed."""
-    stand_in = {}
+    stand_ins = {}
     if importlib.util.find_spec("triton") is None:
-        triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
-        triton.language, language.constexpr = language, int
-        triton.jit = lambda f=None, **options: f or (lambda f: f)
-        triton.cdiv = lambda a, b: -(-a // b)
-        stand_in = {"triton": triton, "triton.language": language}
-    sys.modules.update(stand_in)
+        language = SimpleNamespace(constexpr=int)
+        triton = SimpleNamespace(jit=jit, cdiv=ceiling_of, language=language)
+        stand_ins = {"triton": triton, "triton.language": language}
+    sys.modules.update(stand_ins)
     try:
         from wkv_cuda import between, shift  # noqa: F401
     finally:
-        for name in stand_in:
+        for name in stand_ins:
             del sys.modules[name]
     return between
 
@@ -135,7 +142,7 @@ def of_a_layer(cfg, ids, **options):
 def kernels(cfg, ids):
     """-> what the compiled second block calls: {"forward": {"fused", "products"}, "backward"}"""
     model = network(cfg, 2)
-    compile_blocks(model, types.SimpleNamespace(compile=True))
+    compile_blocks(model, SimpleNamespace(compile=True))
     _, codes = run_and_get_code(train, model, model, ids)
     found = {}
     for code in codes:
