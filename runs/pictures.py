@@ -33,7 +33,7 @@ CURVES = {  # stage: the numbers of its metrics.jsonl that its curve shows, a ro
 
 @dataclass
 class Config:
-    results: str = "bench/results/2026-11-28-quick.jsonl"  # results.jsonl of one or more runs
+    results: str = "bench/results/2026-11-29-quick.jsonl"  # results.jsonl of one or more runs
     demo: str = "out/demo"  # a run's folder, for the curves
     out: str = "docs/pictures"  # folder for the pictures
 
