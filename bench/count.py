@@ -303,9 +303,10 @@ def run_step(model, memory, layout, is_sharded):
         memory.sent.clear()
         memory.phase = "forward"
         scores, _ = model(idx, targets=idx)
-        for module in model.modules():  # blocks and head, where float32 weights have copies
-            for copy in casts.of_modules[module].copies if module in casts.of_modules else ():
-                memory.see(copy.untyped_storage(), "copies")
+        for module in model.modules():
+            if module in casts.of_modules:  # a block or the head, if float32 weights have copies
+                for copy in casts.of_modules[module].copies:
+                    memory.see(copy.untyped_storage(), "copies")
         memory.phase = "backward"
         scores.logps.sum().backward()
         del scores

@@ -253,8 +253,8 @@ def kernel_row(version, entry, shared, release):
     """What nvcc prints of one kernel -> a row of JSON."""
     kernel, logw, flag, at_once, sm = ENTRY.search(entry).groups()
     stores, loads, registers = map(int, NUMBERS.search(entry).groups())
-    number = ("forward", "backward", "combine", "find_E", "find_T_and_D").index(kernel) % 4
-    shared_bytes = shared(number, int(logw == "13__nv_bfloat16"))
+    numbers = {"forward": 0, "find_T_and_D": 0, "backward": 1, "combine": 2, "find_E": 3}
+    shared_bytes = shared(numbers[kernel], int(logw == "13__nv_bfloat16"))
     if flag == "1":
         kernel = {"backward": "scan", "combine": "combine_backward"}[kernel]
     return dict(

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+from helpers import IN_INTERPRETER
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a script's jobs in the background
@@ -66,6 +67,17 @@ def emulated(library_on_cpu, monkeypatch):
     )  # torch.empty is then full of NaN: what a kernel forgot to write shows
     yield library_on_cpu
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Where Triton's kernels run: in its interpreter, or on a GPU."""
+    if request.param == "cpu" and not IN_INTERPRETER:
+        pytest.skip("in a process of its own: test_in_tritons_interpreter")
+    if request.param == "cuda" and (IN_INTERPRETER or not torch.cuda.is_available()):
+        pytest.skip("no GPU")
+    pytest.importorskip("triton")
+    return torch.device("cpu" if request.param == "cpu" else "cuda:0")
 
 
 @pytest.fixture(scope="session")

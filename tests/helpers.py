@@ -1,6 +1,7 @@
 """What several test files use. Tests import helpers from here, never from each other."""
 
 import copy
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's, on a CPU
 
 SMALL = dict(n_layer=3, n_embd=128, vocab_size=320)
 # Ranks that no table of sizes holds.
@@ -99,6 +101,20 @@ def lora(model, path, about=None, **options):
     write_weights(read_weights(written), path, read_metadata(written))  # a .pth carries no metadata
     written.unlink()
     return model
+
+
+def run_in_tritons_interpreter(file, at_least):
+    """A test file in a process whose Triton interprets: it must be told before it is imported."""
+    if IN_INTERPRETER:
+        pytest.skip("this is its process")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= at_least, done.stdout
 
 
 def trained_gradient(model):

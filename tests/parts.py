@@ -71,3 +71,28 @@ def results_and_gradients(part, inputs):
         loss = loss + (y * factors.to(y)).sum()
     grads = torch.autograd.grad(loss, inputs, allow_unused=True)
     return [x.detach() for x in (*results, *(g for g in grads if g is not None))]
+
+
+def check_edges(inputs):
+    """gates7 at a key of zeros, at gates that are shut and open, and with numbers that are none.
+
+    inputs: of gates7, float32, of a native form; in float64 the plain form takes them.
+    """
+    k, v, v_first, w, a, v_gate, *_ = inputs
+    with torch.no_grad():
+        k[0, 0], w[0, 1], a[0, 1], v_gate[0, 1] = 0, 200, -200, 200
+        w[0, 2], a[0, 2], v_gate[0, 2] = -200, 200, -200
+    ours = results_and_gradients(gates7, inputs)
+    plain = results_and_gradients(gates7, [x.detach().double().requires_grad_() for x in inputs])
+    for i, (x, y) in enumerate(zip(ours, plain, strict=True)):
+        near = slice(1, None) if i == 5 else slice(None)  # at a length of 0 the slope is 1e12
+        torch.testing.assert_close(x[:, near].double(), y[:, near], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for x in inputs[:6]:
+            x[1, 3, 5] = float("nan")
+    results = gates7(*inputs)
+    assert all(x[1, 3, 5].isnan() and x[1, 4].isfinite().all() for x in results)
+    for x in results[3:]:
+        assert x[1, 3, :32].isnan().all()  # of a head without a length
+    x = torch.tensor([-1.0, 0.0, 2.0, float("nan"), float("inf"), -float("inf")], device=k.device)
+    torch.testing.assert_close(fused.relu_squared(x), torch.relu(x) ** 2, equal_nan=True)

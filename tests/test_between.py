@@ -5,9 +5,6 @@ On a GPU the kernels run there. Without one they run in Triton's interpreter, wh
 installed: in a process of its own, since it must be told before anything imports Triton.
 """
 
-import importlib.util
-import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -19,37 +16,18 @@ from wkv_cuda import cpu, fused, native
 
 import pytest
 import torch
-from helpers import ROOT, random_model
-from parts import PARTS, gates7, mix, results_and_gradients, tensors
+from helpers import IN_INTERPRETER, ROOT, random_model, run_in_tritons_interpreter
+from parts import PARTS, check_edges, mix, results_and_gradients, tensors
 
 sys.path.append(str(ROOT / "bench"))  # for what they import of each other
 from bench import compile as counting
 
-IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 ROUNDING = 2.0**-7 if IN_INTERPRETER else 2.0**-8  # of bfloat16: the interpreter cuts off
 parts = pytest.mark.parametrize("part, n_vectors, n_parameters", PARTS)
 
 
 def test_in_tritons_interpreter():
-    if IN_INTERPRETER or not HAS_TRITON:
-        pytest.skip("this is its process" if IN_INTERPRETER else "triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40, done.stdout
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cpu" and not IN_INTERPRETER:
-        pytest.skip("in a process of its own: test_in_tritons_interpreter")
-    if request.param == "cuda" and (IN_INTERPRETER or not torch.cuda.is_available()):
-        pytest.skip("no GPU")
-    pytest.importorskip("triton")
-    return torch.device("cpu" if IN_INTERPRETER else "cuda:0")
+    run_in_tritons_interpreter(__file__, at_least=40)
 
 
 @pytest.fixture
@@ -111,26 +89,7 @@ def test_bfloat16_rounds_results_alone(
 
 
 def test_at_the_edges(between, device):
-    """A key of zeros, gates that are shut and open, and numbers that are none."""
-    inputs = leaves(tensors(6, 5, torch.float64), device, torch.float32)
-    k, v, v_first, w, a, v_gate, *_ = inputs
-    with torch.no_grad():
-        k[0, 0], w[0, 1], a[0, 1], v_gate[0, 1] = 0, 200, -200, 200
-        w[0, 2], a[0, 2], v_gate[0, 2] = -200, 200, -200
-    one = results_and_gradients(gates7, inputs)
-    other = results_and_gradients(gates7, leaves(inputs, device, torch.float64))
-    for i, (x, y) in enumerate(zip(one, other, strict=True)):
-        near = slice(1, None) if i == 5 else slice(None)  # at a length of 0 the slope is 1e12
-        torch.testing.assert_close(x[:, near].double(), y[:, near], rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        for x in inputs[:6]:
-            x[1, 3, 5] = float("nan")
-    results = gates7(*inputs)
-    assert all(x[1, 3, 5].isnan() and x[1, 4].isfinite().all() for x in results)
-    for x in results[3:]:
-        assert x[1, 3, :32].isnan().all()  # of a head without a length
-    x = torch.tensor([-1.0, 0.0, 2.0, float("nan"), float("inf"), -float("inf")], device=device)
-    torch.testing.assert_close(fused.relu_squared(x), torch.relu(x) ** 2, equal_nan=True)
+    check_edges(leaves(tensors(6, 5, torch.float64), device, torch.float32))
 
 
 @parts

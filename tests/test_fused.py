@@ -5,7 +5,7 @@ from wkv_cuda import cpu, fused
 
 import pytest
 import torch
-from parts import PARTS, ROWS, gates7, results_and_gradients, tensors
+from parts import PARTS, ROWS, check_edges, results_and_gradients, tensors
 
 
 @pytest.fixture(autouse=True)
@@ -48,24 +48,7 @@ def test_the_number_of_threads_changes_no_bit(part, n_vectors, n_parameters):
 
 
 def test_at_the_edges():
-    """A key of zeros, gates that are shut and open, and numbers that are none."""
-    k, v, v_first, w, a, v_gate, *parameters = tensors(6, 5, torch.float32)
-    with torch.no_grad():
-        k[0, 0], w[0, 1], a[0, 1], v_gate[0, 1] = 0, 200, -200, 200
-        w[0, 2], a[0, 2], v_gate[0, 2] = -200, 200, -200
-    inputs = [k, v, v_first, w, a, v_gate, *parameters]
-    one = results_and_gradients(gates7, inputs)
-    other = results_and_gradients(gates7, [x.detach().double().requires_grad_() for x in inputs])
-    for i, (x, y) in enumerate(zip(one, other, strict=True)):
-        near = slice(1, None) if i == 5 else slice(None)  # at a length of 0 the slope is 1e12
-        torch.testing.assert_close(x[:, near].double(), y[:, near], rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        for x in inputs[:6]:
-            x[1, 3, 5] = float("nan")
-    results = gates7(*inputs)
-    assert all(x[1, 3, 5].isnan() and x[1, 4].isfinite().all() for x in results)
-    x = torch.tensor([-1.0, 0.0, 2.0, float("nan"), float("inf"), -float("inf")])
-    torch.testing.assert_close(fused.relu_squared(x), torch.relu(x) ** 2, equal_nan=True)
+    check_edges(tensors(6, 5, torch.float32))
 
 
 # ----------------------------------------------------------------------------------------------

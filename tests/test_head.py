@@ -4,42 +4,18 @@ On a GPU the kernels run there. Without one they run in Triton's interpreter, wh
 installed: in a process of its own, since it must be told before anything imports Triton.
 """
 
-import importlib.util
-import os
-import re
-import subprocess
 import sys
 
 from wkv_cuda import fused
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import IN_INTERPRETER, run_in_tritons_interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
-
-IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def test_in_tritons_interpreter():
-    if IN_INTERPRETER or not HAS_TRITON:
-        pytest.skip("this is its process" if IN_INTERPRETER else "triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 17, done.stdout
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cpu" and not IN_INTERPRETER:
-        pytest.skip("in a process of its own: test_in_tritons_interpreter")
-    if request.param == "cuda" and (IN_INTERPRETER or not torch.cuda.is_available()):
-        pytest.skip("no GPU")
-    pytest.importorskip("triton")
-    return request.param
+    run_in_tritons_interpreter(__file__, at_least=17)
 
 
 @pytest.fixture

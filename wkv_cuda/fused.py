@@ -386,7 +386,8 @@ class ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, targets, temperature, l2wrap, copy=None):
-        w, n = weight.to(h.dtype) if copy is None else copy, ScoreTokens.rows_at_a_time(h, weight)
+        w = weight.to(h.dtype) if copy is None else copy
+        n = ScoreTokens.rows_at_a_time(h, weight)
         scores = []
         for x, y in zip(h.split(n), targets.split(n), strict=True):
             z = as_float32(product(x, w))
@@ -401,7 +402,8 @@ class ScoreTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogps, dentropy, _):
         h, weight, targets, lse, entropy, copy = ctx.saved_tensors
-        w, n = weight.to(h.dtype) if copy is None else copy, ScoreTokens.rows_at_a_time(h, weight)
+        w = weight.to(h.dtype) if copy is None else copy
+        n = ScoreTokens.rows_at_a_time(h, weight)
         dlogps = torch.zeros_like(lse) if dlogps is None else dlogps
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None

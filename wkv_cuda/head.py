@@ -32,7 +32,8 @@ class ScoreTokens(torch.autograd.Function):
         (M, _), V = h.shape, len(weight)
         logps, entropy, lse = (h.new_empty(M, dtype=torch.float32) for _ in range(3))
         top = targets.new_empty(M, dtype=torch.int32)
-        w, targets = weight.to(h.dtype) if copy is None else copy, targets.contiguous()
+        w = weight.to(h.dtype) if copy is None else copy
+        targets = targets.contiguous()
         for q, z in chunks(h, V):
             torch.mm(h[q], w.mT, out=z)
             score_rows(z, targets[q], temperature, (logps[q], entropy[q], lse[q], top[q]))
